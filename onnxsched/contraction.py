@@ -1,0 +1,109 @@
+"""Contract linear chains of operators, schedule the smaller graph, and expand the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from onnxsched.cost import CostModel, OperatorCost
+from onnxsched.graph import Operator, OperatorGraph
+from onnxsched.schedule import Schedule, Slot
+from onnxsched_runtime.device import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """A graph whose operators are the maximal linear chains of another graph."""
+
+    graph: OperatorGraph
+    groups: tuple[tuple[int, ...], ...]
+    """For each operator of `graph` the operators it stands for, in topological order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContractedCost:
+    """The costs of a contracted graph, read from those of the original graph."""
+
+    groups: tuple[tuple[int, ...], ...]
+    original: CostModel
+
+    def operator(self, operator: int, device: Device) -> OperatorCost:
+        """Sum of the durations, bound of the longest member, largest block share."""
+        costs = [self.original.operator(member, device) for member in self.groups[operator]]
+        return OperatorCost(
+            duration_us=sum(cost.duration_us for cost in costs),
+            bound=max(costs, key=lambda cost: cost.duration_us).bound,
+            block_share=max(cost.block_share for cost in costs),
+        )
+
+    def transfer_us(self, nbytes: int, source: Device, target: Device) -> float:
+        """As in the original: only tensors between groups are ever transferred."""
+        return self.original.transfer_us(nbytes, source, target)
+
+
+def contract_chains(graph: OperatorGraph) -> Contraction:
+    """Make each maximal linear chain one operator.
+
+    Operators u -> v are joined when v is u's only successor and u is v's only predecessor, and
+    both or neither can be captured. Such a chain has no parallelism inside and nothing waits for
+    its middle, so a stream of its own runs it as fast as any schedule can. Only on one that must
+    be shared is something given up: no other operator can run between two members.
+
+    Contracted operators are ordered by first member. This is topological: an edge between groups
+    leaves the last member of one and enters the first member of the other, and edges of the
+    original point forward, so first(A) <= last(A) < first(B). O(n + edges).
+    """
+    group_of: list[int] = []
+    groups: list[list[int]] = []
+    for operator in range(len(graph)):
+        previous = _link_into(graph, operator)
+        if previous is None:
+            group_of.append(len(groups))
+            groups.append([operator])
+        else:
+            group_of.append(group_of[previous])
+            groups[group_of[previous]].append(operator)
+    edges = tuple(
+        replace(edge, producer=group_of[edge.producer], consumer=group_of[edge.consumer])
+        for edge in graph.edges
+        if group_of[edge.producer] != group_of[edge.consumer]
+    )
+    operators = tuple(_joined(graph.operators[member] for member in group) for group in groups)
+    return Contraction(OperatorGraph(operators, edges), tuple(map(tuple, groups)))
+
+
+def contract_cost(contraction: Contraction, cost: CostModel) -> ContractedCost:
+    """The costs of `contraction.graph`, given those of the graph it was made from."""
+    return ContractedCost(contraction.groups, cost)
+
+
+def expand(contraction: Contraction, schedule: Schedule) -> Schedule:
+    """A schedule of the contracted graph as one of the original graph.
+
+    The members of a group are launched back to back on the group's placement.
+    """
+    return Schedule(
+        tuple(
+            Slot(member, slot.placement)
+            for slot in schedule.slots
+            for member in contraction.groups[slot.operator]
+        )
+    )
+
+
+def _link_into(graph: OperatorGraph, operator: int) -> int | None:
+    """The operator that this one continues in a linear chain, None at the head of a chain."""
+    if len(graph.predecessors[operator]) != 1:
+        return None
+    [previous] = graph.predecessors[operator]
+    runs_on_host, ran_on_host = (
+        graph.operators[index].host_reason is not None for index in (operator, previous)
+    )
+    if len(graph.successors[previous]) != 1 or runs_on_host != ran_on_host:
+        return None
+    return previous
+
+
+def _joined(members: Iterable[Operator]) -> Operator:
+    head, *rest = members
+    return replace(head, op_type="+".join([head.op_type, *(member.op_type for member in rest)]))

@@ -1,0 +1,27 @@
+"""Policies: pure functions from a graph, its costs and a machine to a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from onnxsched.cost import CostModel
+from onnxsched.graph import OperatorGraph
+from onnxsched.machine import Machine
+from onnxsched.policies.heft import heft
+from onnxsched.policies.nimble import nimble
+from onnxsched.policies.opara import opara
+from onnxsched.policies.sequential import sequential
+from onnxsched.policies.wavefront import wavefront
+from onnxsched.schedule import Schedule
+
+__all__ = ["POLICIES", "Policy"]
+
+Policy = Callable[[OperatorGraph, CostModel, Machine], Schedule]
+
+POLICIES: Mapping[str, Policy] = {
+    "sequential": sequential,
+    "wavefront": wavefront,
+    "opara": opara,
+    "nimble": nimble,
+    "heft": heft,
+}

@@ -1,0 +1,1 @@
+"""The bundled runtime of onnxsched: loads annotated models and runs them."""

@@ -1,0 +1,69 @@
+"""Every error a user can cause, as one tree.
+
+    OnnxschedError            exit code 1   anything that failed while working
+    ├── UsageError                     2   an option, an input file or a shape
+    ├── NumericsError                  3   two models that should agree do not
+    ├── DeviceError                    4   a device that is not there or does not load
+    ├── ModelError                     5   a model that can't be read or is not supported
+    │   └── AnnotationError            5   no schedule, or another model's schedule
+    ├── SlowerError                    6   a benchmark below its required ratio
+    ├── ScheduleError                  1   a policy broke a law: our bug, never the user's
+    ├── PlanError                      1   a plan broke a law: our bug, never the user's
+    └── CaptureError                   1   CUDA or ORT refused a graph capture
+
+A message is one sentence: what, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class OnnxschedError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(OnnxschedError):
+    """An option, an input file or a shape that does not fit."""
+
+    exit_code = 2
+
+
+class NumericsError(OnnxschedError):
+    """Outputs differ by more than the tolerance."""
+
+    exit_code = 3
+
+
+class DeviceError(OnnxschedError):
+    """A device was asked for that this machine can't offer."""
+
+    exit_code = 4
+
+
+class ModelError(OnnxschedError):
+    """A model that can't be read, or holds something that is not supported."""
+
+    exit_code = 5
+
+
+class AnnotationError(ModelError):
+    """A model without a schedule, or with one that belongs to another model."""
+
+
+class SlowerError(OnnxschedError):
+    """A benchmark fell below the ratio it had to reach."""
+
+    exit_code = 6
+
+
+class ScheduleError(OnnxschedError):
+    """A schedule broke a law of `check_schedule`."""
+
+
+class PlanError(OnnxschedError):
+    """An execution plan broke a law of `check_plan`."""
+
+
+class CaptureError(OnnxschedError):
+    """A stream capture was refused; the message carries the reason."""

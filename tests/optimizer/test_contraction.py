@@ -1,0 +1,96 @@
+"""Chains are contracted, scheduled as one, and expanded again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from onnxsched.contraction import contract_chains, contract_cost, expand
+from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.graph import Edge, OperatorGraph
+from onnxsched.machine import Machine
+from onnxsched.policies import POLICIES
+from onnxsched.schedule import check_schedule
+from onnxsched.simulate import critical_path_us, simulate, total_us
+from onnxsched_runtime.device import Device
+from support.graphs import durations, graph_of
+from support.strategies import GPU, machines, problems
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(), machine=machines(max_devices=2))
+def test_expanding_a_schedule_keeps_it_valid_and_as_fast(
+    name: str, problem: tuple[OperatorGraph, TableCost], machine: Machine
+) -> None:
+    graph, cost = problem
+    contraction = contract_chains(graph)
+    small_cost = contract_cost(contraction, cost)
+    small = POLICIES[name](contraction.graph, small_cost, machine)
+    schedule = expand(contraction, small)
+    check_schedule(graph, machine, schedule)
+    expected_us = simulate(contraction.graph, small_cost, small).makespan_us
+    assert simulate(graph, cost, schedule).makespan_us == expected_us
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_contraction_keeps_the_bounds_and_leaves_no_chain(
+    problem: tuple[OperatorGraph, TableCost],
+) -> None:
+    graph, cost = problem
+    contraction = contract_chains(graph)
+    small, small_cost = contraction.graph, contract_cost(contraction, cost)
+    assert critical_path_us(small, small_cost, GPU) == critical_path_us(graph, cost, GPU)
+    assert total_us(small, small_cost, GPU) == total_us(graph, cost, GPU)
+    again = contract_chains(small)
+    assert again.groups == tuple((operator,) for operator in range(len(small)))
+    assert again.graph == small
+
+
+def test_only_linear_chains_are_joined() -> None:
+    graph = graph_of(8, [(0, 1), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 6), (6, 7)])
+    contraction = contract_chains(graph)
+    assert contraction.groups == ((0, 1), (2, 4), (3, 5), (6, 7))
+    assert contraction.graph.operators[1] == replace(graph.operators[2], op_type="Op+Op")
+    assert contraction.graph.edges == (
+        Edge(0, 1, "tensor_1_2", 1),
+        Edge(0, 2, "tensor_1_3", 1),
+        Edge(1, 3, "tensor_4_6", 1),
+        Edge(2, 3, "tensor_5_6", 1),
+    )
+
+
+def test_a_chain_ends_where_capture_does() -> None:
+    plain = graph_of(4, [(0, 1), (1, 2), (2, 3)])
+    on_host = tuple(
+        replace(operator, host_reason="a loop") if index in (1, 2) else operator
+        for index, operator in enumerate(plain.operators)
+    )
+    contraction = contract_chains(OperatorGraph(on_host, plain.edges))
+    assert contraction.groups == ((0,), (1, 2), (3,))
+    assert [o.host_reason for o in contraction.graph.operators] == [None, "a loop", None]
+
+
+def test_two_tensors_between_a_pair_do_not_break_a_chain() -> None:
+    pair = graph_of(2, [(0, 1)])
+    graph = OperatorGraph(pair.operators, (*pair.edges, Edge(0, 1, "second", 1)))
+    assert contract_chains(graph).groups == ((0, 1),)
+
+
+def test_costs_of_a_chain() -> None:
+    graph = graph_of(2, [(0, 1)])
+    cost = TableCost(
+        (OperatorCost(1.0, "compute", 0.5), OperatorCost(2.0, "memory", 0.25)), latency_us=3.0
+    )
+    chain = contract_cost(contract_chains(graph), cost)
+    assert chain.operator(0, GPU) == OperatorCost(3.0, "memory", 0.5)
+    assert chain.transfer_us(0, GPU, Device("cuda", 1)) == 3.0
+
+
+def test_chains_without_costs_are_free() -> None:
+    contraction = contract_chains(graph_of(3, [(0, 1), (1, 2)]))
+    chain = contract_cost(contraction, durations(0.0, 0.0, 0.0))
+    assert chain.operator(0, GPU).duration_us == 0.0

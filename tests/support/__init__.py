@@ -1,0 +1,1 @@
+"""What tests share: strategies that draw inputs, and oracles that know the answer."""
