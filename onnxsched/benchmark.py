@@ -1,0 +1,292 @@
+"""Measure a scheduled model beside plain ONNX Runtime, all timed the same way."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxsched.environment import describe_environment
+from onnxsched.inputs import random_inputs
+from onnxsched.loading import load_model
+from onnxsched.summary import Ratio, Summary, ratio, summarize
+from onnxsched.tuning import time_runs_us
+from onnxsched_runtime import cuda
+from onnxsched_runtime.annotation import Annotation, read_annotation
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.executors.streams import Capture, StreamExecutor
+from onnxsched_runtime.load import Executor, open_executor
+from onnxsched_runtime.model import ModelSource, operations_from_model, read_model
+from onnxsched_runtime.partition import plan_execution
+from onnxsched_runtime.session import Level
+
+ARMS: Mapping[str, str] = {
+    "ort": "plain ONNX Runtime with IOBinding",
+    "ort-graph": "ONNX Runtime with its own CUDA graph",
+    "sequential": "the model as one session in one CUDA graph",
+    "schedule": "the annotated schedule in one CUDA graph",
+    "schedule-ort": "the annotated schedule, each session captured by ONNX Runtime",
+}
+_GPU_ONLY = ("ort-graph", "schedule-ort")
+_SCHEDULE = "schedule"
+_ROUND_COUNT = 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the model, measured."""
+
+    name: str
+    capture: str
+    refusal: str | None
+    """Why it is not captured as its name says; None where it is."""
+    device_us: tuple[tuple[float, ...], ...]
+    """Time between events on the device, one tuple a round; empty where part of the model runs
+    on the host, and on the CPU."""
+    latency_us: tuple[tuple[float, ...], ...]
+    """Time of a call that takes and returns host arrays, one tuple a round."""
+
+    @property
+    def device(self) -> Summary | None:
+        """The distribution of device times."""
+        return summarize(np.concatenate(self.device_us).tolist()) if self.device_us else None
+
+    @property
+    def latency(self) -> Summary:
+        """The distribution of latencies."""
+        return summarize(np.concatenate(self.latency_us).tolist())
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Every arm, measured in the same interleaved rounds."""
+
+    model: str
+    device: Device
+    policy: str
+    arms: tuple[Arm, ...]
+    environment: Mapping[str, Any]
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name.
+
+        Raises:
+            KeyError: It was not measured.
+        """
+        return {arm.name: arm for arm in self.arms}[name]
+
+    def ratio_to(self, name: str) -> Ratio:
+        """How many times faster the schedule is than another arm: device time, else latency."""
+        ours, other = self.arm(_SCHEDULE), self.arm(name)
+        if ours.device_us and other.device_us:
+            return ratio(other.device_us, ours.device_us)
+        return ratio(other.latency_us, ours.latency_us)
+
+    @property
+    def rival(self) -> str:
+        """The strongest arm of plain ONNX Runtime, which `--fail-under` compares with."""
+        plain = [arm for arm in self.arms if arm.name in ("ort", "ort-graph")]
+        return min(plain, key=lambda a: (a.device or a.latency).median_us).name
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with summaries, ratios and every sample."""
+        return {
+            "schema_version": 1,
+            "model": self.model,
+            "device": str(self.device),
+            "policy": self.policy,
+            "arms": {arm.name: _arm_json(arm) for arm in self.arms},
+            "ratios": {
+                arm.name: _fields(self.ratio_to(arm.name))
+                for arm in self.arms
+                if arm.name != _SCHEDULE
+            },
+            "environment": dict(self.environment),
+        }
+
+
+def _arm_json(arm: Arm) -> dict[str, Any]:
+    return {
+        "what": ARMS[arm.name],
+        "capture": arm.capture,
+        "refusal": arm.refusal,
+        "device": None if arm.device is None else _fields(arm.device),
+        "latency": _fields(arm.latency),
+        "device_us": [[round(s, 3) for s in samples] for samples in arm.device_us],
+        "latency_us": [[round(s, 3) for s in samples] for samples in arm.latency_us],
+    }
+
+
+def _fields(value: Summary | Ratio) -> dict[str, float]:
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def bench(
+    path: str | os.PathLike[str],
+    *,
+    against: Sequence[str] = (),
+    original: str | os.PathLike[str] | None = None,
+    warmup_ms: float = 200.0,
+    duration_s: float = 3.0,
+    iterations: int = 100,
+    custom_ops: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> BenchResult:
+    """Measure an annotated model and what it is compared with, in interleaved rounds.
+
+    Args:
+        path: An annotated model.
+        against: Names in `ARMS`; all that the device allows if empty. `ort` or `ort-graph` and
+            the schedule itself are always measured.
+        original: What the plain ORT arms run; the annotated model without its schedule if None.
+        warmup_ms: Every arm runs at least this long before it is measured.
+        duration_s: Measure at least this long in all.
+        iterations: At least this many samples an arm.
+        custom_ops: Shared libraries with custom operators.
+        progress: Told what is being done.
+
+    Raises:
+        UsageError: There is no such file or arm.
+        AnnotationError: The model carries no schedule.
+        DeviceError: The schedule's device is not on this machine.
+    """
+    model = read_model(path)
+    annotation = read_annotation(model)
+    device = annotation.devices[0]
+    names = _arm_names(against, device)
+    libraries = tuple(custom_ops)
+    baseline = _baseline(model, annotation, original, device, libraries)
+    feeds = random_inputs(model, annotation.tensors, seed=0)
+    outputs = [value.name for value in model.graph.output]
+    with ExitStack() as stack:
+        runs = []
+        for number, name in enumerate(names):
+            progress("preparing", number, len(names))
+            source = baseline if name.startswith("ort") else ModelSource(model, annotation.tensors)
+            executor = _open(name, source, annotation, libraries)
+            stack.callback(executor.close)
+            runs.append(_ArmRun(name, executor, feeds, outputs))
+        _measure(runs, warmup_ms, duration_s, iterations, progress)
+        arms = tuple(run.result() for run in runs)
+    return BenchResult(
+        model=Path(path).name,
+        device=device,
+        policy=str(annotation.details.get("policy", "")),
+        arms=arms,
+        environment=describe_environment(device),
+    )
+
+
+def _arm_names(against: Sequence[str], device: Device) -> list[str]:
+    if unknown := set(against) - ARMS.keys():
+        raise UsageError(f"There is no arm '{min(unknown)}'; there are {', '.join(ARMS)}.")
+    possible = [name for name in ARMS if device.kind == "cuda" or name not in _GPU_ONLY]
+    if not against:
+        return possible
+    plain = [] if {"ort", "ort-graph"} & set(against) else ["ort"]
+    wanted = {*against, *plain, _SCHEDULE}
+    return [name for name in possible if name in wanted]
+
+
+def _baseline(
+    model: onnx.ModelProto,
+    annotation: Annotation,
+    original: str | os.PathLike[str] | None,
+    device: Device,
+    custom_ops: tuple[str, ...],
+) -> ModelSource:
+    if original is None:
+        return ModelSource(model, annotation.tensors)
+    shapes = {
+        name: tuple(shape) for name, shape in annotation.details.get("bound_shapes", {}).items()
+    }
+    loaded = load_model(Path(original), device, shapes, custom_ops)
+    if {*loaded.bound_shapes} != {*shapes}:
+        raise UsageError(f"'{original}' has other inputs than the annotated model.")
+    return ModelSource(loaded.baseline, loaded.tensors)
+
+
+def _open(
+    name: str, source: ModelSource, annotation: Annotation, custom_ops: tuple[str, ...]
+) -> Executor:
+    """The executor of an arm: all differ only in plan, capture and ORT's optimizations."""
+    placements = annotation.placements
+    reasons = annotation.host_reasons
+    if name in ("ort", "ort-graph"):
+        main = Placement(annotation.devices[0], 0)
+        placements = dict.fromkeys((n.name for n in source.model.graph.node), main)
+        reasons = dict.fromkeys(placements, "in one session") if annotation.host_reasons else {}
+    elif name == "sequential":
+        placements = {n: Placement(p.device, 0) for n, p in annotation.placements.items()}
+    weights = {weight.name for weight in source.model.graph.initializer}
+    plan = plan_execution(
+        operations_from_model(source.model, placements, reasons),
+        [value.name for value in source.model.graph.input if value.name not in weights],
+        [value.name for value in source.model.graph.output],
+    )
+    capture: Mapping[str, Capture] = {"ort": "none", "ort-graph": "ort", "schedule-ort": "ort"}
+    level: Level = "all" if name.startswith("ort") else "none"
+    return open_executor(
+        source, plan, capture=capture.get(name, "whole"), level=level, custom_ops=custom_ops
+    )
+
+
+class _ArmRun:
+    """An executor being measured."""
+
+    def __init__(
+        self, name: str, executor: Executor, feeds: dict[str, Any], outputs: list[str]
+    ) -> None:
+        self._name, self._executor = name, executor
+        self._run: Callable[[], list[Any]] = lambda: executor.run(feeds, outputs)
+        self._device_us: list[tuple[float, ...]] = []
+        self._latency_us: list[tuple[float, ...]] = []
+
+    def warm_up(self, warmup_ms: float) -> None:
+        end = time.monotonic() + warmup_ms / 1e3
+        self._run()
+        while time.monotonic() < end:
+            self._run()
+
+    def measure(self, count: int) -> None:
+        executor = self._executor
+        if isinstance(executor, StreamExecutor) and executor.is_one_piece:
+            stream = executor.main_stream
+            self._device_us.append(cuda.time_launches_us(stream, executor.launch, count))
+        self._latency_us.append(time_runs_us(self._run, count))
+
+    def result(self) -> Arm:
+        return Arm(
+            self._name,
+            str(self._executor.capture),
+            self._executor.refusal,
+            tuple(self._device_us),
+            tuple(self._latency_us),
+        )
+
+
+def _measure(
+    runs: Sequence[_ArmRun],
+    warmup_ms: float,
+    duration_s: float,
+    iterations: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    for run in runs:
+        run.warm_up(warmup_ms)
+    count = max(1, -(-iterations // _ROUND_COUNT))
+    end = time.monotonic() + duration_s
+    number = 0
+    while number < _ROUND_COUNT or time.monotonic() < end:
+        progress("measuring", min(number, _ROUND_COUNT), _ROUND_COUNT)
+        for run in runs:
+            run.measure(count)
+        number += 1

@@ -1,0 +1,253 @@
+"""The commands. Each parses its options, calls one function, and prints what came back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onnxsched.cli import render
+from onnxsched_runtime.errors import NumericsError, SlowerError, UsageError
+
+app = typer.Typer(
+    help="Schedule the operators of an ONNX model over CUDA streams, and run the schedule.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model written by optimize.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the model.")]
+_Json = Annotated[
+    str | None, typer.Option("--json", help="Write JSON to a file, or - for stdout.")
+]
+_CustomOps = Annotated[
+    list[Path] | None, typer.Option("--custom-ops", help="A library of custom operators.")
+]
+
+
+@app.command()
+def optimize(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="An ONNX model.")],
+    output: _Output,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    streams: Annotated[int | None, typer.Option(help="The most streams to use.")] = None,
+    policy: Annotated[str, typer.Option(help="auto, or the name of one policy.")] = "auto",
+    shape: Annotated[
+        list[str] | None, typer.Option(help="NAME:1x3x224x224, where it is not fixed.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds to try schedules for.")] = 60.0,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,
+    custom_ops: _CustomOps = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs that outputs are checked on.")] = 0,
+    json_to: _Json = None,
+) -> None:
+    """Measure a model on this machine, schedule it, and write it annotated."""
+    from onnxsched.loading import parse_shapes
+    from onnxsched.pipeline import optimize as run
+
+    if no_cache and cache_dir is not None:
+        raise UsageError("--cache-dir and --no-cache contradict each other; give one.")
+    with render.progress() as progress:
+        result = run(
+            model,
+            output,
+            device=device,
+            streams=streams,
+            policy=policy,
+            shapes=parse_shapes(shape or []),
+            budget_s=budget,
+            cache_dir=None if no_cache else cache_dir or "",
+            seed=seed,
+            custom_ops=[str(path) for path in custom_ops or []],
+            progress=progress,
+        )
+    render.emit(json_to, result.to_json(), lambda: render.optimize_result(result))
+
+
+@app.command()
+def bench(
+    model: _Model,
+    against: Annotated[
+        str, typer.Option(help="Arms, comma-separated: ort,ort-graph,sequential,schedule-ort.")
+    ] = "",
+    original: Annotated[
+        Path | None, typer.Option(help="The model before optimize, for the plain ORT arms.")
+    ] = None,
+    warmup: Annotated[float, typer.Option(help="Milliseconds before measuring, an arm.")] = 200.0,
+    duration: Annotated[float, typer.Option(help="Seconds to measure, at least.")] = 3.0,
+    iterations: Annotated[int, typer.Option(help="Samples of each arm, at least.")] = 100,
+    custom_ops: _CustomOps = None,
+    fail_under: Annotated[
+        float | None, typer.Option(help="Exit 6 if less than this many times faster than ORT.")
+    ] = None,
+    json_to: _Json = None,
+) -> None:
+    """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
+    from onnxsched.benchmark import bench as run
+
+    with render.progress() as progress:
+        result = run(
+            model,
+            against=[name.strip() for name in against.split(",") if name.strip()],
+            original=original,
+            warmup_ms=warmup,
+            duration_s=duration,
+            iterations=iterations,
+            custom_ops=[str(path) for path in custom_ops or []],
+            progress=progress,
+        )
+    render.emit(json_to, result.to_json(), lambda: render.bench_result(result))
+    reached = result.ratio_to(result.rival).value
+    if fail_under is not None and reached < fail_under:
+        raise SlowerError(
+            f"'{model}' is {reached:.2f} times as fast as {result.rival}, below the "
+            f"{fail_under:g} that --fail-under asks for."
+        )
+
+
+@app.command(name="run")
+def run_model(
+    model: _Model,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="NAME=FILE.npy; random where not given.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="A folder for the outputs, one .npy each.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    custom_ops: _CustomOps = None,
+) -> None:
+    """Run the schedule once."""
+    from onnxsched.running import run_files
+
+    pairs = [text.partition("=") for text in inputs or []]
+    if wrong := [name for name, sign, file in pairs if not (name and sign and file)]:
+        raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
+    outputs = run_files(
+        model,
+        {name: Path(file) for name, _, file in pairs},
+        output_dir,
+        seed=seed,
+        custom_ops=[str(path) for path in custom_ops or []],
+    )
+    render.run_outputs(outputs)
+
+
+@app.command()
+def verify(
+    actual: Annotated[Path, typer.Argument(metavar="A", help="The model in question.")],
+    expected: Annotated[Path, typer.Argument(metavar="B", help="The model that is right.")],
+    rtol: Annotated[list[str] | None, typer.Option(help="[NAME:]X, relative.")] = None,
+    atol: Annotated[list[str] | None, typer.Option(help="[NAME:]X, absolute.")] = None,
+    runs: Annotated[int, typer.Option(help="How many different inputs.", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="Of the first input.")] = 0,
+    device: Annotated[str, typer.Option(help="Where models without a schedule run.")] = "auto",
+    json_to: _Json = None,
+) -> None:
+    """Compare what two models compute, scheduled or plain."""
+    from onnxsched.comparison import Tolerances
+    from onnxsched.verify import verify as run
+
+    relative, relative_of = _tolerances("--rtol", rtol or [])
+    absolute, absolute_of = _tolerances("--atol", atol or [])
+    tolerances = Tolerances(
+        1e-3 if relative is None else relative, absolute, relative_of, absolute_of
+    )
+    found = run(actual, expected, tolerances=tolerances, run_count=runs, seed=seed, device=device)
+    content: dict[str, Any] = {
+        "schema_version": 1,
+        "outputs": [{f: getattr(d, f) for f in d.__slots__} for d in found],
+    }
+    render.emit(json_to, content, lambda: render.differences(found))
+    if wrong := [d for d in found if not d.is_within]:
+        raise NumericsError(
+            f"Output '{wrong[0].output}' of '{actual}' differs from '{expected}' by "
+            f"{wrong[0].max_absolute:.3g}, more than the tolerance; loosen --rtol if that is fine."
+        )
+
+
+def _tolerances(option: str, texts: list[str]) -> tuple[float | None, dict[str, float]]:
+    """Read `[NAME:]X` options: the one for all outputs, and those by name."""
+    common, named = None, {}
+    for text in texts:
+        name, _, number = text.rpartition(":")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if not value >= 0:
+            raise UsageError(f"{option} {text} can't be read: write [NAME:]X, X not negative.")
+        if name:
+            named[name] = value
+        else:
+            common = value
+    return common, named
+
+
+@app.command()
+def inspect(model: _Model, json_to: _Json = None) -> None:
+    """Show the schedule: streams, segments, and why what is not captured is not."""
+    from onnxsched.inspection import inspect_model
+
+    found = inspect_model(model)
+    render.emit(json_to, found.to_json(), lambda: render.inspection(found))
+
+
+@app.command()
+def strip(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="An annotated model.")],
+    output: _Output,
+) -> None:
+    """Remove the schedule from a model."""
+    from onnxsched_runtime.annotation import strip_annotation
+    from onnxsched_runtime.model import read_model, write_model
+
+    content = read_model(model)
+    removed = strip_annotation(content)
+    write_model(content, output)
+    what = "Removed the schedule" if removed else "There was no schedule to remove"
+    typer.echo(f"{what}; wrote {output}.")
+
+
+@app.command()
+def restore(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="A model that lost node keys.")],
+    output: _Output,
+) -> None:
+    """Write node keys that another tool dropped back, from the model's own copy."""
+    from onnxsched_runtime.annotation import restore_annotation
+    from onnxsched_runtime.model import read_model, write_model
+
+    content = read_model(model)
+    count = restore_annotation(content)
+    write_model(content, output)
+    typer.echo(f"Restored the keys of {count} nodes; wrote {output}.")
+
+
+@app.command()
+def doctor(json_to: _Json = None) -> None:
+    """Say what this machine has, and whether models can be scheduled on its GPU."""
+    from onnxsched.doctor import diagnose
+
+    found = diagnose()
+    render.emit(json_to, found.to_json(), lambda: render.diagnosis(found))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from onnxsched.environment import version
+
+        typer.echo(version())
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Schedule the operators of an ONNX model over CUDA streams, and run the schedule."""

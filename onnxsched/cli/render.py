@@ -1,0 +1,219 @@
+"""Values as text: tables on stdout, progress on stderr, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsched_runtime.errors import OnnxschedError
+
+if TYPE_CHECKING:
+    from onnxsched.benchmark import BenchResult
+    from onnxsched.comparison import Difference
+    from onnxsched.doctor import Diagnosis
+    from onnxsched.inspection import Inspection
+    from onnxsched.pipeline import OptimizeResult
+
+Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress line on stderr; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=1)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=max(total, 1)
+        )
+
+
+def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None]) -> None:
+    """Print the result as text; or as JSON on stdout for `-`; or both, JSON to a file.
+
+    Raises:
+        OnnxschedError: The file can't be written.
+    """
+    if target == "-":
+        print(json.dumps(content, indent=1))
+        return
+    if target is not None:
+        _write_whole(Path(target), json.dumps(content, indent=1) + "\n")
+    show()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            draft = Path(scratch, path.name)
+            draft.write_text(text)
+            os.replace(draft, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OnnxschedError(f"'{path}' can't be written ({reason}); choose another.") from error
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns, the first to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    for cells in (columns, *rows):
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+def _us(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def optimize_result(result: OptimizeResult) -> None:
+    """What was tried, what was chosen, what it brings."""
+    rows = [
+        (
+            f"{entry['policy']}/{entry['streams']}",
+            _us(entry["predicted_us"]),
+            _us(entry["tried_us"]),
+            _us(entry["measured_us"]),
+        )
+        for entry in result.alternatives
+        if entry["measured_us"] is not None or entry["tried_us"] is not None
+    ]
+    _table(("policy/streams", "predicted us", "tried us", "measured us"), rows)
+    gain = result.sequential_us / result.measured_us if result.measured_us else 1.0
+    print(
+        f"\nChose {result.policy} on {result.stream_count} stream(s) of {result.device}: "
+        f"{result.measured_us:.1f} us, {gain:.2f} times the speed of one stream"
+        + (" (from the cache)." if result.from_cache else ".")
+    )
+    if gain < 1:
+        print("One stream is faster on this machine; --policy auto would have chosen it.")
+    print(
+        f"{result.operator_count} operators in {result.segment_count} segment(s), " + _how(result)
+    )
+    worst = max(result.differences, key=lambda d: d.relative, default=None)
+    if worst is not None:
+        same = "identical to" if all(d.is_identical for d in result.differences) else (
+            f"within {worst.relative:.1e} (relative) of"
+        )  # fmt: skip
+        print(f"Outputs are {same} plain ONNX Runtime's. Wrote {result.path}.")
+
+
+def _how(result: OptimizeResult) -> str:
+    """How the segments are executed."""
+    if result.device.kind == "cpu":
+        return f"on {result.stream_count} worker thread(s)."
+    if result.host_reasons:
+        count = len(result.host_reasons)
+        return f"{count} operators on the host; `onnxsched inspect` says why."
+    refused = f" Refused: {result.refusal}" if result.refusal else ""
+    how = {"whole": "in one CUDA graph.", "ort": "each in a CUDA graph of ONNX Runtime's."}
+    return how.get(result.capture, "launched at every run.") + refused
+
+
+def bench_result(result: BenchResult) -> None:
+    """Times and ratios of every arm."""
+    rows = []
+    for arm in result.arms:
+        ratio = None if arm.name == "schedule" else result.ratio_to(arm.name)
+        shown = arm.device or arm.latency
+        rows.append(
+            (
+                arm.name,
+                _us(arm.device.median_us if arm.device else None),
+                _us(shown.p99_us),
+                _us(arm.latency.median_us),
+                "" if ratio is None else f"{ratio.value:.2f}",
+                "" if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}",
+            )
+        )
+    columns = ("arm", "device us", "p99 us", "latency us", "speed-up", "95 %")
+    _table(columns, rows)
+    print(
+        f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}."
+    )
+    for arm in result.arms:
+        if arm.refusal:
+            print(f"{arm.name} is not captured as its name says: {arm.refusal}")
+        shown = arm.device or arm.latency
+        if shown.variation > 0.05:
+            print(f"{arm.name} varies by {shown.variation:.0%}: something else uses the machine.")
+
+
+def run_outputs(outputs: Mapping[str, Any]) -> None:
+    """Shape, type and range of every output."""
+    import numpy as np
+
+    for name, value in outputs.items():
+        array = np.asarray(value)
+        spread = ""
+        if array.size and np.issubdtype(array.dtype, np.number):
+            spread = f"  min {array.min():.6g}  mean {array.mean():.6g}  max {array.max():.6g}"
+        print(f"{name}  {array.dtype.name}{list(array.shape)}{spread}")
+
+
+def differences(found: Sequence[Difference]) -> None:
+    """How far each output is apart."""
+    rows = [
+        (d.output, f"{d.max_absolute:.3g}", f"{d.relative:.3g}", "yes" if d.is_within else "NO")
+        for d in found
+    ]
+    _table(("output", "max absolute", "relative (norm)", "within"), rows)
+
+
+def inspection(found: Inspection) -> None:
+    """Streams, segments, and what stays on the host."""
+    details = found.annotation.details
+    print(
+        f"policy {details.get('policy', 'unknown')}, {len(found.plan.segments)} segments, ", end=""
+    )
+    print(f"{found.plan.wait_count} event waits, {len(found.plan.pieces)} piece(s)")
+    if "measured_us" in details:
+        print(
+            f"measured {details['measured_us']:.1f} us, one stream {details['sequential_us']:.1f} "
+            f"us, on {', '.join(details['device_names'].values())}"
+        )
+    rows = []
+    for placement in sorted({node.placement for node in found.nodes}):
+        nodes = [node for node in found.nodes if node.placement == placement]
+        busy = sum(node.duration_us or 0.0 for node in nodes)
+        segments = len({node.segment for node in nodes})
+        rows.append((str(placement), str(len(nodes)), str(segments), f"{busy:.1f}"))
+    print()
+    _table(("device/stream", "operators", "segments", "sum of solo us"), rows)
+    if found.annotation.host_reasons:
+        print("\nNot captured:")
+        for name, reason in found.annotation.host_reasons.items():
+            print(f"  {name}: {reason}")
+
+
+def diagnosis(found: Diagnosis) -> None:
+    """Libraries, GPUs, and whether the CUDA provider loads."""
+    for name, value in found.environment.items():
+        print(f"{name}: {value}")
+    for device in found.devices:
+        gibibytes = device["memory_nbytes"] / 2**30
+        print(
+            f"{device['id']}: {device['name']}, {gibibytes:.0f} GiB, "
+            f"{device['multiprocessor_count']} multiprocessors, compute "
+            f"{device['compute_capability']}"
+        )
+    for pair, reaches in found.peer_access.items():
+        print(f"peer access {pair}: {'yes' if reaches else 'no'}")
+    print(f"CUDA provider: {found.cuda_provider}")
+    ready = "a GPU schedule" if found.is_gpu_ready else "CPU schedules only"
+    print(f"This machine can make and run {ready}.")

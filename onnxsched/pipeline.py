@@ -1,0 +1,242 @@
+"""From an ONNX file to an annotated one: the whole story on one screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxsched.annotate import annotation_for
+from onnxsched.candidates import propose
+from onnxsched.comparison import Difference, Tolerances, compare
+from onnxsched.contraction import contract_chains
+from onnxsched.cost import TableCost
+from onnxsched.decision import Decision, decide, recall, remember
+from onnxsched.environment import choose_device, describe_environment
+from onnxsched.inputs import random_inputs
+from onnxsched.loading import Model, graph_from_model, load_model
+from onnxsched.policies import POLICIES
+from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
+from onnxsched.profiling.measure import Progress, measure_profile
+from onnxsched.profiling.signature import OperatorSignatures
+from onnxsched.tuning import tune
+from onnxsched_runtime.annotation import fingerprint, write_annotation
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import NumericsError, UsageError
+from onnxsched_runtime.load import Session
+from onnxsched_runtime.model import ModelSource, write_model
+from onnxsched_runtime.session import OrtSession, SessionSettings
+
+_DEFAULT_STREAMS = {"cuda": 16, "cpu": min(4, os.cpu_count() or 1)}
+_CHECKED_RUNS = 3
+_TOLERANCES = {"cuda": Tolerances(relative=1e-3), "cpu": Tolerances(relative=1e-4)}
+"""Against plain ORT: TF32 keeps 10 bits of each factor, so another kernel may differ by 1e-3."""
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """What `optimize` wrote, and what it measured."""
+
+    path: Path
+    device: Device
+    policy: str
+    stream_count: int
+    operator_count: int
+    segment_count: int
+    capture: str
+    refusal: str | None
+    """Why it is not captured as one CUDA graph; None where it is."""
+    host_reasons: Mapping[str, str]
+    measured_us: float
+    sequential_us: float
+    """The same model as one session, in the same rounds."""
+    differences: tuple[Difference, ...]
+    """Of each output against plain ONNX Runtime."""
+    alternatives: tuple[Mapping[str, Any], ...]
+    """Every candidate: policy, streams, predicted, tried and measured times."""
+    from_cache: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        content = dataclasses.asdict(self)
+        return {"schema_version": 1, **content, "path": str(self.path), "device": str(self.device)}
+
+
+def optimize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    streams: int | None = None,
+    policy: str = "auto",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    budget_s: float = 60.0,
+    cache_dir: str | os.PathLike[str] | None = "",
+    seed: int = 0,
+    custom_ops: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> OptimizeResult:
+    """Schedule a model for this machine and write it annotated.
+
+    Args:
+        source: An ONNX model.
+        target: Where to write it; nothing is written unless all went well.
+        device: `auto` (the first GPU, else the CPU), `cuda:0`, `cpu`.
+        streams: The most streams to use; 16 on a GPU, up to 4 threads on the CPU if None.
+        policy: `auto` measures the best few of all; a policy's name is obeyed.
+        shapes: Shapes of inputs whose dimensions are symbols.
+        budget_s: No more schedules are tried after this many seconds.
+        cache_dir: Where measurements are kept; "" for the user's cache, None for nowhere.
+        seed: For the inputs that outputs are compared on.
+        custom_ops: Shared libraries with custom operators.
+        progress: Told what is being done.
+
+    Raises:
+        UsageError: An argument or a shape does not fit, or `source` is not there.
+        ModelError: The model can't be read or is not supported.
+        DeviceError: The device is not available.
+        NumericsError: The scheduled model computes something else than plain ORT.
+        OnnxschedError: `target` can't be written.
+    """
+    _check_arguments(target, streams, policy)
+    chosen = choose_device(device)
+    libraries = tuple(custom_ops)
+    progress("loading", 0, 1)
+    model = load_model(Path(source), chosen, shapes, libraries)
+    environment = describe_environment(chosen)
+    directory = default_directory() if cache_dir == "" else cache_dir
+    cache = MeasurementCache(
+        None if directory is None else Path(directory), environment_key(environment)
+    )
+    cap = streams or _DEFAULT_STREAMS[chosen.kind]
+    graph = graph_from_model(model)
+    key = _decision_key(model, policy, cap)
+    decision = recall(cache, key, graph, chosen)
+    from_cache = decision is not None
+    if decision is None:
+        contraction = contract_chains(graph)
+        profile = measure_profile(model, chosen, cache, libraries, progress)
+        cost = TableCost(tuple(profile.cost(operator.name) for operator in graph.operators))
+        policies = list(POLICIES) if policy == "auto" else [policy]
+        candidates = propose(graph, contraction, cost, chosen, policies, cap)
+        outcomes = tune(
+            model,
+            contraction,
+            candidates,
+            chosen,
+            budget_s=budget_s,
+            custom_ops=libraries,
+            progress=progress,
+        )
+        decision = decide(outcomes, profile, policy)
+        remember(cache, key, decision)
+    details = _details(model, decision, chosen, environment, seed)
+    annotation = annotation_for(model, decision.schedule, details)
+    progress("checking", 0, 1)
+    with Session(model.proto, annotation, custom_ops=libraries) as session:
+        differences = check_numerics(model, session, chosen, seed, libraries)
+        result = _result(Path(target), chosen, model, decision, session, differences, from_cache)
+    write_annotation(model.proto, annotation)
+    write_model(model.proto, target)
+    return result
+
+
+def check_numerics(
+    model: Model, session: Session, device: Device, seed: int, custom_ops: tuple[str, ...]
+) -> tuple[Difference, ...]:
+    """Compare a session with plain ORT on the model as it was given.
+
+    Raises:
+        NumericsError: An output differs by more than rounding.
+    """
+    settings = SessionSettings(device, level="all", host_operators=True, custom_ops=custom_ops)
+    outputs = [value.name for value in model.baseline.graph.output]
+    feeds = [
+        random_inputs(model.baseline, model.tensors, seed + number)
+        for number in range(_CHECKED_RUNS)
+    ]
+    with OrtSession(ModelSource(model.baseline, model.tensors).whole(), settings) as plain:
+        differences = compare(
+            lambda feed: session.run(outputs, feed),
+            lambda feed: plain.run(feed, outputs),
+            outputs,
+            feeds,
+            _TOLERANCES[device.kind],
+        )
+    for found in differences:
+        if not found.is_within:
+            raise NumericsError(
+                f"Output '{found.output}' differs from plain ONNX Runtime by "
+                f"{found.max_absolute:.3g} (relative {found.relative:.3g}), so nothing was "
+                "written; please report the model."
+            )
+    return differences
+
+
+def _check_arguments(target: str | os.PathLike[str], streams: int | None, policy: str) -> None:
+    if policy != "auto" and policy not in POLICIES:
+        raise UsageError(f"There is no policy '{policy}'; there are auto, {', '.join(POLICIES)}.")
+    if streams is not None and streams < 1:
+        raise UsageError(f"--streams {streams} is too few; give at least 1.")
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder '{folder}' to write to; make it first.")
+    if Path(target).is_dir():
+        raise UsageError(f"'{target}' is a folder; give the path of a file to write.")
+
+
+def _decision_key(model: Model, policy: str, cap: int) -> str:
+    signatures = OperatorSignatures(model)
+    operators = [signatures.of(node) for node in model.proto.graph.node]
+    return json.dumps(["decision", fingerprint(model.proto), operators, policy, cap])
+
+
+def _details(
+    model: Model, decision: Decision, device: Device, environment: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    return {
+        "policy": decision.policy,
+        "streams": decision.schedule.stream_count,
+        "bound_shapes": {name: list(shape) for name, shape in model.bound_shapes.items()},
+        "device_names": {str(device): environment["device"]},
+        "measured_us": decision.measured_us,
+        "sequential_us": decision.sequential_us,
+        "alternatives": [
+            {key: value for key, value in alternative.items() if key != "samples_us"}
+            for alternative in decision.alternatives
+        ],
+        "operators": {name: list(entry) for name, entry in decision.operators.items()},
+        "environment": dict(environment),
+        "seed": seed,
+    }
+
+
+def _result(
+    target: Path,
+    device: Device,
+    model: Model,
+    decision: Decision,
+    session: Session,
+    differences: tuple[Difference, ...],
+    from_cache: bool,
+) -> OptimizeResult:
+    return OptimizeResult(
+        path=target,
+        device=device,
+        policy=decision.policy,
+        stream_count=decision.schedule.stream_count,
+        operator_count=len(model.proto.graph.node),
+        segment_count=len(session.plan.segments),
+        capture=session.capture,
+        refusal=session.refusal,
+        host_reasons=model.host_reasons,
+        measured_us=decision.measured_us,
+        sequential_us=decision.sequential_us,
+        differences=differences,
+        alternatives=decision.alternatives,
+        from_cache=from_cache,
+    )

@@ -1,0 +1,1 @@
+"""Measuring operators on the device they will run on."""

@@ -1,0 +1,74 @@
+"""A cache of measurements on disk, one small file a key. What can't be trusted is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+_VERSION = 1
+"""Raised when the meaning of a measurement changes."""
+
+
+def default_directory() -> Path:
+    """Where measurements are kept if the user names no other place."""
+    return Path(platformdirs.user_cache_dir("onnxsched"))
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurementCache:
+    """JSON values by key, each valid only for the environment it was measured in."""
+
+    directory: Path | None
+    """None keeps nothing."""
+    environment: str
+    """All that measurements depend on beside the key: GPU, driver, library versions."""
+
+    def read(self, key: str) -> Any:
+        """The value kept for `key`; None where there is none or it is damaged."""
+        if self.directory is None:
+            return None
+        try:
+            entry = json.loads(self._path(key).read_bytes())
+            content = entry["content"]
+            if entry["digest"] == self._digest(key, content):
+                return content
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def write(self, key: str, content: Any) -> None:
+        """Keep a value; a full or read-only disk keeps nothing and does not disturb."""
+        if self.directory is None:
+            return
+        path = self._path(key)
+        content = json.loads(json.dumps(content))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, draft = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "w") as file:
+                json.dump({"content": content, "digest": self._digest(key, content)}, file)
+            os.replace(draft, path)
+        except OSError:
+            return
+
+    def _path(self, key: str) -> Path:
+        assert self.directory is not None
+        name = hashlib.sha256(f"{_VERSION}/{self.environment}/{key}".encode()).hexdigest()
+        return self.directory / name[:2] / f"{name}.json"
+
+    def _digest(self, key: str, content: Any) -> str:
+        text = json.dumps([self.environment, key, content], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def environment_key(environment: Mapping[str, Any]) -> str:
+    """A stable text of an environment."""
+    return json.dumps(environment, sort_keys=True)

@@ -1,0 +1,92 @@
+"""What an operator's time depends on, as a key: equal operators are measured once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import onnx
+from onnx import TensorProto
+
+from onnxsched.loading import Model
+from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.tensor import TensorType
+
+_VALUE_NBYTES = 1024
+"""Weights up to this may be shapes, axes or indices: their values count, not only their types."""
+
+
+@dataclass(frozen=True)
+class OperatorSignatures:
+    """Signatures, sizes and operation counts of a model's nodes."""
+
+    model: Model
+
+    @cached_property
+    def _weights(self) -> dict[str, TensorProto]:
+        return {weight.name: weight for weight in self.model.proto.graph.initializer}
+
+    def of(self, node: onnx.NodeProto) -> str:
+        """A hash of type, attributes, and the types of everything that flows in and out."""
+        opsets = {o.domain: o.version for o in self.model.proto.opset_import}
+        parts = {
+            "op": [node.domain, node.op_type, opsets.get(node.domain, 0)],
+            "attributes": sorted(
+                hashlib.sha256(a.SerializeToString(deterministic=True)).hexdigest()
+                for a in node.attribute
+            ),
+            "inputs": [self._input(name) for name in node.input],
+            "outputs": [self._kind(name) for name in node.output],
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _input(self, name: str) -> str:
+        weight = self._weights.get(name)
+        if weight is None:
+            return self._kind(name)
+        kind = TensorType(weight.data_type, tuple(weight.dims))
+        if weight.ByteSize() > _VALUE_NBYTES or weight.data_type == TensorProto.FLOAT:
+            return f"weight {kind}"
+        unnamed = TensorProto()
+        unnamed.CopyFrom(weight)
+        unnamed.ClearField("name")
+        return f"weight {kind} {hashlib.sha256(unnamed.SerializeToString()).hexdigest()}"
+
+    def _kind(self, name: str) -> str:
+        return str(self.model.tensors.get(name)) if name else ""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight or tensor; () where it is not known."""
+        if name in self._weights:
+            return tuple(self._weights[name].dims)
+        kind = self.model.tensors.get(name)
+        return kind.shape if kind and kind.shape else ()
+
+    def nbytes(self, node: onnx.NodeProto) -> int:
+        """Bytes a node must read and write at least once: a gather only reads what it picks."""
+        names = [*node_reads(node), *filter(None, node.output)]
+        if node.op_type.startswith("Gather"):
+            return 2 * sum(self._nbytes(name) for name in node.output)
+        return sum(self._nbytes(name) for name in names)
+
+    def _nbytes(self, name: str) -> int:
+        types: Mapping[str, TensorType] = self.model.tensors
+        if name in self._weights:
+            weight = self._weights[name]
+            return TensorType(weight.data_type, tuple(weight.dims)).nbytes
+        return types[name].nbytes if name in types else 0
+
+    def flop_count(self, node: onnx.NodeProto) -> int:
+        """Operations of a node: exact for convolutions and products, else one an element."""
+        outputs = math.prod(self.shape(node.output[0]))
+        if "Conv" in node.op_type:
+            return 2 * outputs * math.prod(self.shape(node.input[1])[1:])
+        if "MatMul" in node.op_type or "Gemm" in node.op_type:
+            transposed = any(a.name == "transA" and a.i for a in node.attribute)
+            shape = self.shape(node.input[0])
+            return 2 * outputs * (shape[-2 if transposed else -1] if shape else 1)
+        return outputs

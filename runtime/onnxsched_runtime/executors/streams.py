@@ -1,0 +1,302 @@
+"""The CUDA executor: the plan over CUDA streams, captured into graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.errors import CaptureError, OnnxschedError
+from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
+from onnxsched_runtime.session import BufferView, Level, OrtSession, SessionSettings
+
+Capture = Literal["whole", "ort", "none"]
+_WARM_UP_COUNT = 2
+"""Runs before a capture: ORT settles its memory pattern in the second."""
+
+
+class SegmentRunner:
+    """The sessions, streams and buffers of a plan, run by issuing its steps."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: ExecutionPlan,
+        *,
+        graph_capture: bool = False,
+        level: Level = "none",
+        custom_ops: tuple[str, ...] = (),
+    ) -> None:
+        """Create them; nothing runs yet.
+
+        Args:
+            source: The model that segments are cut out of.
+            plan: Says which segments and on which streams.
+            graph_capture: Let ORT capture each session by itself.
+            level: Graph optimizations in each session; an optimized model needs none.
+            custom_ops: Libraries of custom operators.
+        """
+        self.plan = plan
+        self._level: Level = level
+        self._resources = ExitStack()
+        self._custom_ops = custom_ops
+        try:
+            self.streams = {
+                placement: self._resources.enter_context(cuda.Stream(placement.device))
+                for piece in plan.pieces
+                for placement in (piece.main, *(plan.segments[i].placement for i in piece.runs))
+            }
+            self.buffers = {
+                name: cuda.Buffer(source.tensors[name], plan.segments[0].placement.device)
+                for name in sorted(plan.device_tensors)
+            }
+            self.sessions = [
+                self._open(source, index, graph_capture) for index in range(len(plan.segments))
+            ]
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, source: ModelSource, index: int, graph_capture: bool) -> OrtSession:
+        segment = self.plan.segments[index]
+        captured = segment.host_reason is None
+        settings = SessionSettings(
+            segment.placement.device,
+            level=self._level,
+            stream_handle=self.streams[segment.placement].handle if captured else None,
+            graph_capture=graph_capture and captured,
+            host_operators=not captured,
+            custom_ops=self._custom_ops,
+        )
+        session = OrtSession(source.extract(segment), settings)
+        self._resources.callback(session.close)
+        if captured:
+            session.bind(self._views(segment.inputs), self._views(segment.outputs))
+        return session
+
+    def _views(self, names: Sequence[str]) -> dict[str, BufferView]:
+        buffers = {name: self.buffers[name] for name in names}
+        return {
+            name: BufferView(b.pointer, b.device, b.kind.element_type, b.kind.shape or ())
+            for name, b in buffers.items()
+        }
+
+    def warm_up(self, piece: Piece) -> None:
+        """Run a captured piece alone, segment after segment, until ORT's memory has settled."""
+        for index in piece.runs:
+            for _ in range(_WARM_UP_COUNT):
+                self.sessions[index].run_bound()
+                self.streams[self.plan.segments[index].placement].synchronize()
+
+    def issue(self, piece: Piece) -> None:
+        """Issue the steps of a captured piece on its streams."""
+        events: dict[int, cuda.Event] = {}
+        for step in piece.steps:
+            match step:
+                case Run(index):
+                    self.sessions[index].run_bound()
+                case Record(event, placement):
+                    events[event] = self.streams[placement].record()
+                case Wait(event, placement):
+                    self.streams[placement].wait(events[event])
+
+    def capture(self, piece: Piece) -> cuda.Graph:
+        """Capture a piece into one CUDA graph; the sessions must be warm.
+
+        Raises:
+            CaptureError: CUDA or ORT refuse, with the reason.
+        """
+        return cuda.Graph.capture(self.streams[piece.main], lambda: self.issue(piece))
+
+    def close(self) -> None:
+        """Free the sessions, then the streams they launch on."""
+        if hasattr(self, "streams"):
+            for stream in self.streams.values():
+                stream.synchronize()
+        self._resources.close()
+        self.buffers = {}
+
+
+class StreamExecutor:
+    """Runs a plan on CUDA streams: as CUDA graphs where that works, else by issuing steps."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: ExecutionPlan,
+        capture: Capture = "whole",
+        level: Level = "none",
+        custom_ops: tuple[str, ...] = (),
+    ) -> None:
+        """Create sessions, warm them up and capture.
+
+        Args:
+            source: The annotated model.
+            plan: How it is cut and ordered.
+            capture: `whole` for one CUDA graph, `ort` for one graph a session by ORT itself,
+                `none` for launching at every run. What is refused falls back to the next, and
+                `refusal` says why.
+            level: Graph optimizations in each session; an optimized model needs none.
+            custom_ops: Libraries of custom operators.
+        """
+        self._plan = plan
+        self.refusal: str | None = None
+        self._launch: list[Callable[[], None]] = []
+        self._graphs: list[cuda.Graph] = []
+        modes: tuple[Capture, ...] = ("whole", "ort", "none")
+        for mode in modes[modes.index(capture) :]:
+            self._runner = SegmentRunner(
+                source,
+                plan,
+                graph_capture=mode == "ort",
+                level=level,
+                custom_ops=custom_ops,
+            )
+            try:
+                self._prepare(mode)
+            except (CaptureError, OnnxschedError, RuntimeError) as error:
+                self.close()
+                if mode == "none":
+                    raise
+                self.refusal = f"{mode}: {error}"
+            else:
+                self.capture: Capture = mode
+                break
+
+    def _prepare(self, mode: Capture) -> None:
+        self._launch = []
+        for piece in self._plan.pieces:
+            if not piece.captured:
+                self._launch.append(lambda: None)
+                continue
+            self._runner.warm_up(piece)
+            if mode == "whole":
+                graph = self._runner.capture(piece)
+                self._graphs.append(graph)
+                main = self._runner.streams[piece.main]
+                self._launch.append(lambda graph=graph, main=main: graph.launch(main))  # type: ignore[misc]
+            else:
+                self._launch.append(lambda piece=piece: self._runner.issue(piece))  # type: ignore[misc]
+
+    @property
+    def main_stream(self) -> cuda.Stream:
+        """The stream that inputs are copied on and that the first piece starts from."""
+        return self._runner.streams[self._plan.pieces[0].main]
+
+    @property
+    def graph_count(self) -> int:
+        """How many CUDA graphs of ours a run launches."""
+        return len(self._graphs)
+
+    def launch(self) -> None:
+        """Launch a plan that is one captured piece, on what its input buffers hold."""
+        self._launch[0]()
+
+    @property
+    def is_one_piece(self) -> bool:
+        """Whether a run is one launch with nothing left to the host."""
+        return len(self._plan.pieces) == 1 and self._plan.pieces[0].captured
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """Run and return the named outputs as host values.
+
+        Args:
+            feeds: Host values of every model input.
+            outputs: Names of model outputs.
+        """
+        values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
+        stream = self._end_stream()
+        fetched = [name for name in outputs if name not in values]
+        for name in fetched:
+            self._runner.buffers[name].fetch(stream)
+        stream.synchronize()
+        return [
+            self._runner.buffers[n].staging.copy() if n in fetched else values[n] for n in outputs
+        ]
+
+    def run_on_device(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """Run on device tensors, ordered by torch's current stream, without a host copy.
+
+        Args:
+            feeds: DLPack objects, one for every model input.
+            outputs: Names of model outputs; they come as new torch tensors.
+        """
+        device = self.main_stream.device
+        tensors = {name: cuda.tensor_on_device(value, device) for name, value in feeds.items()}
+        self.main_stream.wait_for_caller()
+        values = self._run_pieces(tensors, lambda b, t, s: b.fill_from_tensor(t, s))
+        stream = self._end_stream()
+        results = [
+            cuda.tensor_on_device(values[name], device)
+            if name in values
+            else self._runner.buffers[name].copy_to_new_tensor(stream)
+            for name in outputs
+        ]
+        stream.release_to_caller()
+        return results
+
+    def _end_stream(self) -> cuda.Stream:
+        return self._runner.streams[self._plan.pieces[-1].main]
+
+    def _run_pieces(
+        self, feeds: Mapping[str, Any], fill: Callable[[cuda.Buffer, Any, cuda.Stream], None]
+    ) -> dict[str, Any]:
+        """Run everything; returns the values that live on the host."""
+        values: dict[str, Any] = {}
+        for name, value in feeds.items():
+            if name in self._runner.buffers:
+                fill(self._runner.buffers[name], value, self.main_stream)
+            else:
+                values[name] = value
+        for piece, launch in zip(self._plan.pieces, self._launch, strict=True):
+            if piece.captured:
+                launch()
+            else:
+                self._run_on_host(piece, values)
+        return values
+
+    def _run_on_host(self, piece: Piece, values: dict[str, Any]) -> None:
+        """Run a host piece between graph launches: fetch, run, fill."""
+        buffers = self._runner.buffers
+        for stream in self._runner.streams.values():
+            stream.synchronize()
+        stream = self._runner.streams[piece.main]
+        (index,) = piece.runs
+        segment = self._plan.segments[index]
+        fetched = [name for name in segment.inputs if name in buffers]
+        for name in fetched:
+            buffers[name].fetch(stream)
+        stream.synchronize()
+        feeds = {name: buffers[name].staging.copy() for name in fetched}
+        feeds |= {n: _host_value(values[n]) for n in segment.inputs if n not in feeds}
+        results = self._runner.sessions[index].run(feeds, segment.outputs)
+        for name, value in zip(segment.outputs, results, strict=True):
+            if name in buffers:
+                buffers[name].fill(np.asarray(value), stream)
+            else:
+                values[name] = value
+        stream.synchronize()
+
+    def close(self) -> None:
+        """Free the graphs, then what they launch."""
+        cuda.synchronize()
+        for graph in self._graphs:
+            graph.close()
+        self._graphs = []
+        self._launch = []
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _host_value(value: Any) -> Any:
+    """A torch tensor as numpy; anything else as it is."""
+    return value.cpu().numpy() if hasattr(value, "cpu") else value

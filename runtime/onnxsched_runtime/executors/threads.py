@@ -1,0 +1,118 @@
+"""The CPU executor: the plan over worker threads, one for each stream."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from typing import Any, Self
+
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Step, Wait
+from onnxsched_runtime.session import OrtSession, SessionSettings
+
+
+class ThreadExecutor:
+    """Runs a plan on the CPU provider; streams are threads and events are `threading.Event`."""
+
+    capture = "none"
+    refusal: str | None = None
+
+    def __init__(
+        self, source: ModelSource, plan: ExecutionPlan, custom_ops: tuple[str, ...] = ()
+    ) -> None:
+        """Create the sessions and the threads."""
+        self._plan = plan
+        streams = {segment.placement for segment in plan.segments}
+        self._resources = ExitStack()
+        self._threads = self._resources.enter_context(ThreadPoolExecutor(len(streams)))
+        settings = SessionSettings(
+            Device("cpu"),
+            level="all",
+            thread_count=thread_count(len(streams)) if len(streams) > 1 else 0,
+            custom_ops=custom_ops,
+        )
+        try:
+            self._sessions = [
+                self._resources.enter_context(OrtSession(source.extract(segment), settings))
+                for segment in plan.segments
+            ]
+        except BaseException:
+            self._resources.close()
+            raise
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """Run every piece and return the named outputs as host values."""
+        values = dict(feeds)
+        for piece in self._plan.pieces:
+            lanes: dict[Placement, list[Step]] = {}
+            for step in piece.steps:
+                lanes.setdefault(self._placement(step), []).append(step)
+            if len(lanes) == 1:
+                self._run_lane(piece, next(iter(lanes.values())), values, {}, threading.Event())
+            else:
+                self._run_lanes(piece, list(lanes.values()), values)
+        return [values[name] for name in outputs]
+
+    def _run_lanes(self, piece: Piece, lanes: list[list[Step]], values: dict[str, Any]) -> None:
+        events = {s.event: threading.Event() for s in piece.steps if isinstance(s, Record)}
+        failed = threading.Event()
+        jobs = [
+            self._threads.submit(self._run_lane, piece, lane, values, events, failed)
+            for lane in lanes
+        ]
+        done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+        if any(job.exception() for job in done):
+            failed.set()
+            for event in events.values():
+                event.set()
+            wait(jobs)
+        for job in jobs:
+            job.result()
+
+    def _run_lane(
+        self,
+        piece: Piece,
+        steps: list[Step],
+        values: dict[str, Any],
+        events: dict[int, threading.Event],
+        failed: threading.Event,
+    ) -> None:
+        for step in steps:
+            match step:
+                case Run(index):
+                    segment = self._plan.segments[index]
+                    feeds = {name: values[name] for name in segment.inputs}
+                    results = self._sessions[index].run(feeds, segment.outputs)
+                    values.update(zip(segment.outputs, results, strict=True))
+                case Record(event):
+                    if event in events:
+                        events[event].set()
+                case Wait(event):
+                    if event in events:
+                        events[event].wait()
+            if failed.is_set():
+                return
+
+    def _placement(self, step: Step) -> Placement:
+        if isinstance(step, Run):
+            return self._plan.segments[step.segment].placement
+        return step.placement
+
+    def close(self) -> None:
+        """Free sessions and threads."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def thread_count(stream_count: int) -> int:
+    """Threads for each operator when `stream_count` run side by side, at least 1."""
+    return max(1, (os.cpu_count() or 1) // stream_count)

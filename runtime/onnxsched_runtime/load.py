@@ -1,0 +1,279 @@
+"""From an annotated file to a session: the composition root of the runtime."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import onnx
+
+from onnxsched_runtime.annotation import Annotation, read_annotation
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.executors.streams import Capture, StreamExecutor
+from onnxsched_runtime.executors.threads import ThreadExecutor
+from onnxsched_runtime.model import ModelSource, operations_from_model, read_model
+from onnxsched_runtime.partition import plan_execution
+from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.session import Level
+
+Executor = StreamExecutor | ThreadExecutor
+"""What runs a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeArg:
+    """An input or output, with the fields of ONNX Runtime's own."""
+
+    name: str
+    type: str
+    """E.g. `tensor(float)`."""
+    shape: list[int] | None
+    """None where it is not known before the run."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device_map: Mapping[str, str] | None = None,
+    capture: Capture = "whole",
+    custom_ops: Sequence[str] = (),
+) -> Session:
+    """Load an annotated model and make it ready to run.
+
+    Args:
+        path: A model written by `onnxsched optimize`.
+        device_map: Moves the schedule to other devices, e.g. `{"cuda:0": "cuda:1"}`; a schedule
+            for a GPU runs on `cpu:0` too.
+        capture: `whole` for one CUDA graph, `ort` for one graph a segment by ONNX Runtime
+            itself, `none` to launch at every run. What the model does not allow falls back to
+            the next, and `Session.refusal` says why.
+        custom_ops: Shared libraries with custom operators.
+
+    Raises:
+        UsageError: There is no such file, or a device is misspelt.
+        ModelError: It is no ONNX model, or carries no schedule that fits it.
+        DeviceError: A device of the schedule is not on this machine.
+    """
+    model = read_model(path)
+    annotation = moved(read_annotation(model), device_map or {})
+    return Session(model, annotation, capture=capture, custom_ops=tuple(custom_ops))
+
+
+def open_executor(
+    source: ModelSource,
+    plan: ExecutionPlan,
+    *,
+    capture: Capture = "whole",
+    level: Level = "none",
+    custom_ops: tuple[str, ...] = (),
+) -> Executor:
+    """Make a plan ready to run on the device of its segments.
+
+    Args:
+        source: The model that segments are cut out of.
+        plan: Segments and their order.
+        capture: How a GPU's plan is captured; see `load`.
+        level: Graph optimizations in each session on a GPU; on the CPU all are made, since its
+            blocked layouts exist only inside a session.
+        custom_ops: Shared libraries with custom operators.
+    """
+    if plan.segments[0].placement.device.kind == "cpu":
+        return ThreadExecutor(source, plan, custom_ops)
+    return StreamExecutor(source, plan, capture, level, custom_ops)
+
+
+def moved(annotation: Annotation, device_map: Mapping[str, str]) -> Annotation:
+    """The annotation with devices renamed.
+
+    Raises:
+        UsageError: A device is misspelt, or is not in the schedule.
+    """
+    renamed = {Device.parse(old): Device.parse(new) for old, new in device_map.items()}
+    if strangers := renamed.keys() - set(annotation.devices):
+        used = ", ".join(map(str, annotation.devices))
+        raise UsageError(f"The schedule does not use {min(strangers)}; it uses {used}.")
+    placements = {
+        name: Placement(renamed.get(placement.device, placement.device), placement.stream)
+        for name, placement in annotation.placements.items()
+    }
+    return replace(annotation, placements=placements)
+
+
+class Session:
+    """A scheduled model, used like `onnxruntime.InferenceSession`."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        annotation: Annotation,
+        *,
+        capture: Capture = "whole",
+        custom_ops: tuple[str, ...] = (),
+    ) -> None:
+        """Plan, create the ORT sessions and capture; see `load`."""
+        self.annotation = annotation
+        source = ModelSource(model, annotation.tensors)
+        self._inputs = _arguments(model.graph.input, source, model)
+        self._outputs = _arguments(model.graph.output, source, model)
+        operations = operations_from_model(model, annotation.placements, annotation.host_reasons)
+        self.plan: ExecutionPlan = plan_execution(
+            operations, [a.name for a in self._inputs], [a.name for a in self._outputs]
+        )
+        if len(annotation.devices) > 1:
+            used = ", ".join(map(str, annotation.devices))
+            raise UsageError(f"The schedule uses {used}; this release runs one device.")
+        self.device = annotation.devices[0]
+        self._executor = open_executor(source, self.plan, capture=capture, custom_ops=custom_ops)
+        self._one_at_a_time = threading.Lock()
+        self._is_closed = False
+
+    @property
+    def capture(self) -> str:
+        """How it is captured: `whole`, `ort` or `none`."""
+        return str(self._executor.capture)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it is not captured as was asked for; None where it is."""
+        return self._executor.refusal
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the plan; benchmarks launch it directly."""
+        return self._executor
+
+    def get_inputs(self) -> list[NodeArg]:
+        """The inputs, as ONNX Runtime shows them."""
+        return list(self._inputs)
+
+    def get_outputs(self) -> list[NodeArg]:
+        """The outputs, as ONNX Runtime shows them."""
+        return list(self._outputs)
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[Any]:
+        """Run once; calls from several threads take turns.
+
+        Args:
+            output_names: Which outputs to return, in this order; None for all.
+            input_feed: A value for every input, of its exact shape. If all are GPU tensors
+                (torch, or anything with DLPack), outputs are torch tensors on the GPU, ready on
+                torch's current stream; else outputs are numpy arrays.
+
+        Raises:
+            UsageError: An input is missing, unknown, or of another shape or type; or the session
+                is closed.
+        """
+        names = [argument.name for argument in self._outputs]
+        if unknown := set(output_names or ()) - set(names):
+            raise UsageError(f"There is no output '{min(unknown)}'; there are {names}.")
+        wanted = list(output_names or names)
+        self._check_names(input_feed)
+        on_device = self._on_device(input_feed.values())
+        if on_device:
+            for argument in self._inputs:
+                _check_shape(argument, tuple(input_feed[argument.name].shape))
+        else:
+            input_feed = {a.name: _host_array(a, input_feed[a.name]) for a in self._inputs}
+        with self._one_at_a_time:
+            if self._is_closed:
+                raise UsageError("The session is closed; load the model again.")
+            if on_device:
+                assert isinstance(self._executor, StreamExecutor)
+                return self._executor.run_on_device(input_feed, wanted)
+            return self._executor.run(input_feed, wanted)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run on positional inputs; returns the output, or a tuple of several."""
+        if len(inputs) != len(self._inputs):
+            names = [argument.name for argument in self._inputs]
+            raise UsageError(f"The model takes {len(names)} inputs {names}, got {len(inputs)}.")
+        feeds = {a.name: value for a, value in zip(self._inputs, inputs, strict=True)}
+        outputs = self.run(None, feeds)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _on_device(self, values: Any) -> bool:
+        values = list(values)
+        return self.device.kind == "cuda" and bool(values) and all(map(_is_on_gpu, values))
+
+    def _check_names(self, feed: Mapping[str, Any]) -> None:
+        names = [argument.name for argument in self._inputs]
+        if missing := [name for name in names if name not in feed]:
+            raise UsageError(f"Input '{missing[0]}' is missing; the model takes {names}.")
+        if unknown := [name for name in feed if name not in names]:
+            raise UsageError(f"There is no input '{unknown[0]}'; the model takes {names}.")
+
+    def close(self) -> None:
+        """Free sessions, graphs, streams and buffers, after a run in another thread."""
+        with self._one_at_a_time:
+            if not self._is_closed:
+                self._is_closed = True
+                self._executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _arguments(
+    values: Sequence[onnx.ValueInfoProto], source: ModelSource, model: onnx.ModelProto
+) -> list[NodeArg]:
+    weights = {weight.name for weight in model.graph.initializer}
+    arguments = []
+    for value in values:
+        if value.name in weights:
+            continue
+        kind = source.tensors.get(value.name)
+        shape = None if kind is None or kind.shape is None else list(kind.shape)
+        arguments.append(NodeArg(value.name, _ort_type(value.type), shape))
+    return arguments
+
+
+def _ort_type(kind: onnx.TypeProto) -> str:
+    """A type as ONNX Runtime writes it, e.g. `seq(tensor(float))`."""
+    if kind.HasField("sequence_type"):
+        return f"seq({_ort_type(kind.sequence_type.elem_type)})"
+    if kind.HasField("optional_type"):
+        return f"optional({_ort_type(kind.optional_type.elem_type)})"
+    if kind.HasField("map_type"):
+        key = onnx.TensorProto.DataType.Name(kind.map_type.key_type).lower()
+        return f"map({key},{_ort_type(kind.map_type.value_type)})"
+    return f"tensor({onnx.TensorProto.DataType.Name(kind.tensor_type.elem_type).lower()})"
+
+
+def _is_on_gpu(value: Any) -> bool:
+    """Whether a value offers its memory by DLPack from a CUDA device (device type 2)."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
+        return False
+    return int(value.__dlpack_device__()[0]) == 2
+
+
+def _host_array(argument: NodeArg, value: Any) -> Any:
+    """A host value of the input's type and shape."""
+    if not argument.type.startswith("tensor("):
+        return value
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    element = onnx.TensorProto.DataType.Value(argument.type[7:-1].upper())
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
+    if array.dtype != dtype and element != onnx.TensorProto.STRING:
+        raise UsageError(
+            f"Input '{argument.name}' takes {dtype.name}, got {array.dtype.name}; convert it."
+        )
+    _check_shape(argument, array.shape)
+    return np.ascontiguousarray(array) if array.ndim else array
+
+
+def _check_shape(argument: NodeArg, shape: tuple[int, ...]) -> None:
+    if argument.shape is not None and list(shape) != argument.shape:
+        raise UsageError(
+            f"Input '{argument.name}' takes shape {argument.shape}, got {list(shape)}; the "
+            "schedule is made for one shape, so optimize again for another (--shape)."
+        )

@@ -1,0 +1,216 @@
+"""ONNX models as files and as parts: reading, writing whole, cutting out a segment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxsched_runtime.device import Placement
+from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
+from onnxsched_runtime.plan import Operation, Segment
+from onnxsched_runtime.tensor import TensorType
+
+_INLINE_NBYTES = 1024
+"""Weights above this travel beside a segment's bytes, not in them: protobuf ends at 2 GiB."""
+_FILE_NBYTES = 2**31 - 2**20
+"""Models above this are written with their weights in a file of their own."""
+_NUMPY_TYPES = {
+    TensorProto.BOOL, TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE,
+    TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
+    TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64,
+}  # fmt: skip
+"""Weights of other types (bfloat16, 8-bit floats, 4-bit integers, strings) stay in the bytes: ORT
+takes none of them from an array."""
+
+
+def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read a model and its external data.
+
+    Raises:
+        UsageError: There is no such file.
+        ModelError: It is no ONNX model, or its external data is missing.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"There is no file '{file}'; give the path of an ONNX model.")
+    try:
+        model = onnx.load(file, format="protobuf")
+    except DecodeError as error:
+        raise ModelError(f"'{file}' can't be read as an ONNX model ({error}).") from error
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"The weights beside '{file}' can't be read ({error}).") from error
+    if not model.graph.node:
+        raise ModelError(f"'{file}' holds no operators; export the model again.")
+    return model
+
+
+def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write a model whole or not at all; weights go to `PATH.data` above 2 GiB.
+
+    Raises:
+        OnnxschedError: The file can't be written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OnnxschedError(f"'{path}' can't be written (it is no regular file); choose another.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            draft = Path(scratch) / target.name
+            if model.ByteSize() < _FILE_NBYTES:
+                draft.write_bytes(model.SerializeToString())
+            else:
+                copy = onnx.ModelProto()
+                copy.CopyFrom(model)
+                onnx.save(copy, draft, save_as_external_data=True, location=f"{target.name}.data")
+                os.replace(f"{draft}.data", f"{target}.data")
+            os.replace(draft, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OnnxschedError(f"'{path}' can't be written ({reason}); choose another.") from error
+
+
+def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:
+    """The tensors a node needs, those its subgraphs take from outside included."""
+    return tuple(dict.fromkeys([name for name in node.input if name] + list(_captured(node))))
+
+
+def _captured(node: onnx.NodeProto) -> Iterator[str]:
+    for attribute in node.attribute:
+        graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
+        for graph in graphs:
+            inner = {value.name for value in graph.input}
+            inner |= {weight.name for weight in graph.initializer}
+            for child in graph.node:
+                yield from (name for name in node_reads(child) if name not in inner)
+                inner.update(child.output)
+            yield from (v.name for v in graph.output if v.name not in inner)
+
+
+def operations_from_model(
+    model: onnx.ModelProto,
+    placements: Mapping[str, Placement],
+    host_reasons: Mapping[str, str],
+) -> tuple[Operation, ...]:
+    """The nodes as planning sees them, in launch order.
+
+    Args:
+        model: The model.
+        placements: Node name to placement, in launch order.
+        host_reasons: Why a node can't be captured, for those that can't.
+    """
+    weights = {weight.name for weight in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
+    return tuple(
+        Operation(
+            name=name,
+            placement=placement,
+            reads=tuple(t for t in node_reads(nodes[name]) if t not in weights),
+            writes=tuple(t for t in nodes[name].output if t),
+            host_reason=host_reasons.get(name),
+        )
+        for name, placement in placements.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPart:
+    """A model ready for a session: its bytes, and the large weights that go beside them."""
+
+    content: bytes
+    weights: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that segments are cut out of."""
+
+    model: onnx.ModelProto
+    tensors: Mapping[str, TensorType]
+
+    @cached_property
+    def _nodes(self) -> dict[str, onnx.NodeProto]:
+        return {node.name: node for node in self.model.graph.node}
+
+    @cached_property
+    def _weights(self) -> dict[str, TensorProto]:
+        return {weight.name: weight for weight in self.model.graph.initializer}
+
+    @cached_property
+    def _declared(self) -> dict[str, onnx.ValueInfoProto]:
+        graph = self.model.graph
+        return {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
+
+    def extract(self, segment: Segment) -> ModelPart:
+        """Cut a segment out as a model of its own."""
+        return self.part(segment.nodes, segment.inputs, segment.outputs)
+
+    def whole(self) -> ModelPart:
+        """The model as it is, ready for a session."""
+        graph = self.model.graph
+        weights = {weight.name for weight in graph.initializer}
+        return self.part(
+            [node.name for node in graph.node],
+            [value.name for value in graph.input if value.name not in weights],
+            [value.name for value in graph.output],
+        )
+
+    def part(
+        self, names: Sequence[str], inputs: Sequence[str], outputs: Sequence[str]
+    ) -> ModelPart:
+        """Cut the named nodes out, given what flows in and out."""
+        nodes = [self._nodes[name] for name in names]
+        used = dict.fromkeys(t for node in nodes for t in node_reads(node) if t in self._weights)
+        weights = {name: array for name in used if (array := self._beside(name)) is not None}
+        initializers = [_placeholder(self._weights[n]) if n in weights else self._weights[n]
+                        for n in used]  # fmt: skip
+        graph = helper.make_graph(
+            [_without_metadata(node) for node in nodes],
+            "segment",
+            [self._value(name) for name in inputs],
+            [self._value(name) for name in outputs],
+            initializers,
+        )
+        part = helper.make_model(
+            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
+        )
+        return ModelPart(part.SerializeToString(), weights)
+
+    def _beside(self, name: str) -> np.ndarray | None:
+        weight = self._weights[name]
+        if weight.ByteSize() <= _INLINE_NBYTES or weight.data_type not in _NUMPY_TYPES:
+            return None
+        return self._arrays.setdefault(name, np.ascontiguousarray(numpy_helper.to_array(weight)))
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def _value(self, name: str) -> onnx.ValueInfoProto:
+        kind = self.tensors.get(name)
+        if kind is None:
+            return self._declared.get(name) or helper.make_empty_tensor_value_info(name)
+        return helper.make_tensor_value_info(name, kind.element_type, kind.shape)
+
+
+def _placeholder(weight: TensorProto) -> TensorProto:
+    empty = TensorProto(name=weight.name, data_type=weight.data_type, dims=weight.dims)
+    empty.data_location = TensorProto.EXTERNAL
+    entry = empty.external_data.add()
+    entry.key, entry.value = "location", "beside"
+    return empty
+
+
+def _without_metadata(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    del copy.metadata_props[:]
+    return copy

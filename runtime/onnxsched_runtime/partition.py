@@ -1,0 +1,238 @@
+"""From annotated operations to segments and an execution plan. Pure.
+
+Which waits are needed follows from the happens-before relation alone: an event is waited for
+only if stream order and the waits already made do not imply it. Segments are then cut exactly
+where an event is needed, so that they are as few as the schedule allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from onnxsched_runtime.device import Placement
+from onnxsched_runtime.errors import PlanError
+from onnxsched_runtime.plan import (
+    ExecutionPlan,
+    Operation,
+    Piece,
+    Record,
+    Run,
+    Segment,
+    Step,
+    Wait,
+    check_plan,
+)
+
+_START = -1
+"""The unit that stands for the start of a piece on its main stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredWaits:
+    """The event waits that stream order does not already give."""
+
+    before: tuple[tuple[int, ...], ...]
+    """For each unit the units it must wait for; -1 is the start of the piece."""
+    at_end: tuple[int, ...]
+    """The units that the main stream must wait for at the end."""
+
+
+def required_waits(
+    placements: Sequence[Placement], dependencies: Sequence[Sequence[int]], main: Placement
+) -> RequiredWaits:
+    """Find the fewest waits that order every dependency, given the launch order.
+
+    Units (operations or segments) are numbered in launch order; a unit depends on earlier ones
+    only. Each stream keeps a vector clock of the last unit of every other stream known to be
+    finished. O((units + dependencies) x streams).
+
+    Args:
+        placements: The stream of each unit.
+        dependencies: For each unit the units whose results it needs.
+        main: The stream that everything forks from and joins to.
+    """
+    clocks: dict[Placement, dict[Placement, int]] = {main: {main: _START}}
+    done: dict[int, dict[Placement, int]] = {_START: {main: _START}}
+    stream_of = {_START: main, **dict(enumerate(placements))}
+
+    def unknown(units: Iterable[int], clock: dict[Placement, int]) -> tuple[int, ...]:
+        latest: dict[Placement, int] = {}
+        for unit in sorted(units):
+            if clock.get(stream_of[unit], -2) < unit:
+                latest[stream_of[unit]] = unit
+        return tuple(
+            unit
+            for stream, unit in latest.items()
+            if not any(done[o].get(stream, -2) >= unit for o in latest.values() if o != unit)
+        )
+
+    def learn(clock: dict[Placement, int], waits: Iterable[int]) -> None:
+        for unit in waits:
+            for stream, last in done[unit].items():
+                clock[stream] = max(clock.get(stream, -2), last)
+
+    before = []
+    for unit, placement in enumerate(placements):
+        clock = clocks.setdefault(placement, {})
+        waits = unknown((_START, *dependencies[unit]), clock)
+        learn(clock, waits)
+        before.append(waits)
+        clock[placement] = unit
+        done[unit] = dict(clock)
+    ends = {stream_of[u]: u for u in range(len(placements))}
+    return RequiredWaits(tuple(before), unknown(ends.values(), clocks[main]))
+
+
+def plan_execution(
+    operations: Sequence[Operation], inputs: Sequence[str], outputs: Sequence[str]
+) -> ExecutionPlan:
+    """Cut operations in launch order into segments and order them by events.
+
+    Operations that can't be captured stay together: everything is grouped into levels that
+    alternate between captured and host pieces, each level holding all that is ready by then.
+
+    Args:
+        operations: The operations of the model in launch order.
+        inputs: The model's inputs.
+        outputs: The model's outputs.
+
+    Raises:
+        PlanError: The launch order runs an operation before one it reads from.
+    """
+    units: list[Segment] = []
+    kept = readers_of(operations, outputs)
+    by_level: dict[int, list[Operation]] = {}
+    for operation, level in zip(operations, capture_levels(operations), strict=True):
+        by_level.setdefault(level, []).append(operation)
+    for level in sorted(by_level):
+        units += _cut(by_level[level], kept, host=level % 2 == 1)
+    plan = assemble(units, inputs, outputs)
+    check_plan(plan, operations)
+    return plan
+
+
+def capture_levels(operations: Sequence[Operation]) -> list[int]:
+    """The piece each operation belongs to: even for captured, odd for host pieces.
+
+    Raises:
+        PlanError: The launch order runs an operation before one it reads from.
+    """
+    level_of: dict[str, int] = {}
+    later = {tensor for operation in operations for tensor in operation.writes}
+    levels = []
+    for operation in operations:
+        if early := [t for t in operation.reads if t in later and t not in level_of]:
+            raise PlanError(f"Operation '{operation.name}' is launched before '{early[0]}' is.")
+        level = max((level_of.get(tensor, 0) for tensor in operation.reads), default=0)
+        level += level % 2 != (operation.host_reason is not None)
+        level_of.update(dict.fromkeys(operation.writes, level))
+        levels.append(level)
+    return levels
+
+
+def assemble(
+    segments: Sequence[Segment],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    launch_order: Sequence[int] | None = None,
+    order_edges: Iterable[tuple[int, int]] = (),
+) -> ExecutionPlan:
+    """Order segments by events; neighbours that can be captured share a piece.
+
+    Args:
+        segments: The segments.
+        inputs: The model's inputs.
+        outputs: The model's outputs.
+        launch_order: Indices of all segments in the order to launch them; as given if None.
+        order_edges: Further pairs (earlier, later) of segments that must not overlap.
+    """
+    writer = {tensor: i for i, segment in enumerate(segments) for tensor in segment.outputs}
+    needs = [{writer[t] for t in segment.inputs if t in writer} for segment in segments]
+    for earlier, later in order_edges:
+        needs[later].add(earlier)
+    pieces = []
+    order = range(len(segments)) if launch_order is None else launch_order
+    for host, run in groupby(order, lambda i: segments[i].host_reason is not None):
+        indices = list(run)
+        if host:
+            pieces += [Piece(False, segments[i].placement, (Run(i),)) for i in indices]
+        else:
+            pieces.append(_captured_piece(segments, indices, needs))
+    return ExecutionPlan(tuple(segments), tuple(pieces), tuple(inputs), tuple(outputs))
+
+
+def _captured_piece(
+    segments: Sequence[Segment], indices: Sequence[int], needs: Sequence[set[int]]
+) -> Piece:
+    unit_of = {index: unit for unit, index in enumerate(indices)}
+    placements = [segments[i].placement for i in indices]
+    main = min(placements)
+    local = [[unit_of[n] for n in needs[i] if n in unit_of] for i in indices]
+    waits = required_waits(placements, local, main)
+    awaited = {u for units in (*waits.before, waits.at_end) for u in units}
+    event = {unit: number for number, unit in enumerate(sorted(awaited))}
+    steps: list[Step] = [Record(event[_START], main)] if _START in awaited else []
+    for unit, index in enumerate(indices):
+        steps += [Wait(event[u], placements[unit]) for u in waits.before[unit]]
+        steps.append(Run(index))
+        if unit in awaited:
+            steps.append(Record(event[unit], placements[unit]))
+    steps += [Wait(event[u], main) for u in waits.at_end]
+    return Piece(True, main, tuple(steps))
+
+
+def readers_of(
+    operations: Sequence[Operation], outputs: Sequence[str]
+) -> dict[str, set[str | None]]:
+    """For each tensor who reads it: operation names, None for the caller."""
+    readers: dict[str, set[str | None]] = {}
+    for operation in operations:
+        for tensor in operation.reads:
+            readers.setdefault(tensor, set()).add(operation.name)
+    for tensor in outputs:
+        readers.setdefault(tensor, set()).add(None)
+    return readers
+
+
+def _cut(
+    operations: Sequence[Operation], readers: dict[str, set[str | None]], host: bool
+) -> list[Segment]:
+    """Cut one level into segments, in the launch order of their first operations."""
+    if host:
+        return [segment_of(operations, readers)]
+    writer = {tensor: i for i, op in enumerate(operations) for tensor in op.writes}
+    needs = [[writer[t] for t in op.reads if t in writer] for op in operations]
+    placements = [operation.placement for operation in operations]
+    waits = required_waits(placements, needs, min(placements))
+    awaited = {unit for units in waits.before for unit in units}
+    runs: list[list[Operation]] = []
+    open_run: dict[Placement, list[Operation]] = {}
+    for unit, operation in enumerate(operations):
+        run = open_run.get(operation.placement)
+        if run is None or waits.before[unit]:
+            run = open_run[operation.placement] = []
+            runs.append(run)
+        run.append(operation)
+        if unit in awaited:
+            del open_run[operation.placement]
+    return [segment_of(run, readers) for run in runs]
+
+
+def segment_of(operations: Sequence[Operation], readers: dict[str, set[str | None]]) -> Segment:
+    """The segment that holds these operations, placed where the first one is.
+
+    Args:
+        operations: In launch order.
+        readers: From `readers_of` all operations of the model.
+    """
+    names = tuple(operation.name for operation in operations)
+    own: set[str | None] = set(names)
+    inner = {tensor for operation in operations for tensor in operation.writes}
+    reads = dict.fromkeys(t for o in operations for t in o.reads if t not in inner)
+    written = dict.fromkeys(t for operation in operations for t in operation.writes)
+    outputs = tuple(t for t in written if not readers.get(t, set()) <= own)
+    reasons = dict.fromkeys(o.host_reason for o in operations if o.host_reason)
+    placement = operations[0].placement
+    return Segment(names, placement, tuple(reads), outputs, "; ".join(reasons) or None)

@@ -1,0 +1,221 @@
+"""The execution plan: segments, and the steps that run them in the right order.
+
+A plan is a list of pieces that run one after another. The steps of a captured piece run on the
+streams of their placements, ordered by events; a host piece runs one segment while the
+device waits. Positions in `Piece.steps` are the order in which the host issues them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from onnxsched_runtime.device import Placement
+from onnxsched_runtime.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A node of an annotated model, as planning sees it."""
+
+    name: str
+    placement: Placement
+    reads: tuple[str, ...]
+    """Tensors it needs that are not weights, those its subgraphs capture included."""
+    writes: tuple[str, ...]
+    host_reason: str | None = None
+    """Why it can't be captured into a CUDA graph; None where it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Operations of one stream that run back to back as one ORT session."""
+
+    nodes: tuple[str, ...]
+    """Node names in launch order."""
+    placement: Placement
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    """What others read: later segments, or the caller."""
+    host_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Launch a segment on its own stream."""
+
+    segment: int
+    """Index into `ExecutionPlan.segments`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Record an event on a stream, after all that was issued there."""
+
+    event: int
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Make a stream wait for an event."""
+
+    event: int
+    placement: Placement
+
+
+Step = Run | Record | Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Steps that become one CUDA graph, or one segment that stays on the host."""
+
+    captured: bool
+    main: Placement
+    """The stream that a captured piece forks from and joins to."""
+    steps: tuple[Step, ...]
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The segments of this piece in launch order."""
+        return tuple(step.segment for step in self.steps if isinstance(step, Run))
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """The streams it uses, the main one first."""
+        used = {s.placement for s in self.steps if not isinstance(s, Run)}
+        return (self.main, *sorted(used - {self.main}))
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """Segments and the pieces that run them."""
+
+    segments: tuple[Segment, ...]
+    pieces: tuple[Piece, ...]
+    inputs: tuple[str, ...]
+    """Model inputs."""
+    outputs: tuple[str, ...]
+    """Model outputs."""
+
+    @property
+    def wait_count(self) -> int:
+        """How many event waits the captured pieces hold."""
+        return sum(isinstance(step, Wait) for piece in self.pieces for step in piece.steps)
+
+    @cached_property
+    def device_tensors(self) -> frozenset[str]:
+        """Tensors that captured pieces read or write, which therefore need fixed addresses."""
+        segments = [self.segments[i] for p in self.pieces if p.captured for i in p.runs]
+        return frozenset(t for s in segments for t in (*s.inputs, *s.outputs))
+
+
+def check_plan(plan: ExecutionPlan, operations: Iterable[Operation]) -> None:
+    """Check that a plan computes the model in every interleaving its events allow.
+
+    The laws: every operation is in one segment and every segment runs once, on the stream it
+    is placed on; a tensor has one writer, and whoever reads it runs after that writer by the
+    happens-before relation of streams and events; a captured piece starts after its fork and
+    is finished when its main stream is; no event is waited for before it is recorded.
+    O(steps x streams).
+
+    Raises:
+        PlanError: names the first segment, event or tensor that breaks a law.
+    """
+    _check_cover(plan, tuple(operations))
+    written: set[str] = set(plan.inputs)
+    for number, piece in enumerate(plan.pieces):
+        if piece.captured:
+            _check_piece(plan, piece, number, frozenset(written))
+        for index in piece.runs:
+            segment = plan.segments[index]
+            if not piece.captured:
+                _require_written(segment, written)
+            if repeated := written.intersection(segment.outputs):
+                raise PlanError(f"Tensor '{min(repeated)}' is written twice.")
+            written.update(segment.outputs)
+    if missing := set(plan.outputs) - written:
+        raise PlanError(f"Model output '{min(missing)}' is written by no segment.")
+
+
+def _check_cover(plan: ExecutionPlan, operations: tuple[Operation, ...]) -> None:
+    held = Counter(name for segment in plan.segments for name in segment.nodes)
+    expected = Counter(operation.name for operation in operations)
+    if wrong := (held - expected) | (expected - held):
+        raise PlanError(f"Operation '{min(wrong)}' is not in exactly one segment.")
+    by_name = {operation.name: operation for operation in operations}
+    for segment in plan.segments:
+        visible = set(segment.inputs)
+        for operation in (by_name[name] for name in segment.nodes):
+            if operation.placement != segment.placement and segment.host_reason is None:
+                raise PlanError(f"Operation '{operation.name}' runs on {segment.placement}.")
+            if lost := set(operation.reads) - visible:
+                raise PlanError(f"Operation '{operation.name}' can't see tensor '{min(lost)}'.")
+            visible.update(operation.writes)
+    runs = Counter(index for piece in plan.pieces for index in piece.runs)
+    expected_runs = Counter(range(len(plan.segments)))
+    if wrong_runs := (runs - expected_runs) | (expected_runs - runs):
+        raise PlanError(f"Segment number {min(wrong_runs)} is not run exactly once.")
+
+
+def _require_written(segment: Segment, written: set[str]) -> None:
+    if missing := set(segment.inputs) - written:
+        raise PlanError(f"Segment {segment.nodes} reads '{min(missing)}' before it is written.")
+
+
+@dataclass
+class _Clocks:
+    """Vector clocks: for each stream, how far it knows every other stream to have come."""
+
+    main: Placement
+    streams: dict[Placement, dict[Placement, int]] = field(default_factory=dict)
+    events: dict[int, dict[Placement, int]] = field(default_factory=dict)
+
+    def of(self, placement: Placement) -> dict[Placement, int]:
+        """The clock of a stream; the main stream knows the fork (its tick 1) from the start."""
+        fresh = {placement: 1} if placement == self.main else {}
+        return self.streams.setdefault(placement, fresh)
+
+    def record(self, step: Record) -> None:
+        if step.event in self.events:
+            raise PlanError(f"Event {step.event} is recorded twice.")
+        self.events[step.event] = dict(self.of(step.placement))
+
+    def wait(self, step: Wait) -> None:
+        if step.event not in self.events:
+            raise PlanError(f"Event {step.event} is waited for before it is recorded.")
+        clock = self.of(step.placement)
+        for placement, tick in self.events[step.event].items():
+            clock[placement] = max(clock.get(placement, 0), tick)
+
+
+def _check_piece(plan: ExecutionPlan, piece: Piece, number: int, earlier: frozenset[str]) -> None:
+    clocks = _Clocks(piece.main)
+    writer: dict[str, tuple[Placement, int]] = {}
+    for step in piece.steps:
+        if isinstance(step, Record):
+            clocks.record(step)
+            continue
+        if isinstance(step, Wait):
+            clocks.wait(step)
+            continue
+        segment = plan.segments[step.segment]
+        clock = clocks.of(segment.placement)
+        if segment.host_reason is not None:
+            raise PlanError(f"Segment {segment.nodes} in captured piece {number} can't be.")
+        if clock.get(piece.main, 0) < 1:
+            raise PlanError(f"Segment {segment.nodes} may run before piece {number} starts.")
+        for tensor in segment.inputs:
+            stream, tick = writer.get(tensor, (piece.main, 1 if tensor in earlier else 2**62))
+            if clock.get(stream, 0) < tick:
+                raise PlanError(f"Segment {segment.nodes} may read '{tensor}' too early.")
+        tick = clock.get(segment.placement, 0) + 1
+        clock[segment.placement] = tick
+        writer.update(dict.fromkeys(segment.outputs, (segment.placement, tick)))
+    known = clocks.of(piece.main)
+    for placement, clock in clocks.streams.items():
+        if known.get(placement, 0) < clock.get(placement, 0):
+            raise PlanError(f"Piece {number} may end before stream {placement} does.")

@@ -1,0 +1,224 @@
+"""ONNX Runtime: the only module that imports it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import onnxruntime
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import DeviceError, ModelError, UsageError
+from onnxsched_runtime.model import ModelPart
+
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+Level = Literal["none", "extended", "all"]
+_LEVELS: Mapping[Level, Any] = {
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_CUDA_ONLY_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
+"""Fusions whose result the CPU provider can't run (the first) or that are slower than what they
+replace (the second): left out so that an optimized model stays portable."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """How a session is made."""
+
+    device: Device
+    stream_handle: int | None = None
+    """The CUDA stream that everything is launched on; None lets ORT make its own."""
+    level: Level = "none"
+    """Graph optimizations."""
+    graph_capture: bool = False
+    """Let ORT capture and replay its own CUDA graph."""
+    host_operators: bool = False
+    """Allow operators that only the CPU provider has."""
+    thread_count: int = 0
+    """Worker threads within an operator on the CPU; 0 is ORT's choice."""
+    custom_ops: tuple[str, ...] = ()
+    """Shared libraries with custom operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class BufferView:
+    """Memory that a session reads from or writes to."""
+
+    pointer: int
+    device: Device
+    element_type: int
+    shape: tuple[int, ...]
+
+
+class OrtSession:
+    """One `onnxruntime.InferenceSession`, run by values or bound to fixed buffers."""
+
+    def __init__(self, source: ModelPart | Path, settings: SessionSettings) -> None:
+        """Create the session.
+
+        Raises:
+            DeviceError: The CUDA provider does not load.
+            ModelError: ORT refuses the model.
+        """
+        options = _session_options(settings)
+        if isinstance(source, ModelPart) and source.weights:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in source.weights.values()]
+            options.add_external_initializers(list(source.weights), values)
+        self._weights = source.weights if isinstance(source, ModelPart) else None
+        self._session = _create(source, options, settings)
+        self._binding: Any = None
+        self._run_options = onnxruntime.RunOptions()
+        if settings.stream_handle is not None:
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def bind(self, inputs: Mapping[str, BufferView], outputs: Mapping[str, BufferView]) -> None:
+        """Fix the buffers of every input and output; the caller keeps them alive."""
+        self._binding = self._session.io_binding()
+        for bind, views in (
+            (self._binding.bind_input, inputs),
+            (self._binding.bind_output, outputs),
+        ):
+            for name, view in views.items():
+                kind, index = view.device.kind, view.device.index
+                bind(name, kind, index, view.element_type, view.shape, view.pointer)
+
+    def run_bound(self) -> None:
+        """Run on the bound buffers; with a stream of ours, only launch."""
+        self._session.run_with_iobinding(self._binding, self._run_options)
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Any]:
+        """Run on host values and wait for the results."""
+        return list(self._session.run(outputs, dict(feeds)))
+
+    def close(self) -> None:
+        """Free the session: first what is bound, then the session, then its weights."""
+        self._binding = None
+        self._session = None
+        self._weights = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:
+    """Let ORT fold constants and fuse operators, and save the result.
+
+    Returns:
+        The nodes that need the CPU provider, with their operator types.
+
+    Raises:
+        DeviceError: The CUDA provider does not load.
+        ModelError: ORT refuses the model.
+    """
+    options = _session_options(settings)
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{target.name}.data"
+    )
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+    )
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = _create(source, options, settings)
+    if settings.device.kind == "cpu":
+        return {}
+    return {
+        node.name: node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == _CPU
+        for node in part.get_nodes()
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of ONNX Runtime and how it was built."""
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime_build": onnxruntime.get_build_info(),
+        "onnx": importlib.metadata.version("onnx"),
+        "numpy": np.__version__,
+    }
+
+
+def is_cuda_built() -> bool:
+    """Whether this ORT was built with the CUDA provider; says nothing of whether it loads."""
+    return _CUDA in onnxruntime.get_available_providers()
+
+
+@functools.cache
+def _load_cuda_libraries() -> None:
+    onnxruntime.set_default_logger_severity(3)
+    onnxruntime.preload_dlls()
+
+
+def _session_options(settings: SessionSettings) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = _LEVELS[settings.level]
+    options.log_severity_level = 3
+    options.intra_op_num_threads = settings.thread_count
+    options.inter_op_num_threads = 1
+    if settings.device.kind == "cuda":
+        options.intra_op_num_threads = settings.thread_count or 1
+        if not settings.host_operators:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for library in settings.custom_ops:
+        try:
+            options.register_custom_ops_library(os.fspath(library))
+        except Exception as error:
+            raise UsageError(
+                f"The custom operator library '{library}' does not load ({_first_line(error)})."
+            ) from error
+    return options
+
+
+def _create(source: ModelPart | Path, options: Any, settings: SessionSettings) -> Any:
+    model = source.content if isinstance(source, ModelPart) else str(source)
+    disabled = _CUDA_ONLY_FUSIONS if settings.level == "extended" else None
+    try:
+        session = onnxruntime.InferenceSession(
+            model,
+            options,
+            providers=_providers(settings),
+            disabled_optimizers=disabled,
+            enable_fallback=0,
+        )
+    except Exception as error:
+        raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+    if settings.device.kind == "cuda" and _CUDA not in session.get_providers():
+        raise DeviceError(
+            f"ONNX Runtime's CUDA provider does not load for {settings.device}; "
+            "`onnxsched doctor` says what is missing."
+        )
+    return session
+
+
+def _providers(settings: SessionSettings) -> list[Any]:
+    if settings.device.kind == "cpu":
+        return [_CPU]
+    cuda.require_device(settings.device)
+    _load_cuda_libraries()
+    options = {
+        "device_id": str(settings.device.index),
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": "1" if settings.graph_capture else "0",
+    }
+    if settings.stream_handle is not None:
+        options["user_compute_stream"] = str(settings.stream_handle)
+    return [(_CUDA, options), *([_CPU] if settings.host_operators else [])]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[0]
