@@ -24,8 +24,8 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.load import Executor, open_executor
-from onnxsched_runtime.model import ModelSource, operations_from_model, read_model
-from onnxsched_runtime.partition import plan_execution
+from onnxsched_runtime.model import ModelSource, read_model
+from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.session import Level
 
 ARMS: Mapping[str, str] = {
@@ -226,12 +226,7 @@ def _open(
         reasons = dict.fromkeys(placements, "in one session") if annotation.host_reasons else {}
     elif name == "sequential":
         placements = {n: Placement(p.device, 0) for n, p in annotation.placements.items()}
-    weights = {weight.name for weight in source.model.graph.initializer}
-    plan = plan_execution(
-        operations_from_model(source.model, placements, reasons),
-        [value.name for value in source.model.graph.input if value.name not in weights],
-        [value.name for value in source.model.graph.output],
-    )
+    plan = plan_model(source.model, placements, reasons)
     capture: Mapping[str, Capture] = {"ort": "none", "ort-graph": "ort", "schedule-ort": "ort"}
     level: Level = "all" if name.startswith("ort") else "none"
     return open_executor(

@@ -86,24 +86,29 @@ def difference(name: str, actual: Any, expected: Any, tolerances: Tolerances) ->
         return Difference(
             name, 0.0 if equal else float("inf"), 0.0 if equal else 1.0, equal, equal
         )
-    identical = bool(np.array_equal(a, b, equal_nan=True))
-    a64, b64 = a.astype(np.float64), b.astype(np.float64)
-    same = (a64 == b64) | (np.isnan(a64) & np.isnan(b64))
-    gap = np.where(same, 0.0, np.abs(a64 - b64))
-    gap = np.where(np.isnan(gap), np.inf, gap)
-    scale = np.where(np.isfinite(b64), np.abs(b64), 0.0)
     relative = tolerances.relative_of.get(name, tolerances.relative)
     absolute = tolerances.absolute_of.get(name, tolerances.absolute)
-    if absolute is None:
-        absolute = relative * float(scale.max(initial=0.0))
-    norm = float(np.linalg.norm(scale))
-    return Difference(
-        name,
-        float(gap.max(initial=0.0)),
-        float(np.linalg.norm(gap)) / norm if norm else float(gap.max(initial=0.0)),
-        bool((gap <= absolute + relative * scale).all()),
-        identical,
-    )
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap, scale = _gap(a.astype(np.float64), b.astype(np.float64))
+        largest = float(scale.max(initial=0.0))
+        if absolute is None:
+            absolute = relative * largest
+        unit = largest or 1.0
+        norm = float(np.linalg.norm(scale / unit)) or 1.0
+        return Difference(
+            name,
+            float(gap.max(initial=0.0)),
+            float(np.linalg.norm(gap / unit)) / norm,
+            bool((gap <= absolute + relative * scale).all()),
+            bool(np.array_equal(a, b, equal_nan=True)),
+        )
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each element is apart, and the size of what is expected where that is finite."""
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    gap = np.where(same, 0.0, np.abs(a - b))
+    return np.where(np.isnan(gap), np.inf, gap), np.where(np.isfinite(b), np.abs(b), 0.0)
 
 
 def _sequence_difference(

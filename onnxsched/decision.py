@@ -29,6 +29,8 @@ class Decision:
     """Every candidate: policy, streams, predicted, tried and measured times."""
     operators: Mapping[str, tuple[float, str]]
     """Median solo time in microseconds and bound, by node name."""
+    refusals: Mapping[str, str]
+    """Why a node can't be captured, for those where the attempt failed."""
 
 
 def decide(outcomes: Sequence[Outcome], profile: Profile, policy: str) -> Decision:
@@ -53,6 +55,7 @@ def decide(outcomes: Sequence[Outcome], profile: Profile, policy: str) -> Decisi
             name: (operator.duration_us, profile.bounds[name])
             for name, operator in profile.operators.items()
         },
+        refusals=profile.refusals,
     )
 
 
@@ -76,6 +79,7 @@ def remember(cache: MeasurementCache, key: str, decision: Decision) -> None:
         "sequential_us": decision.sequential_us,
         "alternatives": list(decision.alternatives),
         "operators": dict(decision.operators),
+        "refusals": dict(decision.refusals),
     }
     cache.write(key, content)
 
@@ -97,6 +101,7 @@ def recall(
             sequential_us=float(content["sequential_us"]),
             alternatives=tuple(content["alternatives"]),
             operators={n: (float(us), str(b)) for n, (us, b) in content["operators"].items()},
+            refusals={str(name): str(why) for name, why in content["refusals"].items()},
         )
-    except (KeyError, TypeError, ValueError, ScheduleError):
+    except (AttributeError, KeyError, TypeError, ValueError, ScheduleError):
         return None

@@ -9,9 +9,9 @@ from typing import Any
 
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Placement
-from onnxsched_runtime.model import operations_from_model, read_model
-from onnxsched_runtime.partition import plan_execution
+from onnxsched_runtime.model import read_model
 from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.planning import plan_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +90,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
     """
     model = read_model(path)
     annotation = read_annotation(model)
-    operations = operations_from_model(model, annotation.placements, annotation.host_reasons)
-    weights = {weight.name for weight in model.graph.initializer}
-    plan = plan_execution(
-        operations,
-        [value.name for value in model.graph.input if value.name not in weights],
-        [value.name for value in model.graph.output],
-    )
+    plan = plan_model(model, annotation.placements, annotation.host_reasons)
     segment_of = {name: i for i, segment in enumerate(plan.segments) for name in segment.nodes}
     op_types = {node.name: node.op_type for node in model.graph.node}
     measured = annotation.details.get("operators", {})

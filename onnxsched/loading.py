@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import onnx.inliner
-from onnx import TensorProto, helper
+from onnx import helper
 
+from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph
+from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
+from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import node_reads, read_model, write_model
 from onnxsched_runtime.session import SessionSettings, optimize_file
 from onnxsched_runtime.tensor import TensorType
 
-_CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
-           "Multinomial", "Bernoulli"}  # fmt: skip
 _MIN_IR, _MAX_IR = 10, 13
 """Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
 _MAX_CONCAT = 32
-_WEIGHT_NBYTES = 1024
-"""Initializers above this hold weights, not shapes: shape inference does without them."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +41,9 @@ class Model:
     """The model as the user gave it, shapes bound: what plain ORT runs."""
 
 
-def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
-    """Read `NAME:1x3x224x224` options.
-
-    Raises:
-        UsageError: An option is not of that form.
-    """
-    shapes = {}
-    for text in texts:
-        match = re.fullmatch(r"(.+):(\d+(?:x\d+)*|scalar)", text)
-        if match is None:
-            raise UsageError(f"--shape {text} can't be read: write NAME:1x3x224x224.")
-        dims = () if match[2] == "scalar" else tuple(int(dim) for dim in match[2].split("x"))
-        shapes[match[1]] = dims
-    return shapes
+def with_refusals(model: Model, refusals: Mapping[str, str]) -> Model:
+    """The model with more nodes left to the host: those whose capture was tried and failed."""
+    return replace(model, host_reasons={**model.host_reasons, **refusals})
 
 
 def load_model(
@@ -82,88 +67,21 @@ def load_model(
     bind_shapes(baseline, shapes or {})
     _narrow_concats(baseline)
     _name_nodes(baseline)
+    declare_types(baseline)
     proto, on_cpu = _optimized(baseline, device, custom_ops)
     _give_outputs_a_node(proto)
     _name_nodes(proto)
     tensors = tensor_types(proto)
+    if device.kind == "cpu":
+        _require_arrays(tensors)
     weights = {weight.name for weight in proto.graph.initializer}
     bound = {
         value.name: tensors[value.name].shape or ()
         for value in proto.graph.input
         if value.name in tensors and value.name not in weights
     }
-    reasons = _host_reasons(proto, tensors, on_cpu)
+    reasons = host_reasons(proto, tensors, on_cpu)
     return Model(proto, tensors, reasons, bound, baseline)
-
-
-def bind_shapes(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give every input the static shape asked for, in place.
-
-    A symbol bound through one input is bound in all others.
-
-    Raises:
-        UsageError: A shape names no input, contradicts the model or another shape, or leaves a
-            dimension without a value.
-    """
-    weights = {weight.name for weight in model.graph.initializer}
-    inputs = {v.name: v for v in model.graph.input if v.name not in weights}
-    if unknown := shapes.keys() - inputs.keys():
-        raise UsageError(
-            f"--shape names '{min(unknown)}', which is no input; the inputs are {list(inputs)}."
-        )
-    symbols: dict[str, int] = {}
-    for name, shape in shapes.items():
-        _bind(name, inputs[name], shape, symbols)
-    unbound = []
-    for name, value in inputs.items():
-        if not value.type.HasField("tensor_type"):
-            continue
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not dim.HasField("dim_value") and dim.dim_param in symbols:
-                dim.dim_value = symbols[dim.dim_param]
-            elif not dim.HasField("dim_value"):
-                unbound.append(f"{name}[{axis}]" + (f" ('{dim.dim_param}')" * bool(dim.dim_param)))
-        if not value.type.tensor_type.HasField("shape"):
-            unbound.append(f"{name} (of unknown rank)")
-    if unbound:
-        raise UsageError(
-            f"These dimensions have no value: {', '.join(unbound)}; give each input its shape "
-            "with --shape NAME:1x3x224x224."
-        )
-    _forget_symbolic_shapes(model)
-
-
-def _bind(
-    name: str, value: onnx.ValueInfoProto, shape: tuple[int, ...], symbols: dict[str, int]
-) -> None:
-    kind = value.type.tensor_type
-    dims = list(kind.shape.dim)
-    if kind.HasField("shape") and len(dims) != len(shape):
-        raise UsageError(f"--shape gives '{name}' {len(shape)} dimensions, it has {len(dims)}.")
-    for axis, (dim, size) in enumerate(zip(dims, shape, strict=False)):
-        fixed = dim.dim_value if dim.HasField("dim_value") else symbols.get(dim.dim_param)
-        if fixed is not None and fixed != size:
-            raise UsageError(f"--shape gives {name}[{axis}] {size}, but it is {fixed}.")
-        if dim.dim_param:
-            symbols[dim.dim_param] = size
-    del kind.shape.dim[:]
-    for size in shape:
-        kind.shape.dim.add().dim_value = size
-
-
-def _forget_symbolic_shapes(model: onnx.ModelProto) -> None:
-    """Drop shapes with symbols, which inference now finds with their values."""
-    inferred = [v for v in model.graph.value_info if not _has_symbol(v)]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(inferred)
-    for value in model.graph.output:
-        if _has_symbol(value):
-            value.type.tensor_type.ClearField("shape")
-
-
-def _has_symbol(value: onnx.ValueInfoProto) -> bool:
-    dims = value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ()
-    return any(not dim.HasField("dim_value") for dim in dims)
 
 
 def _narrow_concats(model: onnx.ModelProto) -> None:
@@ -198,8 +116,14 @@ def _check(model: onnx.ModelProto, path: str | Path) -> None:
         else:
             onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"'{path}' is no valid ONNX model: {reason}") from error
+        reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
+        raise ModelError(f"'{path}' is no valid ONNX model: {reason}.") from error
+    for value in model.graph.input:
+        if not value.type.HasField("tensor_type"):
+            raise ModelError(
+                f"Input '{value.name}' of '{path}' is a sequence, map or optional; only models "
+                "whose inputs are tensors can be measured."
+            )
 
 
 def _optimized(
@@ -242,9 +166,17 @@ def _give_outputs_a_node(model: onnx.ModelProto) -> None:
             )
         constant = f"{value.name}/constant"
         weights[value.name].name = constant
-        for node in graph.node:
-            node.input[:] = [constant if name == value.name else name for name in node.input]
+        _read_instead(graph, value.name, constant)
         graph.node.append(helper.make_node("Identity", [constant], [value.name]))
+
+
+def _read_instead(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Let every node read another tensor, those in subgraphs included, in place."""
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        for attribute in node.attribute:
+            for body in (*attribute.graphs, attribute.g):
+                _read_instead(body, old, new)
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
@@ -259,77 +191,13 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         taken.add(name)
 
 
-def tensor_types(model: onnx.ModelProto) -> dict[str, TensorType]:
-    """The type of every tensor of the main graph that is not a weight.
-
-    ORT stores what it inferred, contrib operators included; what it left out is inferred by
-    onnx from there. Sequences and optionals have no entry.
-    """
-    light = onnx.ModelProto()
-    light.CopyFrom(_without_weights(model))
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
-    weights = {weight.name for weight in model.graph.initializer}
-    types = {}
-    for value in (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info):
-        if value.type.HasField("tensor_type") and value.name not in weights:
-            tensor = value.type.tensor_type
-            static = tensor.HasField("shape") and not _has_symbol(value)
-            shape = tuple(dim.dim_value for dim in tensor.shape.dim) if static else None
-            types[value.name] = TensorType(tensor.elem_type, shape)
-    return types
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with large initializers as typed inputs, so that it copies quickly."""
-    graph = model.graph
-    heavy = [w for w in graph.initializer if w.ByteSize() > _WEIGHT_NBYTES]
-    names = {weight.name for weight in heavy}
-    light = onnx.GraphProto(name=graph.name, node=graph.node, value_info=graph.value_info)
-    light.initializer.extend(w for w in graph.initializer if w.name not in names)
-    light.input.extend(v for v in graph.input if v.name not in names)
-    light.input.extend(
-        helper.make_tensor_value_info(w.name, w.data_type, list(w.dims)) for w in heavy
-    )
-    light.output.extend(graph.output)
-    return helper.make_model(light, opset_imports=model.opset_import, ir_version=model.ir_version)
-
-
-def _host_reasons(
-    model: onnx.ModelProto, tensors: Mapping[str, TensorType], on_cpu: Mapping[str, str]
-) -> dict[str, str]:
-    weights = {weight.name for weight in model.graph.initializer}
-    reasons = {}
-    for node in model.graph.node:
-        flowing = [*(n for n in node_reads(node) if n not in weights), *filter(None, node.output)]
-        if reason := _host_reason(node, flowing, tensors, on_cpu):
-            reasons[node.name] = reason
-    return reasons
-
-
-def _host_reason(
-    node: onnx.NodeProto,
-    flowing: list[str],
-    tensors: Mapping[str, TensorType],
-    on_cpu: Mapping[str, str],
-) -> str | None:
-    """Why a node can't be captured; None where it can."""
-    if node.op_type in _CONTROL_FLOW and node.domain in ("", "ai.onnx"):
-        return f"{node.op_type} decides at run time what to execute"
-    if node.op_type in _RANDOM:
-        return f"{node.op_type} draws numbers that a replay would repeat"
-    for name in flowing:
-        kind = tensors.get(name)
-        if kind is None:
-            return f"'{name}' is a sequence or optional"
-        if kind.element_type == TensorProto.STRING:
-            return f"'{name}' holds strings"
-        if kind.shape is None:
-            return f"the shape of '{name}' depends on the data"
-        if not kind.is_static:
-            return f"'{name}' is of a type without device buffers"
-    if node.name in on_cpu:
-        return f"ONNX Runtime runs {node.op_type} on the CPU"
-    return None
+def _require_arrays(tensors: Mapping[str, TensorType]) -> None:
+    """Refuse types that numpy does not have, which ORT's CPU sessions neither take nor return."""
+    for name, kind in tensors.items():
+        if onnx.helper.tensor_dtype_to_np_dtype(kind.element_type).isbuiltin != 1:
+            raise ModelError(
+                f"'{name}' is a {kind}, which can't be scheduled on the CPU; use a GPU."
+            )
 
 
 def graph_from_model(model: Model) -> OperatorGraph:

@@ -70,6 +70,8 @@ class OperatorProfile:
     samples_us: tuple[float, ...]
     """Every sample; empty for an operator that could not be run alone."""
     kernels: tuple[Kernel, ...] = ()
+    refusal: str | None = None
+    """Why it can't be captured into a CUDA graph; None where it can."""
 
     @property
     def duration_us(self) -> float:
@@ -86,7 +88,9 @@ class OperatorProfile:
         samples = tuple(float(sample) for sample in content["samples_us"])
         if any(not sample > 0 for sample in samples):
             raise ValueError("a sample is not positive")
-        return cls(samples, tuple(_kernel(entry) for entry in content["kernels"]))
+        refusal = content["refusal"]
+        kernels = tuple(_kernel(entry) for entry in content["kernels"])
+        return cls(samples, kernels, None if refusal is None else str(refusal))
 
 
 def _kernel(entry: Mapping[str, Any]) -> Kernel:
@@ -118,6 +122,11 @@ class Profile:
     """None on the CPU."""
     measured_count: int
     """How many distinct operators were run now; the rest came from the cache."""
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        """Why a node can't be captured, for those where the attempt failed."""
+        return {name: o.refusal for name, o in self.operators.items() if o.refusal}
 
     def cost(self, name: str) -> OperatorCost:
         """The cost of a node for scheduling."""

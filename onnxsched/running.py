@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,22 @@ def _read_array(name: str, file: Path) -> np.ndarray:
 
 
 def _write_arrays(outputs: Mapping[str, Any], folder: Path) -> None:
+    """Write every output or none; each element of a sequence has a file of its own."""
+    files: dict[str, Any] = {}
+    for name, value in outputs.items():
+        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+        while any(file.startswith(f"{stem}.") for file in files):
+            stem += "_"
+        if isinstance(value, list):
+            files |= {f"{stem}.{number}.npy": element for number, element in enumerate(value)}
+        else:
+            files[f"{stem}.npy"] = value
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in outputs.items():
-            target = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.npy"
-            draft = target.with_suffix(".npy.part")
-            with draft.open("wb") as file:
-                np.save(file, np.asarray(value))
-            draft.replace(target)
+        with tempfile.TemporaryDirectory(prefix=".onnxsched-", dir=folder) as scratch:
+            for file, value in files.items():
+                np.save(Path(scratch, file), np.asarray(value))
+            for file in files:
+                os.replace(Path(scratch, file), folder / file)
     except (OSError, ValueError) as error:
         raise OnnxschedError(f"The outputs can't be written to '{folder}' ({error}).") from error

@@ -12,7 +12,7 @@ import onnx
 from onnxsched.comparison import Difference, Run, Tolerances, compare
 from onnxsched.environment import choose_device
 from onnxsched.inputs import random_inputs
-from onnxsched.loading import bind_shapes, tensor_types
+from onnxsched.shapes import bind_shapes, tensor_types
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.errors import AnnotationError, UsageError
 from onnxsched_runtime.load import Session

@@ -12,7 +12,6 @@ from onnxsched_runtime.errors import NumericsError, SlowerError, UsageError
 
 app = typer.Typer(
     help="Schedule the operators of an ONNX model over CUDA streams, and run the schedule.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -45,8 +44,8 @@ def optimize(
     json_to: _Json = None,
 ) -> None:
     """Measure a model on this machine, schedule it, and write it annotated."""
-    from onnxsched.loading import parse_shapes
     from onnxsched.pipeline import optimize as run
+    from onnxsched.shapes import parse_shapes
 
     if no_cache and cache_dir is not None:
         raise UsageError("--cache-dir and --no-cache contradict each other; give one.")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from onnxsched.loading import Model, tensor_types
+from onnxsched.loading import Model
 from onnxsched.profile import OperatorProfile, Roofline
+from onnxsched.shapes import tensor_types
 from onnxsched_runtime.device import Device
 
 _PRODUCT_SIZE = {"cuda": 4096, "cpu": 768}

@@ -142,16 +142,23 @@ def strip_annotation(model: onnx.ModelProto) -> bool:
 
 
 def fingerprint(model: onnx.ModelProto) -> str:
-    """A hash of the main graph's nodes and edges, the same in every order of the nodes.
+    """A hash of the main graph's nodes, attributes and edges, the same in every order of nodes.
 
     Weights do not count: a model may be trained further and keep its schedule.
     """
     rows = sorted(
-        repr((n.name, n.domain, n.op_type, list(n.input), list(n.output)))
+        repr((n.name, n.domain, n.op_type, list(n.input), list(n.output), _attributes(n)))
         for n in model.graph.node
     )
     ends = repr(([v.name for v in model.graph.input], [v.name for v in model.graph.output]))
     return hashlib.sha256("\n".join([*rows, ends]).encode()).hexdigest()[:32]
+
+
+def _attributes(node: onnx.NodeProto) -> list[str]:
+    return sorted(
+        hashlib.sha256(attribute.SerializeToString(deterministic=True)).hexdigest()
+        for attribute in node.attribute
+    )
 
 
 def _names_each_node(model: onnx.ModelProto, annotation: Annotation) -> bool:

@@ -16,9 +16,9 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
-from onnxsched_runtime.model import ModelSource, operations_from_model, read_model
-from onnxsched_runtime.partition import plan_execution
+from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.session import Level
 
 Executor = StreamExecutor | ThreadExecutor
@@ -120,9 +120,8 @@ class Session:
         source = ModelSource(model, annotation.tensors)
         self._inputs = _arguments(model.graph.input, source, model)
         self._outputs = _arguments(model.graph.output, source, model)
-        operations = operations_from_model(model, annotation.placements, annotation.host_reasons)
-        self.plan: ExecutionPlan = plan_execution(
-            operations, [a.name for a in self._inputs], [a.name for a in self._outputs]
+        self.plan: ExecutionPlan = plan_model(
+            model, annotation.placements, annotation.host_reasons
         )
         if len(annotation.devices) > 1:
             used = ", ".join(map(str, annotation.devices))

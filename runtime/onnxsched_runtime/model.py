@@ -40,7 +40,7 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ModelError: It is no ONNX model, or its external data is missing.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UsageError(f"There is no file '{file}'; give the path of an ONNX model.")
     try:
         model = onnx.load(file, format="protobuf")
@@ -60,7 +60,7 @@ def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
         OnnxschedError: The file can't be written.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise OnnxschedError(f"'{path}' can't be written (it is no regular file); choose another.")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:

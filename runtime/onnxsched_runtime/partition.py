@@ -235,4 +235,6 @@ def segment_of(operations: Sequence[Operation], readers: dict[str, set[str | Non
     outputs = tuple(t for t in written if not readers.get(t, set()) <= own)
     reasons = dict.fromkeys(o.host_reason for o in operations if o.host_reason)
     placement = operations[0].placement
+    if not outputs:  # of use to nobody, but ORT runs no model without an output
+        outputs = tuple(written)[-1:]
     return Segment(names, placement, tuple(reads), outputs, "; ".join(reasons) or None)

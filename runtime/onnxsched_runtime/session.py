@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ import onnxruntime
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError, ModelError, UsageError
+from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import ModelPart
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 Level = Literal["none", "extended", "all"]
+_NOISE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+:\d+ [^)]*\) "
+    r"|ONNX Runtime only \*guarantees\*.*(?=Current official)"
+)
 _LEVELS: Mapping[Level, Any] = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -92,12 +97,26 @@ class OrtSession:
                 bind(name, kind, index, view.element_type, view.shape, view.pointer)
 
     def run_bound(self) -> None:
-        """Run on the bound buffers; with a stream of ours, only launch."""
-        self._session.run_with_iobinding(self._binding, self._run_options)
+        """Run on the bound buffers; with a stream of ours, only launch.
+
+        Raises:
+            OnnxschedError: An operator failed.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding, self._run_options)
+        except Exception as error:
+            raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Any]:
-        """Run on host values and wait for the results."""
-        return list(self._session.run(outputs, dict(feeds)))
+        """Run on host values and wait for the results.
+
+        Raises:
+            OnnxschedError: An operator failed.
+        """
+        try:
+            return list(self._session.run(outputs, dict(feeds)))
+        except Exception as error:
+            raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
 
     def close(self) -> None:
         """Free the session: first what is bound, then the session, then its weights."""
@@ -169,6 +188,8 @@ def _session_options(settings: SessionSettings) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = settings.thread_count
     options.inter_op_num_threads = 1
+    if settings.thread_count:  # sessions side by side must not spin away each other's cores
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if settings.device.kind == "cuda":
         options.intra_op_num_threads = settings.thread_count or 1
         if not settings.host_operators:
@@ -195,7 +216,7 @@ def _create(source: ModelPart | Path, options: Any, settings: SessionSettings) -
             enable_fallback=0,
         )
     except Exception as error:
-        raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+        raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}.") from error
     if settings.device.kind == "cuda" and _CUDA not in session.get_providers():
         raise DeviceError(
             f"ONNX Runtime's CUDA provider does not load for {settings.device}; "
@@ -220,5 +241,6 @@ def _providers(settings: SessionSettings) -> list[Any]:
 
 
 def _first_line(error: BaseException) -> str:
+    """What ORT complains of, without its codes, our scratch files and its source lines."""
     text = str(error).strip() or repr(error)
-    return text.splitlines()[0]
+    return _NOISE.sub("", text.splitlines()[0]).rstrip(".")

@@ -224,9 +224,15 @@ class StreamExecutor:
         Args:
             feeds: DLPack objects, one for every model input.
             outputs: Names of model outputs; they come as new torch tensors.
+
+        Raises:
+            UsageError: A tensor is of another shape or type than its input.
         """
         device = self.main_stream.device
         tensors = {name: cuda.tensor_on_device(value, device) for name, value in feeds.items()}
+        for name, tensor in tensors.items():
+            if name in self._runner.buffers:
+                self._runner.buffers[name].require_fit(name, tensor)
         self.main_stream.wait_for_caller()
         values = self._run_pieces(tensors, lambda b, t, s: b.fill_from_tensor(t, s))
         stream = self._end_stream()

@@ -1,0 +1,154 @@
+"""Shapes: those the user binds inputs to, then the type of every tensor."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import onnx
+from onnx import helper
+
+from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.tensor import TensorType
+
+_VALUE_COUNT = 128
+"""Initializers of more elements hold weights, not shapes: inference does without their values."""
+
+
+def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    """Read `NAME:1x3x224x224` options.
+
+    Raises:
+        UsageError: An option is not of that form.
+    """
+    shapes = {}
+    for text in texts:
+        match = re.fullmatch(r"(.+):(\d+(?:x\d+)*|scalar)", text)
+        if match is None:
+            raise UsageError(f"--shape {text} can't be read: write NAME:1x3x224x224.")
+        dims = () if match[2] == "scalar" else tuple(int(dim) for dim in match[2].split("x"))
+        shapes[match[1]] = dims
+    return shapes
+
+
+def bind_shapes(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give every input the static shape asked for, in place.
+
+    A symbol bound through one input is bound in all others.
+
+    Raises:
+        UsageError: A shape names no input, contradicts the model or another shape, or leaves a
+            dimension without a value.
+    """
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = {v.name: v for v in model.graph.input if v.name not in weights}
+    if unknown := shapes.keys() - inputs.keys():
+        raise UsageError(
+            f"--shape names '{min(unknown)}', which is no input; the inputs are {list(inputs)}."
+        )
+    symbols: dict[str, int] = {}
+    for name, shape in shapes.items():
+        _bind(name, inputs[name], shape, symbols)
+    unbound = []
+    for name, value in inputs.items():
+        if not value.type.HasField("tensor_type"):
+            continue
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not _is_fixed(dim) and dim.dim_param in symbols:
+                dim.dim_value = symbols[dim.dim_param]
+            elif not _is_fixed(dim):
+                unbound.append(f"{name}[{axis}]" + (f" ('{dim.dim_param}')" * bool(dim.dim_param)))
+        if not value.type.tensor_type.HasField("shape"):
+            unbound.append(f"{name} (of unknown rank)")
+    if unbound:
+        raise UsageError(
+            f"These dimensions have no value: {', '.join(unbound)}; give each input its shape "
+            "with --shape NAME:1x3x224x224."
+        )
+    _forget_symbolic_shapes(model)
+
+
+def _bind(
+    name: str, value: onnx.ValueInfoProto, shape: tuple[int, ...], symbols: dict[str, int]
+) -> None:
+    kind = value.type.tensor_type
+    dims = list(kind.shape.dim)
+    if kind.HasField("shape") and len(dims) != len(shape):
+        raise UsageError(f"--shape gives '{name}' {len(shape)} dimensions, it has {len(dims)}.")
+    for axis, (dim, size) in enumerate(zip(dims, shape, strict=False)):
+        fixed = dim.dim_value if _is_fixed(dim) else symbols.get(dim.dim_param)
+        if fixed is not None and fixed != size:
+            raise UsageError(f"--shape gives {name}[{axis}] {size}, but it is {fixed}.")
+        if dim.dim_param:
+            symbols[dim.dim_param] = size
+    del kind.shape.dim[:]
+    for size in shape:
+        kind.shape.dim.add().dim_value = size
+
+
+def _forget_symbolic_shapes(model: onnx.ModelProto) -> None:
+    """Drop shapes with symbols, which inference now finds with their values."""
+    inferred = [v for v in model.graph.value_info if not _has_symbol(v)]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(inferred)
+    for value in model.graph.output:
+        if _has_symbol(value):
+            value.type.tensor_type.ClearField("shape")
+
+
+def _has_symbol(value: onnx.ValueInfoProto) -> bool:
+    dims = value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ()
+    return not all(map(_is_fixed, dims))
+
+
+def _is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    """Whether a dimension has a value; some exporters write -1 where it has none."""
+    return dim.HasField("dim_value") and dim.dim_value >= 0
+
+
+def declare_types(model: onnx.ModelProto) -> None:
+    """Write the types that onnx infers into the model, in place.
+
+    ORT carries them over to the operators that it fuses, of which onnx knows nothing; tensors
+    that the model does not declare it leaves undeclared.
+    """
+    inferred = _inferred(model)
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(inferred.value_info)
+
+
+def tensor_types(model: onnx.ModelProto) -> dict[str, TensorType]:
+    """The type of every tensor of the main graph that is not a weight.
+
+    What the model does not declare is inferred. Sequences and optionals have no entry.
+    """
+    inferred = _inferred(model)
+    weights = {weight.name for weight in model.graph.initializer}
+    types = {}
+    for value in (*inferred.input, *inferred.output, *inferred.value_info):
+        if value.type.HasField("tensor_type") and value.name not in weights:
+            tensor = value.type.tensor_type
+            static = tensor.HasField("shape") and not _has_symbol(value)
+            shape = tuple(dim.dim_value for dim in tensor.shape.dim) if static else None
+            types[value.name] = TensorType(tensor.elem_type, shape)
+    return types
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.GraphProto:
+    return onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with large initializers as typed inputs, so that it copies quickly."""
+    graph = model.graph
+    heavy = [w for w in graph.initializer if math.prod(w.dims) > _VALUE_COUNT]
+    names = {weight.name for weight in heavy}
+    light = onnx.GraphProto(name=graph.name, node=graph.node, value_info=graph.value_info)
+    light.initializer.extend(w for w in graph.initializer if w.name not in names)
+    light.input.extend(v for v in graph.input if v.name not in names)
+    light.input.extend(
+        helper.make_tensor_value_info(w.name, w.data_type, list(w.dims)) for w in heavy
+    )
+    light.output.extend(graph.output)
+    return helper.make_model(light, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -1,0 +1,67 @@
+"""What CUDA devices there are, and what they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxsched_runtime.cuda.binding import check, cudart, torch_module
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import DeviceError
+
+
+def device_count() -> int:
+    """How many CUDA devices torch sees; 0 with a torch built without CUDA."""
+    torch = torch_module()
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
+def require_device(device: Device) -> None:
+    """Check that a device is there.
+
+    Raises:
+        DeviceError: It is not.
+    """
+    count = device_count()
+    if device.kind == "cuda" and device.index >= count:
+        there = f"{count} CUDA devices" if count else "no CUDA device"
+        raise DeviceError(
+            f"Device {device} is not available: this machine has {there}; "
+            "`onnxsched doctor` says more."
+        )
+
+
+def synchronize() -> None:
+    """Wait for everything on every device."""
+    torch_module().cuda.synchronize()
+
+
+def device_properties(device: Device) -> dict[str, Any]:
+    """What a GPU is and what one of its multiprocessors holds."""
+    torch = torch_module()
+    found = torch.cuda.get_device_properties(device.index)
+    return {
+        "name": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "memory_nbytes": found.total_memory,
+        "multiprocessor_count": found.multi_processor_count,
+        "shared_memory_nbytes": found.shared_memory_per_multiprocessor,
+        "registers": found.regs_per_multiprocessor,
+        "threads": found.max_threads_per_multi_processor,
+        "l2_nbytes": found.L2_cache_size,
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of torch, CUDA, cuDNN and the driver; no driver without a device."""
+    torch = torch_module()
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    if device_count():
+        driver = check(cudart().cudaDriverGetVersion())
+        versions["cuda_driver"] = f"{driver // 1000}.{driver % 1000 // 10}"
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return versions
+
+
+def has_peer_access(source: Device, target: Device) -> bool:
+    """Whether `source` can reach the memory of `target` directly."""
+    return bool(torch_module().cuda.can_device_access_peer(source.index, target.index))

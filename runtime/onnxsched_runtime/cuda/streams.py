@@ -1,0 +1,176 @@
+"""CUDA streams, events and graphs, and device time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Self
+
+from onnxsched_runtime.cuda.binding import check, cudart, torch_module
+from onnxsched_runtime.cuda.devices import require_device, synchronize
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import CaptureError, OnnxschedError
+
+_DELAY_CYCLES = 200_000
+"""About 100 us at 1.98 GHz: longer than the launch of a graph takes."""
+
+
+class Stream:
+    """A CUDA stream of its own (torch's pool would alias them after 32)."""
+
+    def __init__(self, device: Device) -> None:
+        require_device(device)
+        self.device = device
+        with torch_module().cuda.device(device.index):
+            self._stream = check(
+                cudart().cudaStreamCreateWithFlags(cudart().cudaStreamNonBlocking)
+            )
+
+    @property
+    def handle(self) -> int:
+        """The address that ORT takes as `user_compute_stream`."""
+        return int(self._stream)
+
+    def record(self) -> Event:
+        """Record a new event after all that was issued."""
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait(self, event: Event) -> None:
+        """Let what is issued from now on wait for the event."""
+        check(cudart().cudaStreamWaitEvent(self._stream, event.native, 0))
+
+    def wait_for_caller(self) -> None:
+        """Wait for what the caller has issued on torch's current stream."""
+        event = torch_module().cuda.current_stream(self.device.index).record_event()
+        check(cudart().cudaStreamWaitEvent(self._stream, event.cuda_event, 0))
+
+    def release_to_caller(self) -> None:
+        """Make torch's current stream wait for this one."""
+        event = self.record()
+        current = torch_module().cuda.current_stream(self.device.index).cuda_stream
+        check(cudart().cudaStreamWaitEvent(current, event.native, 0))
+
+    def synchronize(self) -> None:
+        """Wait on the host until all that was issued is done."""
+        check(cudart().cudaStreamSynchronize(self._stream))
+
+    def delay(self, cycles: int) -> None:
+        """Keep the stream busy for some clock cycles, so that what follows queues up behind."""
+        torch = torch_module()
+        with torch.cuda.stream(torch.cuda.ExternalStream(self.handle, self.device.index)):
+            torch.cuda._sleep(cycles)
+
+    def close(self) -> None:
+        """Destroy the stream; what it still runs is finished first."""
+        if self._stream is not None:
+            check(cudart().cudaStreamDestroy(self._stream))
+            self._stream = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Event:
+    """A CUDA event, destroyed with its last reference."""
+
+    def __init__(self, timing: bool = False) -> None:
+        runtime = cudart()
+        flags = runtime.cudaEventDefault if timing else runtime.cudaEventDisableTiming
+        self.native = check(runtime.cudaEventCreateWithFlags(flags))
+
+    def record(self, stream: Stream) -> None:
+        """Record on a stream."""
+        check(cudart().cudaEventRecord(self.native, stream.handle))
+
+    def elapsed_us(self, earlier: Event) -> float:
+        """Time between two recorded events, after waiting for this one."""
+        check(cudart().cudaEventSynchronize(self.native))
+        return float(check(cudart().cudaEventElapsedTime(earlier.native, self.native))) * 1e3
+
+    def __del__(self) -> None:
+        if (native := getattr(self, "native", None)) is not None:
+            cudart().cudaEventDestroy(native)
+
+
+class Graph:
+    """An instantiated CUDA graph."""
+
+    def __init__(self, native: Any) -> None:
+        runtime = cudart()
+        flag = runtime.cudaGraphInstantiateFlags.cudaGraphInstantiateFlagAutoFreeOnLaunch
+        self.node_kinds = _node_kinds(native)
+        self._exec = check(runtime.cudaGraphInstantiate(native, flag))
+        check(runtime.cudaGraphDestroy(native))
+
+    @classmethod
+    def capture(cls, main: Stream, issue: Callable[[], None]) -> Self:
+        """Capture what `issue` launches on `main` and on streams forked from it.
+
+        Raises:
+            CaptureError: Something that was issued can't be captured, or it left host nodes,
+                which would run callbacks meant to run once at every replay.
+        """
+        runtime = cudart()
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        check(runtime.cudaStreamBeginCapture(main.handle, mode))
+        try:
+            issue()
+        except Exception as error:
+            abandoned = runtime.cudaStreamEndCapture(main.handle)[1]
+            if abandoned is not None and int(abandoned):
+                runtime.cudaGraphDestroy(abandoned)
+            raise CaptureError(f"The capture was refused ({error}).") from error
+        try:
+            graph = cls(check(runtime.cudaStreamEndCapture(main.handle)))
+        except OnnxschedError as error:
+            raise CaptureError(f"The capture was refused ({error})") from error
+        if hosts := graph.node_kinds["Host"]:
+            graph.close()
+            raise CaptureError(f"The captured graph holds {hosts} host nodes, unsafe to replay.")
+        return graph
+
+    def launch(self, stream: Stream) -> None:
+        """Replay on a stream."""
+        check(cudart().cudaGraphLaunch(self._exec, stream.handle))
+
+    def close(self) -> None:
+        """Destroy the graph."""
+        if self._exec is not None:
+            check(cudart().cudaGraphExecDestroy(self._exec))
+            self._exec = None
+
+
+def _node_kinds(graph: Any) -> Counter[str]:
+    """How many nodes of each kind a graph holds."""
+    runtime = cudart()
+    _, count = check(runtime.cudaGraphGetNodes(graph, 0))
+    nodes, _ = check(runtime.cudaGraphGetNodes(graph, count))
+    kinds = (check(runtime.cudaGraphNodeGetType(node)) for node in nodes[:count])
+    return Counter(kind.name.removeprefix("cudaGraphNodeType") for kind in kinds)
+
+
+def time_launches_us(
+    stream: Stream, launch: Callable[[], None], count: int, warm_up_count: int = 2
+) -> tuple[float, ...]:
+    """Device time of `launch`, between events on its stream, one sample a launch.
+
+    The stream is kept busy for some 100 us before the first event, the same for whatever is
+    measured, so that launching one graph is not part of the time; launching many kernels is.
+    """
+    start, end = Event(timing=True), Event(timing=True)
+    samples = []
+    for number in range(warm_up_count + count):
+        synchronize()
+        stream.delay(_DELAY_CYCLES)
+        start.record(stream)
+        launch()
+        end.record(stream)
+        elapsed_us = end.elapsed_us(start)
+        if number >= warm_up_count:
+            samples.append(elapsed_us)
+    return tuple(samples)

@@ -1,0 +1,88 @@
+"""Streams are threads that run side by side, and events order them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from onnxsched_runtime.executors.threads import thread_count
+from onnxsched_runtime.load import Session
+from onnxsched_runtime.session import OrtSession
+from support.models import annotation_of, diamond, feeds_for
+
+Feeds = Mapping[str, Any]
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_two_streams_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diamond()
+    meeting = threading.Barrier(2, timeout=20)
+    real = OrtSession.run
+
+    def run(self: OrtSession, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[Any]:
+        if set(outputs or ()) & {"left", "right"}:
+            meeting.wait()
+        return real(self, feeds, outputs)
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    with Session(model, annotation_of(model, (1, 1, 2, 1))) as session:
+        session.run(None, feeds_for(model))
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_each_segment_finds_what_it_reads_however_the_threads_are_delayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = diamond()
+    real = OrtSession.run
+    finished: list[str] = []
+
+    with Session(model, annotation_of(model, (1, 2, 3, 4))) as session:
+        for slow in ("top", "left", "right"):
+            finished.clear()
+
+            def run(
+                self: OrtSession,
+                feeds: Feeds,
+                outputs: Sequence[str] | None = None,
+                slow: str = slow,
+            ) -> list[Any]:
+                (output,) = outputs or ()
+                if output == slow:
+                    threading.Event().wait(0.05)
+                results = real(self, feeds, outputs)
+                finished.append(output)
+                return results
+
+            monkeypatch.setattr(OrtSession, "run", run)
+            session.run(None, feeds_for(model))
+            assert finished[0] == "top"
+            assert finished[-1] == "y"
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_one_stream_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diamond()
+    real = OrtSession.run
+    callers = set()
+
+    def run(self: OrtSession, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[Any]:
+        callers.add(threading.current_thread())
+        return real(self, feeds, outputs)
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    with Session(model, annotation_of(model, (5,))) as session:
+        session.run(None, feeds_for(model))
+    assert callers == {threading.current_thread()}
+
+
+@pytest.mark.parametrize(("cores", "streams", "count"), [(8, 3, 2), (2, 4, 1), (1, 1, 1)])
+def test_streams_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, streams: int, count: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert thread_count(streams) == count

@@ -1,0 +1,191 @@
+"""Annotated operations to plan, and slow ways to judge a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import networkx as nx
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.partition import plan_execution
+from onnxsched_runtime.plan import ExecutionPlan, Operation, Piece, Record, Run, Step, Wait
+
+
+def stream(number: int) -> Placement:
+    """A stream of the first GPU."""
+    return Placement(Device("cuda"), number)
+
+
+def operation(
+    name: str, on: int, reads: str = "", writes: str = "", *, host: str | None = None
+) -> Operation:
+    """An operation on a stream; tensors are separated by spaces, and it writes its own name."""
+    return Operation(name, stream(on), tuple(reads.split()), tuple((writes or name).split()), host)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What `plan_execution` takes."""
+
+    operations: tuple[Operation, ...]
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ("x",)
+
+    def plan(self) -> ExecutionPlan:
+        """The plan of the code under test."""
+        return plan_execution(self.operations, self.inputs, self.outputs)
+
+    @property
+    def links(self) -> set[tuple[str, str]]:
+        """Pairs of operations, the second of which reads from the first."""
+        writer = {t: o.name for o in self.operations for t in o.writes}
+        return {(writer[t], o.name) for o in self.operations for t in o.reads if t in writer}
+
+
+@st.composite
+def problems(
+    draw: DrawFn, max_operations: int = 10, *, hosts: bool = True, streams: int = 4
+) -> Problem:
+    """Random operations in launch order: any graph, spread over streams, some on the host."""
+    reasons: SearchStrategy[str | None] = (
+        st.sampled_from([None, None, None, "a loop", "a sequence"]) if hosts else st.none()
+    )
+    tensors = ["x"]
+    operations = []
+    for number in range(draw(st.integers(1, max_operations))):
+        writes = [f"t{number}.{i}" for i in range(draw(st.sampled_from([1, 1, 2])))]
+        reads = draw(st.lists(st.sampled_from(tensors), max_size=3, unique=True))
+        placement = stream(draw(st.integers(0, streams - 1)))
+        operations.append(
+            Operation(f"o{number}", placement, tuple(reads), tuple(writes), draw(reasons))
+        )
+        tensors += writes
+    outputs = draw(st.lists(st.sampled_from(tensors[1:]), min_size=1, max_size=3, unique=True))
+    return Problem(tuple(operations), tuple(outputs))
+
+
+def placement_of(plan: ExecutionPlan, step: Step) -> Placement:
+    """The stream that a step is issued on."""
+    return plan.segments[step.segment].placement if isinstance(step, Run) else step.placement
+
+
+def closure(edges: Iterable[tuple[Any, Any]]) -> set[tuple[Any, Any]]:
+    """All pairs joined by a path."""
+    return set(nx.transitive_closure_dag(nx.DiGraph(edges)).edges)
+
+
+def happens_before(plan: ExecutionPlan) -> set[tuple[Any, Any]]:
+    """What a plan orders: pairs of segments, and of a piece's `(number, "start" or "end")`.
+
+    A piece is all that is between its start and its end on the main stream; pieces follow one
+    another, a stream runs its steps in turn, and a wait follows its record.
+    """
+    edges: list[tuple[Any, Any]] = []
+    for number, piece in enumerate(plan.pieces):
+        start, end = (number, "start"), (number, "end")
+        lanes: dict[Placement, list[Any]] = {piece.main: [start]}
+        records: dict[int, Any] = {}
+        for position, step in enumerate(piece.steps):
+            vertex = step.segment if isinstance(step, Run) else (number, position)
+            lanes.setdefault(placement_of(plan, step), []).append(vertex)
+            if isinstance(step, Record):
+                records[step.event] = vertex
+            elif isinstance(step, Wait):
+                edges.append((records[step.event], vertex))
+        lanes[piece.main].append(end)
+        edges += [pair for lane in lanes.values() for pair in pairwise(lane)]
+        edges.append((end, (number + 1, "start")))
+    return closure(edges)
+
+
+def is_right(plan: ExecutionPlan) -> bool:
+    """Whether the steps of a plan order everything that they must, found by brute force."""
+    for piece in plan.pieces:
+        records: list[int] = []
+        for step in piece.steps:
+            if isinstance(step, Record):
+                records.append(step.event)
+            elif isinstance(step, Wait) and step.event not in records:
+                return False
+        if len(set(records)) < len(records):
+            return False
+    order = happens_before(plan)
+    writer = {t: i for i, segment in enumerate(plan.segments) for t in segment.outputs}
+    needed: list[tuple[Any, Any]] = [
+        pair
+        for number, piece in enumerate(plan.pieces)
+        for i in piece.runs
+        for pair in (((number, "start"), i), (i, (number, "end")))
+    ]
+    needed += [
+        (writer[t], i)
+        for i, segment in enumerate(plan.segments)
+        for t in segment.inputs
+        if t in writer
+    ]
+    return order.issuperset(needed)
+
+
+def with_steps(plan: ExecutionPlan, number: int, steps: Sequence[Step]) -> ExecutionPlan:
+    """The plan with other steps in one piece."""
+    pieces = list(plan.pieces)
+    pieces[number] = replace(pieces[number], steps=tuple(steps))
+    return replace(plan, pieces=tuple(pieces))
+
+
+def positions(plan: ExecutionPlan, kind: type[Step]) -> list[tuple[int, int]]:
+    """Where the steps of a kind are: pairs of a piece and a position in it."""
+    return [
+        (number, position)
+        for number, piece in enumerate(plan.pieces)
+        for position, step in enumerate(piece.steps)
+        if isinstance(step, kind)
+    ]
+
+
+def without_step(plan: ExecutionPlan, number: int, position: int) -> ExecutionPlan:
+    """The plan with one step left out."""
+    steps = plan.pieces[number].steps
+    return with_steps(plan, number, steps[:position] + steps[position + 1 :])
+
+
+def with_step_moved(plan: ExecutionPlan, number: int, position: int, target: int) -> ExecutionPlan:
+    """The plan with one step issued at another position of its piece."""
+    steps = list(plan.pieces[number].steps)
+    steps.insert(target, steps.pop(position))
+    return with_steps(plan, number, steps)
+
+
+@st.composite
+def damaged(draw: DrawFn, plan: ExecutionPlan) -> ExecutionPlan:
+    """The plan with an event less, a step elsewhere, or two pieces exchanged."""
+    kind = draw(st.sampled_from(["drop", "move", "exchange"]))
+    if kind == "exchange":
+        pieces: list[Piece] = draw(st.permutations(plan.pieces))
+        return replace(plan, pieces=tuple(pieces))
+    number = draw(st.integers(0, len(plan.pieces) - 1))
+    steps = plan.pieces[number].steps
+    position = draw(st.integers(0, len(steps) - 1))
+    if kind == "drop" and not isinstance(steps[position], Run):
+        return without_step(plan, number, position)
+    return with_step_moved(plan, number, position, draw(st.integers(0, len(steps) - 1)))
+
+
+@st.composite
+def topological_orders(draw: DrawFn, needs: Sequence[Iterable[int]]) -> list[int]:
+    """Orders in which every unit comes after those it needs."""
+    priority = draw(st.permutations(range(len(needs))))
+    order: list[int] = []
+    while len(order) < len(needs):
+        ready = (
+            unit
+            for unit in range(len(needs))
+            if unit not in order and set(needs[unit]) <= set(order)
+        )
+        order.append(min(ready, key=priority.__getitem__))
+    return order
