@@ -1,0 +1,74 @@
+"""Profiles, benchmarks and diagnoses on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxsched
+from onnxsched.doctor import diagnose
+from onnxsched.loading import load_model
+from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.profiling.measure import measure_profile
+from onnxsched_runtime.cuda import Stream
+from onnxsched_runtime.device import Device
+
+_MOVES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
+"""Operators that need no kernel: ORT copies, or not even that."""
+
+
+def test_every_computing_operator_has_its_own_kernels(zoo: Callable[[str], Path]) -> None:
+    model = load_model(zoo("googlenet"), Device("cuda"))
+    profile = measure_profile(
+        model, Device("cuda"), MeasurementCache(None, ""), (), lambda what, done, total: None
+    )
+    for node in model.proto.graph.node:
+        operator = profile.operators[node.name]
+        assert len(operator.samples_us) == 9
+        assert operator.refusal is None
+        if node.op_type in _MOVES:
+            continue
+        assert operator.kernels, node.name
+        in_kernels_us = sum(kernel.duration_us for kernel in operator.kernels)
+        assert 0.2 * in_kernels_us < operator.duration_us < 5 * in_kernels_us + 5, node.name
+        for kernel in operator.kernels:
+            assert min(*kernel.grid, *kernel.block, kernel.registers) > 0
+            assert 0 <= kernel.occupancy <= 1
+        assert 0 < profile.cost(node.name).block_share <= 1
+
+
+def test_bench_measures_every_arm_the_same_way(
+    zoo: Callable[[str], Path], cache_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.onnx"
+    onnxsched.optimize(zoo("squeezenet"), target, cache_dir=cache_dir)
+    result = onnxsched.bench(
+        target, original=zoo("squeezenet"), duration_s=0.5, iterations=40, warmup_ms=50
+    )
+    captures = {arm.name: (arm.capture, arm.refusal) for arm in result.arms}
+    assert captures == {
+        "ort": ("none", None),
+        "ort-graph": ("ort", None),
+        "sequential": ("whole", None),
+        "schedule": ("whole", None),
+        "schedule-ort": ("ort", None),
+    }
+    rounds = {len(arm.device_us) for arm in result.arms}
+    assert len(rounds) == 1
+    assert result.rival == "ort-graph"
+    assert result.ratio_to("ort").value > 1
+    assert 0.9 < result.ratio_to("schedule").value < 1.1
+
+
+def test_streams_are_never_aliased() -> None:
+    streams = [Stream(Device("cuda")) for _ in range(100)]
+    assert len({stream.handle for stream in streams}) == 100
+    for stream in streams:
+        stream.close()
+
+
+def test_the_doctor_loads_the_provider_for_real() -> None:
+    found = diagnose()
+    assert found.is_gpu_ready
+    assert found.environment["cudnn"]
+    assert found.devices[0]["multiprocessor_count"] > 0

@@ -1,0 +1,175 @@
+"""Run the GPU tests and the benchmark of the zoo on a GPU host, and print one short table.
+
+    python tools/gpu_report.py --out RESULTS_DIR [--models googlenet,bert] [--no-tests]
+
+Everything is measured in one process tree on one machine: for each model a cold `optimize`, then
+plain ONNX Runtime on the model as it was built, its own CUDA graph, one stream, and the schedule,
+in interleaved rounds. `RESULTS_DIR/zoo.json` holds the numbers and the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import sample_models
+from onnxsched import bench, load, optimize
+from onnxsched.comparison import Tolerances, compare
+from onnxsched.environment import describe_environment
+from onnxsched.inputs import random_inputs
+from onnxsched_runtime.annotation import read_annotation
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.model import read_model, write_model
+from onnxsched_runtime.session import OrtSession, SessionSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = ("ort", "ort-graph", "sequential", "schedule-ort")
+
+
+def main() -> None:
+    """Parse, measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--models", default=",".join(sample_models.MODELS), help="comma-separated")
+    parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
+    parser.add_argument("--device", default="cuda:0", help="where to measure")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tests = "not run" if arguments.no_tests else run_tests(arguments.out)
+    environment = describe_environment(Device.parse(arguments.device))
+    results: dict[str, Any] = {}
+    for name in filter(lambda n: n != "tiny", arguments.models.split(",")):
+        try:
+            results[name] = measure_model(name, arguments.device)
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        write_report(arguments.out / "zoo.json", tests, environment, results)
+    print_table(results)
+    print(f"tests/gpu: {tests}")
+
+
+def run_tests(out: Path) -> str:
+    """Run tests/gpu; returns pytest's last line, and leaves the log in `out`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib",
+               "-W", "ignore", str(ROOT / "tests" / "gpu")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (out / "tests.log").write_text(done.stdout + done.stderr)
+    return (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+
+
+def measure_model(name: str, device: str) -> dict[str, Any]:
+    """Build, optimize without and with a cache, and bench one model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch, "in.onnx"), Path(scratch, "out.onnx")
+        write_model(sample_models.build(name), source)
+        cache = Path(scratch, "cache")
+        optimized, cold_s = timed(lambda: optimize(source, target, device=device, cache_dir=cache))
+        command_s = time_command(source, target, device, cache) if name == "googlenet" else None
+        measured = bench(target, original=source, duration_s=1.5, iterations=100, warmup_ms=100)
+        on_cpu = difference_on_cpu(target)
+    return {
+        "policy": optimized.policy,
+        "streams": optimized.stream_count,
+        "operators": optimized.operator_count,
+        "segments": optimized.segment_count,
+        "capture": optimized.capture,
+        "host_operators": dict(optimized.host_reasons),
+        "optimize_s": cold_s,
+        "command_s": command_s,
+        "is_identical_to_ort": all(d.is_identical for d in optimized.differences),
+        "relative_difference": max(d.relative for d in optimized.differences),
+        "relative_difference_in_plain_ort_on_cpu": on_cpu,
+        "alternatives": [
+            {k: v for k, v in entry.items() if k != "samples_us"}
+            for entry in optimized.alternatives
+        ],
+        "bench": without_samples(measured.to_json()),
+    }
+
+
+def difference_on_cpu(path: Path) -> float:
+    """How far plain ORT on the CPU is from the schedule, on the annotated file as it is."""
+    model = read_model(path)
+    annotation = read_annotation(model)
+    feeds = random_inputs(model, annotation.tensors, seed=0)
+    outputs = [value.name for value in model.graph.output]
+    settings = SessionSettings(Device("cpu"), level="all")
+    with load(path) as session, OrtSession(path, settings) as plain:
+        found = compare(
+            lambda feed: session.run(outputs, feed),
+            lambda feed: plain.run(feed, outputs),
+            outputs,
+            [feeds],
+            Tolerances(),
+        )
+    return max(difference.relative for difference in found)
+
+
+def timed(work: Any) -> tuple[Any, float]:
+    """What `work` returns, and how many seconds it took."""
+    start = time.monotonic()
+    return work(), time.monotonic() - start
+
+
+def time_command(source: Path, target: Path, device: str, cache: Path) -> dict[str, float]:
+    """Seconds of the whole command line in a fresh process, without and with a cache."""
+    base = [sys.executable, "-m", "onnxsched", "optimize", str(source), "-o", str(target),
+            "--device", device]  # fmt: skip
+    return {
+        "cold": timed(lambda: subprocess.run([*base, "--no-cache"], check=True))[1],
+        "cached": timed(lambda: subprocess.run([*base, "--cache-dir", str(cache)], check=True))[1],
+    }
+
+
+def without_samples(result: dict[str, Any]) -> dict[str, Any]:
+    """Summaries only: the samples of a whole zoo are too many to commit."""
+    del result["environment"]
+    for arm in result["arms"].values():
+        del arm["device_us"], arm["latency_us"]
+    return result
+
+
+def write_report(
+    path: Path, tests: str, environment: dict[str, Any], results: dict[str, Any]
+) -> None:
+    """Write what there is so far, so that a time limit does not lose it."""
+    report = {
+        "schema_version": 1,
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": environment,
+        "tests": tests,
+        "models": results,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """One line a model: times in microseconds, and how many times faster the schedule is."""
+    print(f"{'model':14}{'schedule':>18}{'us':>9}" + "".join(f"{arm:>14}" for arm in ARMS))
+    for name, result in results.items():
+        if "error" in result:
+            print(f"{name:14}{result['error'][:80]}")
+            continue
+        ratios = result["bench"]["ratios"]
+        arms = result["bench"]["arms"]
+        cells = [f"{ratios[arm]['value']:.2f}x" if arm in ratios else "" for arm in ARMS]
+        device = arms["schedule"]["device"] or arms["schedule"]["latency"]
+        chosen = f"{result['policy']}/{result['streams']}"
+        identical = "" if result["is_identical_to_ort"] else f"{result['relative_difference']:.0e}"
+        print(
+            f"{name:14}{chosen:>18}{device['median_us']:9.1f}"
+            + "".join(f"{cell:>14}" for cell in cells)
+            + f"  {result['optimize_s']:.0f}s {result['command_s'] or ''} {identical}"
+        )
+
+
+if __name__ == "__main__":
+    main()
