@@ -17,10 +17,12 @@ _MOVES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
 """Operators that need no kernel: ORT copies, or not even that."""
 
 
-def test_every_computing_operator_has_its_own_kernels(zoo: Callable[[str], Path]) -> None:
+def test_every_computing_operator_has_its_own_kernels(
+    zoo: Callable[[str], Path], cache_dir: Path
+) -> None:
     model = load_model(zoo("googlenet"), Device("cuda"))
     profile = measure_profile(
-        model, Device("cuda"), MeasurementCache(None, ""), (), lambda what, done, total: None
+        model, Device("cuda"), MeasurementCache(cache_dir, ""), (), lambda what, done, total: None
     )
     for node in model.proto.graph.node:
         operator = profile.operators[node.name]

@@ -21,7 +21,7 @@ from onnxsched_runtime.session import OrtSession, SessionSettings
 Zoo = Callable[[str], Path]
 Scheduled = Callable[[str], onnxsched.OptimizeResult]
 _CUDA = Device("cuda")
-_NAMES = ["googlenet", "squeezenet", "deepfm", "t5_decoder"]
+_NAMES = ["googlenet", "squeezenet", "deepfm"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_streams_change_no_bit(scheduled: Scheduled, name: str) -> None:
     assert all(difference.is_identical for difference in result.differences)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "t5_decoder"])
+@pytest.mark.parametrize("name", ["googlenet", "deepfm"])
 def test_a_thousand_replays_stay_right(scheduled: Scheduled, name: str) -> None:
     path = scheduled(name).path
     base = _feeds(path, 0)
@@ -144,8 +144,8 @@ def test_optimizing_again_from_the_cache_gives_the_same_schedule(
     tmp_path: Path,
 ) -> None:
     cache = tmp_path / "cache"
-    first = onnxsched.optimize(zoo("squeezenet"), tmp_path / "a.onnx", cache_dir=cache)
-    second = onnxsched.optimize(zoo("squeezenet"), tmp_path / "b.onnx", cache_dir=cache)
+    first = onnxsched.optimize(zoo("deepfm"), tmp_path / "a.onnx", cache_dir=cache)
+    second = onnxsched.optimize(zoo("deepfm"), tmp_path / "b.onnx", cache_dir=cache)
     assert (first.from_cache, second.from_cache) == (False, True)
     annotations = [read_annotation(read_model(r.path)) for r in (first, second)]
     assert list(annotations[0].placements.items()) == list(annotations[1].placements.items())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+import threading
 from typing import Any
 
 from onnxsched_runtime.cuda.binding import check, cudart, torch_module
@@ -11,6 +15,8 @@ from onnxsched_runtime.errors import DeviceError
 
 def device_count() -> int:
     """How many CUDA devices torch sees; 0 with a torch built without CUDA."""
+    if "torch" not in sys.modules:
+        _start_driver()
     torch = torch_module()
     return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
@@ -21,13 +27,34 @@ def require_device(device: Device) -> None:
     Raises:
         DeviceError: It is not.
     """
+    if device.kind == "cpu":
+        return
     count = device_count()
-    if device.kind == "cuda" and device.index >= count:
+    if device.index >= count:
         there = f"{count} CUDA devices" if count else "no CUDA device"
         raise DeviceError(
             f"Device {device} is not available: this machine has {there}; "
             "`onnxsched doctor` says more."
         )
+
+
+def _start_driver() -> None:
+    """Let the driver make the first GPU's context while this thread does something else.
+
+    Making it takes some tenths of a second, as does importing torch: side by side they cost a
+    command that starts afresh only the longer of the two. Without a driver nothing happens.
+    """
+
+    def retain() -> None:
+        try:
+            driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        except OSError:
+            return
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+    threading.Thread(target=retain, daemon=True).start()
 
 
 def synchronize() -> None:

@@ -1,0 +1,84 @@
+"""A worker that dies costs the operator it announced, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import pytest
+
+from onnxsched.loading import Model
+from onnxsched.profiling import isolation
+from onnxsched.shapes import tensor_types
+from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import DeviceError, ModelError
+from support import models
+
+_PROFILE = {"samples_us": [1.0], "kernels": [], "refusal": None}
+
+
+def _model() -> tuple[Model, list[onnx.NodeProto]]:
+    proto = models.diamond()
+    return Model(proto, tensor_types(proto), {}, {}, proto), list(proto.graph.node)
+
+
+def _measure(
+    monkeypatch: pytest.MonkeyPatch, lives: list[list[dict[str, Any]]]
+) -> tuple[list[tuple[str, str | None]], list[list[str]]]:
+    """Measure with workers that say what `lives` lists; returns results, and what was asked."""
+    asked: list[list[str]] = []
+
+    def worker(path: object, device: object, names: list[str], ops: object) -> Iterator[Any]:
+        asked.append(list(names))
+        yield from lives.pop(0)
+
+    monkeypatch.setattr(isolation, "_messages", worker)
+    model, nodes = _model()
+    results = isolation.measure_isolated(model, Device("cuda"), nodes, ())
+    return [(name, profile.refusal) for name, profile in results], asked
+
+
+def _done(name: str) -> list[dict[str, Any]]:
+    return [{"name": name}, {"name": name, "profile": _PROFILE}]
+
+
+def test_every_operator_comes_back_from_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [node.name for node in _model()[1]]
+    results, asked = _measure(monkeypatch, [[m for name in names for m in _done(name)]])
+    assert results == [(name, None) for name in names]
+    assert asked == [names]
+
+
+def test_the_announced_operator_is_refused_and_a_new_worker_takes_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b, c, d = (node.name for node in _model()[1])
+    lives = [[*_done(a), {"name": b}], [*_done(c), *_done(d)]]
+    results, asked = _measure(monkeypatch, lives)
+    assert [name for name, _ in results] == [a, b, c, d]
+    refusals = dict(results)
+    assert "ends the process" in (refusals[b] or "")
+    assert [refusals[name] for name in (a, c, d)] == [None] * 3
+    assert asked == [[a, b, c, d], [c, d]]
+
+
+def test_a_worker_that_dies_before_any_capture_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ModelError, match="may not run on this GPU"):
+        _measure(monkeypatch, [[]])
+
+
+def test_what_the_worker_complains_of_is_raised_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = {"error": "Device cuda:0 is not available.", "kind": "DeviceError"}
+    with pytest.raises(DeviceError, match="cuda:0 is not available"):
+        _measure(monkeypatch, [[message]])
+
+
+@pytest.mark.skipif(cuda.device_count() > 0, reason="a GPU answers; tests/gpu covers that")
+def test_a_real_worker_reports_that_there_is_no_gpu() -> None:
+    model, nodes = _model()
+    with pytest.raises(DeviceError, match="cuda:0 is not available"):
+        list(isolation.measure_isolated(model, Device("cuda"), nodes, ()))
