@@ -189,6 +189,8 @@ def _arm_names(against: Sequence[str], device: Device) -> list[str]:
     if unknown := set(against) - ARMS.keys():
         raise UsageError(f"There is no arm '{min(unknown)}'; there are {', '.join(ARMS)}.")
     possible = [name for name in ARMS if device.kind == "cuda" or name not in _GPU_ONLY]
+    if strangers := set(against) - set(possible):
+        raise UsageError(f"Arm '{min(strangers)}' needs a GPU; the schedule is for {device}.")
     if not against:
         return possible
     plain = [] if {"ort", "ort-graph"} & set(against) else ["ort"]

@@ -199,8 +199,10 @@ def _check_arguments(target: str | os.PathLike[str], streams: int | None, policy
 
 def _decision_key(model: Model, policy: str, cap: int) -> str:
     signatures = OperatorSignatures(model)
-    operators = [signatures.of(node) for node in model.proto.graph.node]
-    return json.dumps(["decision", fingerprint(model.proto), operators, policy, cap])
+    operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
+    return json.dumps(
+        ["decision", fingerprint(model.proto), operators, policy, cap], sort_keys=True
+    )
 
 
 def _details(

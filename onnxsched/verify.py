@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from onnxsched.environment import choose_device
 from onnxsched.inputs import random_inputs
 from onnxsched.shapes import bind_shapes, tensor_types
 from onnxsched_runtime.annotation import Annotation, read_annotation
-from onnxsched_runtime.errors import AnnotationError, UsageError
+from onnxsched_runtime.errors import AnnotationError, ModelError, UsageError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import read_model
 from onnxsched_runtime.session import OrtSession, SessionSettings
@@ -28,6 +28,7 @@ def verify(
     run_count: int = 3,
     seed: int = 0,
     device: str = "auto",
+    custom_ops: Sequence[str] = (),
 ) -> tuple[Difference, ...]:
     """Run two models on the same seeded inputs and compare their outputs.
 
@@ -40,6 +41,7 @@ def verify(
         run_count: How many different inputs, at least 1.
         seed: Of the first input.
         device: Where plain models run.
+        custom_ops: Shared libraries with custom operators.
 
     Raises:
         UsageError: A file is missing, or the models have different inputs or outputs.
@@ -49,15 +51,15 @@ def verify(
     models = [read_model(path) for path in (actual, expected)]
     annotations = [_annotation(model) for model in models]
     shapes = next((_bound_shapes(a) for a in annotations if a is not None), {})
-    for model, annotation in zip(models, annotations, strict=True):
+    for path, model, annotation in zip((actual, expected), models, annotations, strict=True):
         if annotation is None:
-            bind_shapes(model, {n: s for n, s in shapes.items() if n in _inputs(model)})
+            _bind(model, path, shapes)
     outputs = _same_ends(models, (actual, expected))
     types = tensor_types(models[1])
     feeds = [random_inputs(models[1], types, seed + number) for number in range(run_count)]
     with ExitStack() as stack:
         runs = [
-            _open(Path(path), model, annotation, outputs, device, stack)
+            _open(Path(path), model, annotation, outputs, device, tuple(custom_ops), stack)
             for path, model, annotation in zip(
                 (actual, expected), models, annotations, strict=True
             )
@@ -79,23 +81,45 @@ def _bound_shapes(annotation: Annotation) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def _inputs(model: onnx.ModelProto) -> list[str]:
-    weights = {weight.name for weight in model.graph.initializer}
-    return [value.name for value in model.graph.input if value.name not in weights]
+def _bind(
+    model: onnx.ModelProto, path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    names = {value.name for value in model.graph.input}
+    try:
+        bind_shapes(model, {name: shape for name, shape in shapes.items() if name in names})
+    except UsageError as error:
+        raise UsageError(
+            f"The inputs of '{path}' have no fixed shapes that both models share; optimize one of "
+            "the models for the shapes to compare, with --shape."
+        ) from error
 
 
 def _same_ends(
     models: list[onnx.ModelProto], paths: tuple[str | os.PathLike[str], ...]
 ) -> list[str]:
-    for what, names in (
+    """The names of the outputs, where both models have the same inputs and outputs."""
+    for what, ends in (
         ("inputs", [_inputs(model) for model in models]),
-        ("outputs", [[value.name for value in model.graph.output] for model in models]),
+        ("outputs", [sorted(value.name for value in model.graph.output) for model in models]),
     ):
-        if sorted(names[0]) != sorted(names[1]):
+        if ends[0] != ends[1]:
             raise UsageError(
-                f"'{paths[0]}' and '{paths[1]}' have different {what}: {names[0]} and {names[1]}."
+                f"'{paths[0]}' and '{paths[1]}' have different {what}: {ends[0]} and {ends[1]}."
             )
     return [value.name for value in models[1].graph.output]
+
+
+def _inputs(model: onnx.ModelProto) -> list[str]:
+    """Every input with its type, e.g. `x float[2x3]`."""
+    weights = {weight.name for weight in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in weights]
+    types = tensor_types(model)
+    if strange := [name for name in names if name not in types]:
+        raise ModelError(
+            f"Input '{strange[0]}' is a sequence, map or optional; only models whose inputs are "
+            "tensors can be compared."
+        )
+    return sorted(f"{name} {types[name]}" for name in names)
 
 
 def _open(
@@ -104,11 +128,14 @@ def _open(
     annotation: Annotation | None,
     outputs: list[str],
     device: str,
+    custom_ops: tuple[str, ...],
     stack: ExitStack,
 ) -> Run:
     if annotation is not None:
-        session = stack.enter_context(Session(model, annotation))
+        session = stack.enter_context(Session(model, annotation, custom_ops=custom_ops))
         return lambda feed: session.run(outputs, feed)
-    settings = SessionSettings(choose_device(device), level="all", host_operators=True)
+    settings = SessionSettings(
+        choose_device(device), level="all", host_operators=True, custom_ops=custom_ops
+    )
     plain = stack.enter_context(OrtSession(path, settings))
     return lambda feed: plain.run(feed, outputs)

@@ -44,6 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     tests = "not run" if arguments.no_tests else run_tests(arguments.out)
+    print(f"tests/gpu: {tests}", flush=True)
+    if "failed" in tests or "error" in tests:
+        sys.exit("Not measuring a build whose tests fail; see tests.log.")
     environment = describe_environment(Device.parse(arguments.device))
     results: dict[str, Any] = {}
     for name in filter(lambda n: n != "tiny", arguments.models.split(",")):
@@ -54,7 +57,6 @@ def main() -> None:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         write_report(arguments.out / "zoo.json", tests, environment, results)
     print_table(results)
-    print(f"tests/gpu: {tests}")
 
 
 def run_tests(out: Path) -> str:
@@ -77,7 +79,7 @@ def measure_model(name: str, device: str) -> dict[str, Any]:
         optimized, optimize_s = timed(
             lambda: optimize(source, target, device=device, cache_dir=cache)
         )
-        measured = bench(target, original=source, duration_s=1.5, iterations=100, warmup_ms=100)
+        measured = bench(target, original=source, duration_s=1.0, iterations=100, warmup_ms=50)
         on_cpu = difference_on_cpu(target)
     return {
         "policy": optimized.policy,

@@ -144,6 +144,7 @@ def verify(
     runs: Annotated[int, typer.Option(help="How many different inputs.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of the first input.")] = 0,
     device: Annotated[str, typer.Option(help="Where models without a schedule run.")] = "auto",
+    custom_ops: _CustomOps = None,
     json_to: _Json = None,
 ) -> None:
     """Compare what two models compute, scheduled or plain."""
@@ -155,7 +156,15 @@ def verify(
     tolerances = Tolerances(
         1e-3 if relative is None else relative, absolute, relative_of, absolute_of
     )
-    found = run(actual, expected, tolerances=tolerances, run_count=runs, seed=seed, device=device)
+    found = run(
+        actual,
+        expected,
+        tolerances=tolerances,
+        run_count=runs,
+        seed=seed,
+        device=device,
+        custom_ops=[str(path) for path in custom_ops or []],
+    )
     content: dict[str, Any] = {
         "schema_version": 1,
         "outputs": [{f: getattr(d, f) for f in d.__slots__} for d in found],

@@ -185,13 +185,17 @@ class ModelSource:
         return ModelPart(part.SerializeToString(), weights)
 
     def _beside(self, name: str) -> np.ndarray | None:
-        weight = self._weights[name]
-        if weight.ByteSize() <= _INLINE_NBYTES or weight.data_type not in _NUMPY_TYPES:
-            return None
-        return self._arrays.setdefault(name, np.ascontiguousarray(numpy_helper.to_array(weight)))
+        if name not in self._arrays:
+            weight = self._weights[name]
+            nbytes = TensorType(weight.data_type, tuple(weight.dims)).nbytes
+            if nbytes <= _INLINE_NBYTES or weight.data_type not in _NUMPY_TYPES:
+                return None
+            self._arrays[name] = np.ascontiguousarray(numpy_helper.to_array(weight))
+        return self._arrays[name]
 
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
+        """Large weights as arrays, converted when first used."""
         return {}
 
     def _value(self, name: str) -> onnx.ValueInfoProto:

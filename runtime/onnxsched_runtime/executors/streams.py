@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.errors import CaptureError, OnnxschedError
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import OnnxschedError
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
 from onnxsched_runtime.session import BufferView, Level, OrtSession, SessionSettings
@@ -158,7 +159,7 @@ class StreamExecutor:
             )
             try:
                 self._prepare(mode)
-            except (CaptureError, OnnxschedError, RuntimeError) as error:
+            except (OnnxschedError, RuntimeError) as error:
                 self.close()
                 if mode == "none":
                     raise
@@ -237,7 +238,7 @@ class StreamExecutor:
         values = self._run_pieces(tensors, lambda b, t, s: b.fill_from_tensor(t, s))
         stream = self._end_stream()
         results = [
-            cuda.tensor_on_device(values[name], device)
+            _device_value(values[name], device)
             if name in values
             else self._runner.buffers[name].copy_to_new_tensor(stream)
             for name in outputs
@@ -301,6 +302,11 @@ class StreamExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _device_value(value: Any, device: Device) -> Any:
+    """A host array as a torch tensor on the device; a sequence as it is."""
+    return value if isinstance(value, list) else cuda.tensor_on_device(value, device)
 
 
 def _host_value(value: Any) -> Any:

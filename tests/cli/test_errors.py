@@ -1,0 +1,275 @@
+"""Whatever goes wrong ends in one sentence, an exit code, and files as they were."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from onnxsched import pipeline
+from onnxsched.cli import run
+from onnxsched.comparison import Difference
+from sample_models import build
+from support.optimizing import contents, parsed, saved, workplace
+
+QUICK = ("--warmup", "0", "--duration", "0", "--iterations", "20")
+OPTIMIZE = ("optimize", "tiny.onnx", "-o", "new.onnx", "--device", "cpu", "--no-cache")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workplace with what wrong commands are given."""
+    folder = workplace(tmp_path_factory.mktemp("prepared"))
+    np.save(folder / "small.npy", np.zeros(3, np.float32))
+    np.savez(folder / "several.npz", a=np.zeros(3), b=np.zeros(3))
+    saved(parsed("(float[n] x) => (float[n] y) { y = Exp(x) }"), folder, "symbolic.onnx")
+    scheduled = onnx.load(folder / "out.onnx")
+    renamed = onnx.load(folder / "out.onnx")
+    renamed.graph.node[0].name += "_renamed"
+    saved(renamed, folder, "renamed.onnx")
+    weight = max(scheduled.graph.initializer, key=lambda w: w.ByteSize())
+    weight.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 1, weight.name)
+    )
+    saved(scheduled, folder, "trained.onnx")
+    sequence = parsed("(seq(float[2]) s) => (int64 y) { y = SequenceLength(s) }")
+    saved(sequence, folder, "sequence.onnx")
+    saved(build("tiny", image=32), folder, "larger.onnx")
+    stranger = build("tiny")
+    stranger.graph.node[-1].output[0] = stranger.graph.output[0].name = "other"
+    saved(stranger, folder, "renamed_output.onnx")
+    (folder / "file").touch()
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the workplace, which every command runs in."""
+    copy = tmp_path / "work"
+    shutil.copytree(prepared, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.fixture
+def fail(folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The exit code and the sentence of a command, which must leave all files as they were."""
+
+    def failed(*arguments: str) -> tuple[int, str]:
+        before = contents(folder)
+        code = run(list(arguments))
+        assert contents(folder) == before
+        return code, sentence(capsys)
+
+    return failed
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("onnxsched: ")
+    assert printed.err.endswith(".\n")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err.removeprefix("onnxsched: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("frobnicate",), "No such command 'frobnicate'"),
+        (("optimize",), "Missing argument 'IN'"),
+        (("optimize", "tiny.onnx"), "Missing option '--output'"),
+        ((*OPTIMIZE, "--colour", "red"), "No such option: --colour"),
+        ((*OPTIMIZE, "--streams", "many"), "Invalid value for '--streams'"),
+        ((*OPTIMIZE, "--streams", "0"), "--streams 0 is too few"),
+        ((*OPTIMIZE, "--policy", "magic"), "no policy 'magic'"),
+        ((*OPTIMIZE, "--device", "tpu"), "'tpu' is no device"),
+        ((*OPTIMIZE, "--shape", "input"), "--shape input can't be read"),
+        ((*OPTIMIZE, "--shape", "input:1x3"), "2 dimensions, it has 4"),
+        ((*OPTIMIZE, "--shape", "z:1x3"), "names 'z', which is no input"),
+        ((*OPTIMIZE, "--cache-dir", "kept"), "--cache-dir and --no-cache contradict"),
+        ((*OPTIMIZE, "--custom-ops", "none.so"), "library 'none.so' does not load"),
+        ((*OPTIMIZE, "-o", "none/new.onnx"), "There is no folder"),
+        ((*OPTIMIZE, "-o", "."), "is a folder"),
+        (("optimize", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
+        (("optimize", "symbolic.onnx", "-o", "new.onnx"), "have no value: x[0] ('n')"),
+        (("bench", "none.onnx"), "There is no file 'none.onnx'"),
+        (("bench", "out.onnx", "--against", "ort,magic"), "no arm 'magic'"),
+        (("bench", "out.onnx", "--original", "none.onnx"), "There is no file 'none.onnx'"),
+        (("bench", "out.onnx", "--original", "other.onnx"), "no input"),
+        (("run", "none.onnx"), "There is no file 'none.onnx'"),
+        (("run", "out.onnx", "--input", "input"), "--input input can't be read"),
+        (("run", "out.onnx", "--input", "input=none.npy"), "no file 'none.npy' for input 'input'"),
+        (("run", "out.onnx", "--input", "input=tiny.onnx"), "'tiny.onnx' is no .npy file"),
+        (("run", "out.onnx", "--input", "input=several.npz"), "several arrays"),
+        (("run", "out.onnx", "--input", "input=small.npy"), "takes shape [1, 3, 16, 16], got [3]"),
+        (("run", "out.onnx", "--input", "z=small.npy"), "no input 'z'"),
+        (("verify", "out.onnx", "none.onnx"), "There is no file 'none.onnx'"),
+        (("verify", "out.onnx", "other.onnx"), "have different inputs"),
+        (("verify", "out.onnx", "larger.onnx"), "no fixed shapes that both models share"),
+        (("verify", "tiny.onnx", "larger.onnx"), "different inputs: ['input float[1x3x16x16]']"),
+        (("verify", "tiny.onnx", "renamed_output.onnx"), "different outputs: ['logits'] and"),
+        (("verify", "symbolic.onnx", "symbolic.onnx"), "optimize one of the models"),
+        (("verify", "out.onnx", "tiny.onnx", "--runs", "0"), "Invalid value for '--runs'"),
+        (("verify", "out.onnx", "tiny.onnx", "--rtol", "small"), "--rtol small can't be read"),
+        (("verify", "out.onnx", "tiny.onnx", "--atol", "y:-1"), "--atol y:-1 can't be read"),
+        (("verify", "out.onnx", "tiny.onnx", "--atol", "nan"), "--atol nan can't be read"),
+        (("inspect", "none.onnx"), "There is no file 'none.onnx'"),
+        (("strip", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
+        (("restore", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_2(arguments: tuple[str, ...], message: str, fail: Any) -> None:
+    code, text = fail(*arguments)
+    assert code == 2
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("optimize", "garbage.onnx", "-o", "new.onnx"), "can't be read as an ONNX model"),
+        (("inspect", "garbage.onnx"), "can't be read as an ONNX model"),
+        (("bench", "tiny.onnx"), "carries no onnxsched schedule; run `onnxsched optimize`"),
+        (("run", "tiny.onnx"), "carries no onnxsched schedule"),
+        (("inspect", "tiny.onnx"), "carries no onnxsched schedule"),
+        (("restore", "tiny.onnx", "-o", "new.onnx"), "carries no onnxsched schedule"),
+        (("run", "renamed.onnx"), "was made for another graph"),
+        (("bench", "renamed.onnx"), "was made for another graph"),
+        (("inspect", "renamed.onnx"), "was made for another graph"),
+        (("verify", "renamed.onnx", "tiny.onnx"), "was made for another graph"),
+        (("verify", "sequence.onnx", "sequence.onnx"), "Input 's' is a sequence"),
+        (("optimize", "sequence.onnx", "-o", "new.onnx"), "Input 's' of 'sequence.onnx' is a"),
+    ],
+)
+def test_a_model_that_does_not_do_is_5(
+    arguments: tuple[str, ...], message: str, fail: Any
+) -> None:
+    code, text = fail(*arguments)
+    assert code == 5
+    assert message in text
+
+
+@pytest.mark.parametrize("device", ["cuda:9", "cpu:1", "cuda:0,cuda:1"])
+def test_a_device_that_is_not_there_is_4(device: str, fail: Any) -> None:
+    code, text = fail(*OPTIMIZE, "--device", device)
+    assert code == 4
+    assert device in text
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_on_a_machine_without_is_4(
+    device: str, fail: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, text = fail(*OPTIMIZE, "--device", device)
+    assert code == 4
+    assert "cuda:0 is not available: this machine has no CUDA device" in text
+
+
+def test_numbers_that_differ_are_3(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(folder)
+    assert run(["verify", "trained.onnx", "tiny.onnx", "--device", "cpu"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1].split()[-1] == "NO"
+    assert "Output 'logits' of 'trained.onnx' differs from 'tiny.onnx'" in printed.err
+    assert printed.err.count("\n") == 1
+    assert contents(folder) == before
+    assert run(["verify", "trained.onnx", "tiny.onnx", "--device", "cpu", "--atol", "1e9"]) == 0
+
+
+def test_a_schedule_that_changes_numbers_is_3_and_is_not_written(
+    fail: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = Difference("logits", 1.0, 1.0, False, False)
+    monkeypatch.setattr(pipeline, "compare", lambda *_: (wrong,))
+    code, text = fail(*OPTIMIZE)
+    assert code == 3
+    assert "nothing was written" in text
+    assert fail(*OPTIMIZE, "-o", "tiny.onnx")[0] == 3
+
+
+def test_a_schedule_that_is_too_slow_is_6(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "out.onnx", *QUICK, "--fail-under", "1000"]) == 6
+    printed = capsys.readouterr()
+    assert printed.out.startswith("arm ")
+    assert "below the 1000 that --fail-under asks for" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*OPTIMIZE, "-o", "pipe"),
+        ("strip", "out.onnx", "-o", "pipe"),
+        ("strip", "out.onnx", "-o", "none/new.onnx"),
+        ("restore", "out.onnx", "-o", "file/new.onnx"),
+        ("run", "out.onnx", "--output-dir", "file/deep"),
+        ("inspect", "out.onnx", "--json", "none/result.json"),
+        ("inspect", "out.onnx", "--json", "file/result.json"),
+        ("inspect", "out.onnx", "--json", "folder"),
+    ],
+)
+def test_what_cannot_be_written_is_1(arguments: tuple[str, ...], folder: Path, fail: Any) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    code, text = fail(*arguments)
+    assert code == 1
+    assert "can't be written" in text
+    assert list((folder / "folder").iterdir()) == []
+
+
+def test_a_full_disk_is_1_and_leaves_the_old_file(
+    fail: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, text = fail("strip", "out.onnx", "-o", "out.onnx")
+    assert (code, text) == (
+        1, "'out.onnx' can't be written (No space left on device); choose another.",
+    )  # fmt: skip
+
+
+def test_outputs_are_written_all_or_none(fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, array: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    code, text = fail("run", "out.onnx", "--output-dir", ".")
+    assert code == 1
+    assert "No space left on device" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted; nothing was written."),
+        (MemoryError(), 1, "Memory ran out"),
+        (RuntimeError("several\nlines of\ntext"), 1, "Unforeseen RuntimeError: several lines of"),
+        (ValueError(), 1, "Unforeseen ValueError: no message; please report it."),
+    ],
+)
+def test_what_nobody_foresaw_ends_in_a_sentence_too(
+    error: BaseException, code: int, message: str, fail: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "check_numerics", raising)
+    found, text = fail(*OPTIMIZE)
+    assert found == code
+    assert message in text

@@ -1,0 +1,96 @@
+"""The command line as a process: streams, exit codes, a quick start, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import onnxsched
+from sample_models import build
+from support.optimizing import contents, saved
+
+ROOT = Path(onnxsched.__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime")]),
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def process(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def test_results_go_to_stdout_and_errors_to_stderr(tmp_path: Path) -> None:
+    saved(build("tiny"), tmp_path, "tiny.onnx")
+    command = ("-m", "onnxsched", "optimize", "tiny.onnx", "--no-cache", "--json", "-")
+    good = process(*command, "-o", "out.onnx", folder=tmp_path)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert json.loads(good.stdout)["path"] == "out.onnx"
+    bad = process(*command, "-o", "new.onnx", "--device", "cuda:0", folder=tmp_path)
+    assert (bad.returncode, bad.stdout) == (4, "")
+    assert bad.stderr == (
+        "onnxsched: Device cuda:0 is not available: this machine has no CUDA device; "
+        "`onnxsched doctor` says more.\n"
+    )
+    assert contents(tmp_path).keys() == {"tiny.onnx", "out.onnx"}
+
+
+def test_an_interrupt_is_130_and_writes_nothing(tmp_path: Path) -> None:
+    saved(build("squeezenet"), tmp_path, "in.onnx")
+    script = (
+        "import onnxsched.pipeline as p, time, sys\n"
+        "p.tune = lambda *a, **k: (print('tuning', flush=True), time.sleep(60))\n"
+        "from onnxsched.cli import main\n"
+        "sys.argv = ['onnxsched', 'optimize', 'in.onnx', '-o', 'out.onnx', '--no-cache']\n"
+        "main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == "tuning\n"
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=30)
+    assert (running.returncode, error) == (130, "onnxsched: Interrupted; nothing was written.\n")
+    assert contents(tmp_path).keys() == {"in.onnx"}
+
+
+def test_a_reader_that_leaves_is_no_error_message(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "onnxsched", "--help"], cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert "Traceback" not in running.stderr.read()
+
+
+def test_help_comes_at_once(tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert process("-m", "onnxsched", "--help", folder=tmp_path).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("module", ["onnxsched", "onnxsched.cli"])
+def test_importing_loads_no_framework(module: str, tmp_path: Path) -> None:
+    script = (
+        f"import sys, {module}; "
+        "print(sys.modules.keys() & {'torch', 'onnxruntime', 'onnx', 'numpy', 'rich'})"
+    )
+    found = process("-c", script, folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "set()\n")

@@ -1,0 +1,141 @@
+"""The fastest is chosen, a policy that is asked for is obeyed, and the cache is not trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxsched.candidates import Candidate
+from onnxsched.decision import Decision, decide, recall, remember
+from onnxsched.profile import OperatorProfile, Profile
+from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.schedule import Schedule, Slot
+from onnxsched.tuning import Outcome
+from onnxsched_runtime.device import Device, Placement
+from support.graphs import graph_of
+from support.models import CPU
+
+DIAMOND = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
+PROFILE = Profile(
+    {f"operator_{index}": OperatorProfile((float(index + 1),)) for index in range(4)},
+    {f"operator_{index}": "memory" for index in range(4)},
+    None,
+    4,
+)
+
+
+def outcome(policy: str, *samples_us: float, streams: tuple[int, ...] = (0, 0, 1, 0)) -> Outcome:
+    slots = tuple(Slot(index, Placement(CPU, stream)) for index, stream in enumerate(streams))
+    candidate = Candidate(policy, Schedule(slots), Schedule(slots), predicted_us=20.0)
+    return Outcome(candidate, None, samples_us)
+
+
+SEQUENTIAL = outcome("sequential", 10.0, 12.0, 14.0, streams=(0, 0, 0, 0))
+FAST, SLOW = outcome("heft", 8.0, 9.0, 30.0), outcome("nimble", 20.0, streams=(0, 1, 0, 0))
+UNMEASURED = outcome("opara", streams=(1, 1, 0, 0))
+
+
+def test_auto_takes_the_fastest() -> None:
+    decision = decide([FAST, SEQUENTIAL, SLOW, UNMEASURED], PROFILE, "auto")
+    assert (decision.policy, decision.measured_us, decision.sequential_us) == ("heft", 9.0, 12.0)
+    assert decision.schedule == FAST.candidate.schedule
+
+
+def test_auto_takes_sequential_where_that_is_fastest() -> None:
+    decision = decide([SEQUENTIAL, SLOW], PROFILE, "auto")
+    assert (decision.policy, decision.measured_us, decision.sequential_us) == (
+        "sequential", 12.0, 12.0,
+    )  # fmt: skip
+
+
+def test_a_policy_is_obeyed_even_where_it_is_slower() -> None:
+    decision = decide([FAST, SEQUENTIAL, SLOW], PROFILE, "nimble")
+    assert (decision.policy, decision.measured_us, decision.sequential_us) == (
+        "nimble", 20.0, 12.0,
+    )  # fmt: skip
+
+
+def test_a_policy_that_proposes_only_the_sequential_schedule_gets_that() -> None:
+    assert decide([SEQUENTIAL], PROFILE, "wavefront").schedule == SEQUENTIAL.candidate.schedule
+
+
+def test_everything_that_was_tried_is_kept() -> None:
+    decision = decide([FAST, SEQUENTIAL, UNMEASURED], PROFILE, "auto")
+    assert [(a["policy"], a["streams"], a["measured_us"]) for a in decision.alternatives] == [
+        ("heft", 2, 9.0),
+        ("sequential", 1, 12.0),
+        ("opara", 2, None),
+    ]
+    assert decision.alternatives[0]["samples_us"] == [8.0, 9.0, 30.0]
+    assert decision.operators["operator_2"] == (3.0, "memory")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> MeasurementCache:
+    return MeasurementCache(tmp_path, "this machine")
+
+
+@pytest.fixture
+def decision() -> Decision:
+    return replace(decide([FAST, SEQUENTIAL], PROFILE, "auto"), refusals={"operator_1": "no"})
+
+
+def test_a_decision_is_remembered(cache: MeasurementCache, decision: Decision) -> None:
+    remember(cache, "key", decision)
+    assert recall(cache, "key", DIAMOND, CPU) == decision
+    assert recall(cache, "another", DIAMOND, CPU) is None
+
+
+def test_it_is_recalled_for_the_device_that_is_asked_for(
+    cache: MeasurementCache, decision: Decision
+) -> None:
+    remember(cache, "key", decision)
+    recalled = recall(cache, "key", DIAMOND, Device("cuda", 1))
+    assert recalled is not None
+    devices = {placement.device for placement in recalled.schedule.placement_of.values()}
+    assert devices == {Device("cuda", 1)}
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        graph_of(0, []),
+        graph_of(3, [(0, 1), (0, 2)]),
+        graph_of(5, [(0, 1), (0, 2), (1, 3), (2, 4)]),
+    ],
+    ids=["none", "fewer", "more"],
+)
+def test_a_decision_for_another_graph_is_ignored(
+    cache: MeasurementCache, decision: Decision, graph: Any
+) -> None:
+    remember(cache, "key", decision)
+    assert recall(cache, "key", graph, CPU) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.update(slots=[[2, 0], [0, 0], [1, 0], [3, 0]]),
+        lambda content: content.update(slots=[[0, 0], [1, 0], [1, 0], [3, 0]]),
+        lambda content: content.update(slots=[[0, -1], [1, 0], [2, 0], [3, 0]]),
+        lambda content: content.update(slots=[]),
+        lambda content: content.update(slots=[0, 1, 2, 3]),
+        lambda content: content.update(measured_us=None),
+        lambda content: content.update(operators={"operator_0": 1.0}),
+        lambda content: content.update(operators=[]),
+        lambda content: content.update(alternatives=None),
+        lambda content: content.pop("policy"),
+    ],
+)
+def test_a_damaged_decision_is_ignored(
+    cache: MeasurementCache, decision: Decision, damage: Callable[[dict[str, Any]], Any]
+) -> None:
+    remember(cache, "key", decision)
+    content = cache.read("key")
+    damage(content)
+    cache.write("key", content)
+    assert recall(cache, "key", DIAMOND, CPU) is None

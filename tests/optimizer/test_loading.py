@@ -1,0 +1,247 @@
+"""From a file to a model that can be scheduled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxsched.loading import graph_from_model, load_model
+from onnxsched_runtime.annotation import read_annotation
+from onnxsched_runtime.errors import ModelError, UsageError
+from onnxsched_runtime.tensor import TensorType
+from sample_models import build
+from support.models import CPU, MODELS, annotated, assert_same, feeds_for, reference, weight
+from support.optimizing import loaded, parsed
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def refusal(model: onnx.ModelProto, folder: Path) -> str:
+    """The sentence with which a model is refused."""
+    with pytest.raises(ModelError) as caught:
+        loaded(model, folder)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_loaded_computes_the_same(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    optimized = loaded(model, tmp_path).proto
+    for seed in range(3):
+        feeds = feeds_for(model, seed)
+        assert_same(reference(optimized, feeds), reference(model, feeds))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no file '.*nowhere\.onnx'; give the path"):
+        load_model(tmp_path / "nowhere.onnx", CPU)
+
+
+def test_a_symbol_is_bound_everywhere(tmp_path: Path) -> None:
+    model = parsed("(float[n,3] x, float[n,3] z) => (float[n,3] y) { y = Add(x, z) }")
+    found = loaded(model, tmp_path, {"x": (5, 3)})
+    assert found.bound_shapes == {"x": (5, 3), "z": (5, 3)}
+    assert found.tensors["y"] == TensorType(FLOAT, (5, 3))
+
+
+def test_node_names_become_unique_and_unique_ones_stay(tmp_path: Path) -> None:
+    model = parsed(
+        """(float[3] x) => (float[3] y) {
+            [same] a = Neg(x)
+            [same] b = Abs(a)
+            [same_1] c = Exp(b)
+            d = Sin(c)
+            [own] y = Cos(d)
+        }"""
+    )
+    names = [node.name for node in loaded(model, tmp_path).proto.graph.node]
+    assert names == ["same", "same_1", "same_1_1", "Sin_d", "own"]
+
+
+def test_types_need_not_be_declared(tmp_path: Path) -> None:
+    model = build("tiny")
+    declared = loaded(model, tmp_path)
+    del model.graph.value_info[:]
+    undeclared = loaded(model, tmp_path)
+    outputs = {name for node in undeclared.proto.graph.node for name in node.output}
+    assert {name: undeclared.tensors[name] for name in outputs} == {
+        name: declared.tensors[name] for name in outputs
+    }
+    assert undeclared.host_reasons == {}
+
+
+def test_weights_count_as_no_input(tmp_path: Path) -> None:
+    model = parsed("(float[3] x, float[3] w) => (float[3] y) { y = Add(x, w) }", w=weight(3))
+    assert loaded(model, tmp_path).bound_shapes == {"x": (3,)}
+
+
+def test_ir_versions_newer_than_onnxruntime_reads_are_loaded(tmp_path: Path) -> None:
+    model = parsed("(float[3] x) => (float[3] y) { y = Relu(x) }", ir_version=14)
+    assert len(loaded(model, tmp_path).proto.graph.node) == 1
+
+
+def test_old_ir_versions_are_raised_so_that_nodes_can_carry_keys(tmp_path: Path) -> None:
+    model = parsed("(float[3] x) => (float[3] y) { y = Relu(x) }", ir_version=4, opset=9)
+    assert loaded(model, tmp_path).proto.ir_version >= 10
+
+
+def test_functions_are_inlined(tmp_path: Path) -> None:
+    twice = """<domain: "local", opset_import: ["" : 17]>
+        twice (a) => (b) { t = Neg(a)  b = Add(t, t) }"""
+    model = parsed("(float[3] x) => (float[3] y) { y = local.twice(x) }", functions=twice)
+    found = loaded(model, tmp_path)
+    assert [node.op_type for node in found.proto.graph.node] == ["Neg", "Add"]
+    assert not found.baseline.functions
+
+
+def test_weights_beside_the_file_are_read(tmp_path: Path) -> None:
+    model = MODELS["large_weight"]()
+    path = tmp_path / "in.onnx"
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    onnx.save(copy, path, save_as_external_data=True, location="weights", size_threshold=0)
+    feeds = feeds_for(model)
+    assert_same(reference(load_model(path, CPU).proto, feeds), reference(model, feeds))
+    (tmp_path / "weights").unlink()
+    with pytest.raises(ModelError, match="weights beside"):
+        load_model(path, CPU)
+
+
+@pytest.mark.parametrize("count", [32, 33, 64, 100])
+def test_a_wide_concat_becomes_narrow_ones_of_the_same_value(count: int, tmp_path: Path) -> None:
+    names = [f"x{number}" for number in range(count)]
+    inputs = ", ".join(f"float[1,{1 + number % 3}] {name}" for number, name in enumerate(names))
+    width = sum(1 + number % 3 for number in range(count))
+    model = parsed(
+        f"({inputs}) => (float[1,{width}] y) {{"
+        f" all = Concat<axis = 1>({', '.join(names)})  y = Neg(all) }}"
+    )
+    found = loaded(model, tmp_path)
+    concats = [node for node in found.proto.graph.node if node.op_type == "Concat"]
+    assert max(len(node.input) for node in concats) <= 32
+    assert (len(concats) == 1) == (count <= 32)
+    feeds = feeds_for(model)
+    np.testing.assert_array_equal(reference(found.proto, feeds), reference(model, feeds))
+    np.testing.assert_array_equal(reference(found.baseline, feeds), reference(model, feeds))
+
+
+def test_an_output_that_is_constant_has_an_operator_with_a_name(tmp_path: Path) -> None:
+    model = parsed(
+        """(float[3] x) => (float[3] c, float[3] d, float[3] y) {
+            c = Neg(w)
+            d = Exp(w)
+            y = Add(x, c)
+        }""",
+        w=weight(3),
+    )
+    proto = loaded(model, tmp_path).proto
+    writers = {name: node.op_type for node in proto.graph.node for name in node.output}
+    assert writers == {"y": "Add", "c": "Identity", "d": "Identity"}
+    names = [node.name for node in proto.graph.node]
+    assert all(names)
+    assert len(set(names)) == 3
+    feeds = feeds_for(model)
+    assert_same(reference(proto, feeds), reference(model, feeds))
+
+
+def test_branches_may_read_an_output_that_is_constant(tmp_path: Path) -> None:
+    model = parsed(
+        """(float[3] x, bool flag) => (float[3] c, float[3] y) {
+            c = Neg(w)
+            y = If(flag) <
+                then_branch = yes () => (float[3] u) { u = Add(x, c) },
+                else_branch = no () => (float[3] v) { v = Mul(x, c) }
+            >
+        }""",
+        w=weight(3),
+    )
+    found = loaded(model, tmp_path)
+    graph_from_model(found)
+    for seed in range(4):
+        feeds = feeds_for(model, seed)
+        assert_same(reference(found.proto, feeds), reference(model, feeds))
+
+
+def test_a_model_of_constants_has_nothing_to_schedule(tmp_path: Path) -> None:
+    model = parsed("(float[3] x) => (float[3] y) { y = Neg(w) }", w=weight(3))
+    assert "Nothing is left to schedule" in refusal(model, tmp_path)
+
+
+def test_an_input_passed_through_is_refused_by_name(tmp_path: Path) -> None:
+    model = parsed("(float[3] x) => (float[3] y, float[3] x) { y = Neg(x) }")
+    assert "Output 'x' is an input passed through" in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "opset", "reason"),
+    [
+        ("(float[3] x) => (float[3] y) { y = Relu(q) }", 17, "input 'q'"),
+        ("(float[3] x) => (float[3] y) { y = Relu(x, x) }", 17, "input size 2"),
+        ("(float[3] x) => (float[3] y) { z = Relu(x) }", 17, "output 'y'"),
+        ("(float[3] x) => (float[3] y) { y = Unheard(x) }", 17, "Unheard"),
+        ("(float[3] x) => (float[3] y) { y = local.unheard(x) }", 17, "unheard"),
+        ("(float[2,3] x) => (float[2,3] y) { y = MatMul(x, x) }", 17, "Incompatible dimensions"),
+        ("(float[3] x) => (float[3] y) { y = Relu(x) }", 99, "opset"),
+    ],
+)
+def test_an_invalid_model_is_refused_in_one_sentence(
+    text: str, opset: int, reason: str, tmp_path: Path
+) -> None:
+    assert reason in refusal(parsed(text, opset=opset), tmp_path)
+
+
+def test_inputs_must_be_tensors(tmp_path: Path) -> None:
+    model = parsed("(seq(float[2]) s) => (int64 y) { y = SequenceLength(s) }")
+    assert "Input 's'" in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize("code", [onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN])
+def test_types_that_numpy_lacks_are_refused_on_the_cpu(code: int, tmp_path: Path) -> None:
+    model = parsed(
+        f"(float[3] x) => (float[3] y) {{ a = Cast<to = {code}>(x)  y = Cast<to = 1>(a) }}",
+        opset=21,
+    )
+    assert "'a' is a " in refusal(model, tmp_path)
+
+
+def test_an_annotated_model_is_loaded_like_any_other(tmp_path: Path) -> None:
+    model = MODELS["fork_join"]()
+    plain = loaded(model, tmp_path)
+    again = loaded(annotated(plain.proto), tmp_path)
+    assert {node.name for node in again.proto.graph.node} == {
+        node.name for node in plain.proto.graph.node
+    }
+    feeds = feeds_for(model)
+    assert_same(reference(again.proto, feeds), reference(model, feeds))
+    read_annotation(annotated(again.proto))
+
+
+def test_the_graph_has_an_edge_for_each_tensor_between_operators(tmp_path: Path) -> None:
+    graph = graph_from_model(loaded(MODELS["diamond"](), tmp_path))
+    kinds = [operator.op_type for operator in graph.operators]
+    assert {(kinds[e.producer], kinds[e.consumer], e.tensor, e.nbytes) for e in graph.edges} == {
+        ("Neg", "Relu", "top", 24),
+        ("Neg", "Sigmoid", "top", 24),
+        ("Relu", "Add", "left", 24),
+        ("Sigmoid", "Add", "right", 24),
+    }
+
+
+def test_what_branches_read_is_an_edge(tmp_path: Path) -> None:
+    graph = graph_from_model(loaded(MODELS["branch"](), tmp_path))
+    conditional = next(i for i, o in enumerate(graph.operators) if o.op_type == "If")
+    assert {edge.tensor for edge in graph.incoming[conditional]} == {"a", "b"}
+    assert graph.operators[conditional].host_reason is not None
+
+
+def test_tensors_of_unknown_size_count_no_bytes(tmp_path: Path) -> None:
+    for name in ("data_dependent", "sequence"):
+        graph = graph_from_model(loaded(MODELS[name](), tmp_path))
+        nbytes = {edge.tensor: edge.nbytes for edge in graph.edges}
+        assert nbytes["a"] > 0
+        assert 0 in nbytes.values()

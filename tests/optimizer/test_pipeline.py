@@ -1,0 +1,300 @@
+"""From a file to an annotated one that computes the same, or to nothing at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import onnxsched
+from onnxsched import pipeline
+from onnxsched.comparison import Difference, Tolerances
+from onnxsched.environment import describe_environment
+from onnxsched.loading import load_model
+from onnxsched.policies import POLICIES
+from onnxsched.verify import verify
+from onnxsched_runtime.annotation import read_annotation
+from onnxsched_runtime.errors import (
+    DeviceError,
+    ModelError,
+    NumericsError,
+    OnnxschedError,
+    UsageError,
+)
+from sample_models import build
+from support.models import CPU, MODELS, Array, feeds_for
+from support.optimizing import assert_close, contents, parsed, plain_outputs, saved
+
+SMALL: dict[str, dict[str, int]] = {
+    "googlenet": {"image": 64},
+    "inception_v3": {"image": 75},
+    "squeezenet": {"image": 48},
+    "nasnet_mobile": {"image": 32},
+    "randwire": {"image": 32},
+    "t5_encoder": {"sequence": 8},
+    "t5_decoder": {"sequence": 8},
+    "deepfm": {},
+    "tiny": {},
+}
+"""Sample models, as small as they can be built."""
+LARGE: dict[str, dict[str, int]] = {"bert": {"sequence": 8}, "nasnet_large": {"image": 32}}
+"""Those whose weights alone are hundreds of megabytes."""
+
+
+def optimized(source: Path, target: Path | str, **options: Any) -> onnxsched.OptimizeResult:
+    """What `optimize` returns on the CPU, where nothing is kept unless a cache is given."""
+    return onnxsched.optimize(source, target, **{"device": "cpu", "cache_dir": None} | options)
+
+
+def assert_runs_like(target: Path, source: Path, feeds: Mapping[str, Array]) -> None:
+    """Load the annotated file, run it twice, and compare it with plain ONNX Runtime."""
+    with onnxsched.load(target) as session:
+        outputs = session.run(None, feeds)
+        assert_close(outputs, plain_outputs(source, feeds))
+        again = session.run(None, feeds)
+    for one, other in zip(outputs, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return saved(build("tiny"), tmp_path, "tiny.onnx")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_sample_model_runs_on_several_streams_as_before(name: str, tmp_path: Path) -> None:
+    model = build(name, **SMALL[name])
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    result = optimized(source, target, policy="nimble", streams=3)
+    assert (result.policy, result.host_reasons) == ("nimble", {})
+    assert 2 <= result.stream_count <= 3
+    assert_runs_like(target, source, feeds_for(model, seed=11))
+    found = verify(target, source, tolerances=Tolerances(1e-4), run_count=1, device="cpu")
+    assert all(difference.is_within for difference in found)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_sample_models_do_so_too(name: str, tmp_path: Path) -> None:
+    model = build(name, **LARGE[name])
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    feeds = feeds_for(model, seed=11)
+    del model
+    result = optimized(source, target, policy="nimble", streams=2)
+    assert (result.policy, result.stream_count, result.host_reasons) == ("nimble", 2, {})
+    assert_runs_like(target, source, feeds)
+
+
+@pytest.mark.parametrize("policy", ["auto", *POLICIES])
+@pytest.mark.parametrize("name", ["tiny", "deepfm"])
+def test_every_policy_keeps_the_outputs(name: str, policy: str, tmp_path: Path) -> None:
+    model = build(name)
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    result = optimized(source, target, policy=policy, streams=3)
+    assert policy in ("auto", result.policy)
+    assert_runs_like(target, source, feeds_for(model))
+
+
+@pytest.mark.parametrize("policy", ["auto", "wavefront"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_keeps_its_outputs(name: str, policy: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    optimized(source, target, policy=policy, streams=3)
+    with onnxsched.load(target) as session:
+        for seed in range(4):
+            feeds = feeds_for(model, seed)
+            assert_close(session.run(None, feeds), plain_outputs(source, feeds))
+
+
+def test_the_result_says_what_was_written(tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.onnx"
+    steps: list[str] = []
+    result = optimized(
+        tiny, str(target), policy="opara", streams=2, seed=5,
+        progress=lambda what, done, total: steps.append(what),
+    )  # fmt: skip
+    annotation = read_annotation(onnx.load(target))
+    placements = annotation.placements
+    assert (result.path, result.device, result.policy) == (target, CPU, "opara")
+    assert result.stream_count == len(set(placements.values())) == 2
+    assert result.operator_count == len(placements)
+    assert result.segment_count >= 3
+    assert result.capture == "none"
+    assert [d.output for d in result.differences] == ["logits"]
+    assert all(d.is_within for d in result.differences)
+    assert {a["policy"] for a in result.alternatives} == {"sequential", "opara"}
+    assert not result.from_cache
+    assert result.measured_us > 0
+    assert result.sequential_us > 0
+    assert steps[0] == "loading"
+    assert steps[-1] == "checking"
+    details = annotation.details
+    assert (details["policy"], details["streams"], details["seed"]) == ("opara", 2, 5)
+    assert details["bound_shapes"] == {"input": [1, 3, 16, 16]}
+    assert details["measured_us"] == result.measured_us
+    assert details["operators"].keys() == placements.keys()
+    assert details["environment"] == describe_environment(CPU)
+    content = json.loads(json.dumps(result.to_json()))
+    assert (content["schema_version"], content["device"]) == (1, "cpu:0")
+
+
+def test_symbolic_shapes_are_bound_in_what_is_written(tmp_path: Path) -> None:
+    text = (
+        "(float[n,3] x, float[n,3] z) => (float[n,3] y) { a = Exp(x)  b = Exp(z)  y = Add(a, b) }"
+    )
+    source, target = saved(parsed(text), tmp_path), tmp_path / "out.onnx"
+    with pytest.raises(UsageError, match="have no value"):
+        optimized(source, target)
+    optimized(source, target, shapes={"x": (5, 3)})
+    with onnxsched.load(target) as session:
+        assert [argument.shape for argument in session.get_inputs()] == [[5, 3], [5, 3]]
+
+
+def test_a_model_can_be_optimized_again_and_again_in_its_place(tiny: Path, tmp_path: Path) -> None:
+    model = build("tiny")
+    original = saved(model, tmp_path, "original.onnx")
+    for policy in ("nimble", "sequential", "auto"):
+        optimized(tiny, tiny, policy=policy, streams=3)
+        assert_runs_like(tiny, original, feeds_for(model))
+
+
+def test_a_second_run_takes_the_decision_from_the_cache(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = optimized(tiny, tmp_path / "first.onnx", cache_dir=tmp_path / "cache", streams=3)
+    for what in ("measure_profile", "tune"):
+        monkeypatch.delattr(pipeline, what)
+    second = optimized(tiny, tmp_path / "second.onnx", cache_dir=tmp_path / "cache", streams=3)
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert second.alternatives == first.alternatives
+    one, other = (
+        read_annotation(onnx.load(tmp_path / name)) for name in ("first.onnx", "second.onnx")
+    )
+    assert list(one.placements.items()) == list(other.placements.items())
+    assert one.details == other.details
+
+
+@pytest.mark.parametrize(
+    "other", [{"policy": "heft"}, {"streams": 2}, {"cache_dir": None}], ids=str
+)
+def test_another_question_is_decided_anew(
+    other: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    target, options = tmp_path / "out.onnx", {"cache_dir": tmp_path / "cache", "streams": 3}
+    optimized(tiny, target, **options)
+    assert not optimized(tiny, target, **options | other).from_cache
+    assert optimized(tiny, target, **options).from_cache
+
+
+def test_another_model_is_measured_only_where_it_differs(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    optimized(tiny, tmp_path / "out.onnx", cache_dir=cache)
+    before = contents(cache)
+    wider = saved(build("tiny", batch=2), tmp_path)
+    assert not optimized(wider, tmp_path / "out.onnx", cache_dir=cache).from_cache
+    assert before.items() <= contents(cache).items()
+
+
+def test_the_users_cache_is_the_default(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "default_directory", lambda: tmp_path / "users")
+    optimized(tiny, tmp_path / "out.onnx", cache_dir="")
+    assert contents(tmp_path / "users")
+
+
+def test_nothing_is_written_when_numbers_differ(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "out.onnx").write_bytes(b"as it was")
+    monkeypatch.setattr(
+        pipeline, "compare", lambda *_: (Difference("logits", 0.5, 0.25, False, False),)
+    )
+    with pytest.raises(NumericsError, match=r"'logits' differs .* 0\.5 .*nothing was") as caught:
+        optimized(tiny, folder / "out.onnx")
+    assert caught.value.exit_code == 3
+    assert (folder / "out.onnx").read_bytes() == b"as it was"
+    assert list(folder.iterdir()) == [folder / "out.onnx"]
+
+
+def test_a_schedule_that_computes_something_else_is_noticed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_other_weights(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        weight = max(model.proto.graph.initializer, key=lambda w: w.ByteSize())
+        weight.CopyFrom(
+            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.01, weight.name)
+        )
+        return model
+
+    monkeypatch.setattr(pipeline, "load_model", with_other_weights)
+    with pytest.raises(NumericsError, match="'logits' differs"):
+        optimized(tiny, tmp_path / "out.onnx", policy="nimble", streams=2)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_outputs_that_random_numbers_reach_are_not_compared(tmp_path: Path) -> None:
+    text = """(float[9] x) => (float[9] y, float[9] z) {
+        a = Exp(x)
+        b = Neg(a)
+        c = RandomNormalLike(b)
+        y = Add(c, a)
+        z = Sin(b)
+    }"""
+    source, target = saved(parsed(text), tmp_path), tmp_path / "out.onnx"
+    result = optimized(source, target, policy="wavefront", streams=2)
+    assert [difference.output for difference in result.differences] == ["z"]
+    (reason,) = result.host_reasons.values()
+    assert reason == "RandomNormalLike draws numbers that a replay would repeat"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"policy": "magic"}, UsageError, "no policy 'magic'; there are auto, sequential, "),
+        ({"streams": 0}, UsageError, "--streams 0 is too few"),
+        ({"device": "tpu"}, UsageError, "'tpu' is no device"),
+        ({"device": "cpu:1"}, DeviceError, "the CPU is cpu:0"),
+        ({"device": "cuda:99"}, DeviceError, "cuda:99 is not available"),
+        ({"device": "cuda:0,cuda:1"}, DeviceError, "names several"),
+        ({"shapes": {"input": (1, 2)}}, UsageError, "2 dimensions, it has 4"),
+        ({"custom_ops": ["/nowhere.so"]}, UsageError, "library '/nowhere.so' does not load"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(
+    options: dict[str, Any], error: type[OnnxschedError], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        optimized(tiny, tmp_path / "out.onnx", **options)
+    assert contents(tmp_path).keys() == {"tiny.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [
+        (lambda folder: folder / "none" / "out.onnx", UsageError),
+        (lambda folder: folder, UsageError),
+        (lambda folder: Path("/dev/null"), OnnxschedError),
+    ],
+    ids=["no folder", "a folder", "a device"],
+)
+def test_a_target_that_takes_no_file_is_refused(
+    target: Callable[[Path], Path], error: type[OnnxschedError], tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error):
+        optimized(tiny, target(tmp_path))
+    assert contents(tmp_path).keys() == {"tiny.onnx"}
+
+
+def test_garbage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.onnx").write_bytes(b"garbage")
+    with pytest.raises(ModelError, match=r"in\.onnx' can't be read as an ONNX model"):
+        optimized(tmp_path / "in.onnx", tmp_path / "out.onnx")

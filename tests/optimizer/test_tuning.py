@@ -1,0 +1,164 @@
+"""Candidates are measured, ranked, and the sequential one always takes part."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from onnxsched import tuning
+from onnxsched.candidates import Candidate, propose
+from onnxsched.contraction import Contraction, contract_chains
+from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.loading import Model, graph_from_model
+from onnxsched.policies import POLICIES
+from onnxsched.schedule import Schedule
+from onnxsched.tuning import Outcome, tune
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import CaptureError
+from sample_models import build
+from support.models import CPU, MODELS
+from support.optimizing import loaded
+from support.strategies import GPU
+
+Tuned = tuple[Outcome, ...]
+
+
+def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tuple[Candidate, ...]]:
+    graph = graph_from_model(model)
+    contraction = contract_chains(graph)
+    cost = TableCost(tuple(OperatorCost(1.0 + index % 3) for index in range(len(graph))))
+    return contraction, propose(graph, contraction, cost, device, tuple(POLICIES), 3)
+
+
+def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> Tuned:
+    contraction, candidates = candidates_of(model, device)
+    return tune(
+        model, contraction, candidates, device,
+        budget_s=budget_s, custom_ops=(), progress=lambda what, done, total: None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return loaded(build("tiny"), tmp_path)
+
+
+def assert_ranked(outcomes: Tuned) -> None:
+    """Finalists first, the fastest of them in front, and sequential one of them."""
+    times = [outcome.measured_us for outcome in outcomes]
+    finalists = [us for us in times if us is not None]
+    assert times == sorted(finalists) + [None] * (len(times) - len(finalists))
+    assert "sequential" in [o.candidate.policy for o in outcomes[: len(finalists)]]
+
+
+def test_the_few_most_promising_and_sequential_are_measured(model: Model) -> None:
+    outcomes = tuned(model)
+    assert_ranked(outcomes)
+    _, candidates = candidates_of(model)
+    assert sorted(o.candidate.label for o in outcomes) == sorted(c.label for c in candidates)
+    finalists = [o for o in outcomes if o.samples_us]
+    assert len(finalists) == 4
+    assert {len(o.samples_us) for o in finalists} == {35}
+    others = [c.predicted_us for c in candidates if c.policy != "sequential"]
+    promising = [o.candidate.predicted_us for o in finalists if o.candidate.policy != "sequential"]
+    assert sorted(promising) == sorted(others)[:3]
+
+
+@pytest.mark.parametrize("name", ["branch", "loop", "sequence", "data_dependent", "chain"])
+def test_every_kind_of_model_can_be_tuned(name: str, tmp_path: Path) -> None:
+    assert_ranked(tuned(loaded(MODELS[name](), tmp_path)))
+
+
+def test_the_cpu_has_no_trials(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(tuning, "TrialRunner")
+    assert all(outcome.trial_us is None for outcome in tuned(model))
+
+
+class FakeSession:
+    """Runs in the time that its schedule's stream count says."""
+
+    executor = None
+
+    def __init__(self, proto: Any, annotation: Any, custom_ops: tuple[str, ...]) -> None:
+        self._seconds = 0.0001 * len({str(p) for p in annotation.placements.values()})
+
+    def run(self, names: None, feeds: Any) -> None:
+        time.sleep(self._seconds)
+
+    def close(self) -> None:
+        pass
+
+
+class FakeTrials:
+    """Trials as on a GPU: what is predicted to be slow turns out to be fast."""
+
+    tried: list[Schedule]
+    refuse_after = 1000
+
+    def __init__(self, model: Model, contraction: Contraction, *_: Any) -> None:
+        self._model = model
+
+    def measure_us(self, contracted: Schedule) -> tuple[float, ...]:
+        if len(self.tried) >= self.refuse_after:
+            raise CaptureError("no")
+        self.tried.append(contracted)
+        return (3.0, 1000.0 - len(self.tried), 5000.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrials]:
+    """Makes tuning believe in a GPU."""
+    kind = type("Trials", (FakeTrials,), {"tried": []})
+    monkeypatch.setattr(tuning, "TrialRunner", kind)
+    monkeypatch.setattr(tuning, "Session", FakeSession)
+    return kind
+
+
+def test_on_a_gpu_all_are_tried_and_what_was_measured_outranks_predictions(
+    model: Model, trials: type[FakeTrials]
+) -> None:
+    outcomes = tuned(model, GPU)
+    assert_ranked(outcomes)
+    _, candidates = candidates_of(model, GPU)
+    by_prediction = sorted(candidates, key=lambda c: c.predicted_us)
+    assert trials.tried == [candidate.contracted for candidate in by_prediction]
+    assert {o.candidate.label: o.trial_us for o in outcomes} == {
+        c.label: 999.0 - number for number, c in enumerate(by_prediction)
+    }
+    last = [c.label for c in by_prediction if c.policy != "sequential"][-3:]
+    finalists = {o.candidate.label for o in outcomes if o.samples_us}
+    assert finalists == {"sequential/1", *last}
+
+
+def test_a_spent_budget_tries_nothing_and_still_measures(
+    model: Model, trials: type[FakeTrials]
+) -> None:
+    outcomes = tuned(model, GPU, budget_s=-1.0)
+    assert_ranked(outcomes)
+    assert trials.tried == []
+    assert {outcome.trial_us for outcome in outcomes} == {None}
+
+
+def test_trials_end_where_a_capture_is_refused(model: Model, trials: type[FakeTrials]) -> None:
+    trials.refuse_after = 2
+    outcomes = tuned(model, GPU)
+    assert_ranked(outcomes)
+    assert sum(outcome.trial_us is not None for outcome in outcomes) == 2
+
+
+def test_a_model_that_is_not_captured_whole_has_no_trials(
+    model: Model, trials: type[FakeTrials]
+) -> None:
+    name = model.proto.graph.node[0].name
+    assert_ranked(tuned(replace(model, host_reasons={name: "for once"}), GPU))
+    assert trials.tried == []
