@@ -60,13 +60,19 @@ def main() -> None:
 
 
 def run_tests(out: Path) -> str:
-    """Run tests/gpu; returns pytest's last line, and leaves the log in `out`."""
+    """Run tests/gpu; returns pytest's last lines, and leaves the logs in `out`.
+
+    Side by side where pytest-xdist is there, except for tests that need the device alone.
+    """
     workers = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     options = ["-q", "-o", "addopts=--import-mode=importlib", "-W", "ignore", "--durations=10"]
-    command = [sys.executable, "-m", "pytest", *options, *workers, str(ROOT / "tests" / "gpu")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    (out / "tests.log").write_text(done.stdout + done.stderr)
-    return (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+    ends = []
+    for name, chosen in (("together", [*workers, "-m", "not alone"]), ("alone", ["-m", "alone"])):
+        command = [sys.executable, "-m", "pytest", *options, *chosen, str(ROOT / "tests" / "gpu")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        (out / f"tests-{name}.log").write_text(done.stdout + done.stderr)
+        ends.append((done.stdout.strip().splitlines() or ["error: no output"])[-1].strip("= "))
+    return "; ".join(ends)
 
 
 def measure_model(name: str, device: str) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def measure_model(name: str, device: str) -> dict[str, Any]:
         optimized, optimize_s = timed(
             lambda: optimize(source, target, device=device, cache_dir=cache)
         )
-        measured = bench(target, original=source, duration_s=1.0, iterations=100, warmup_ms=50)
+        measured = bench(target, original=source, duration_s=0.5, iterations=60, warmup_ms=50)
         on_cpu = difference_on_cpu(target)
     return {
         "policy": optimized.policy,

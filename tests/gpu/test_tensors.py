@@ -95,6 +95,7 @@ def test_a_gpu_tensor_of_another_shape_or_type_is_refused(session: onnxsched.Ses
         session(torch.zeros((1, 3, 224, 224), dtype=torch.float16, device="cuda"))
 
 
+@pytest.mark.alone
 def test_closing_gives_the_memory_back(tmp_path: Path, cache_dir: Path) -> None:
     import torch
 
