@@ -115,26 +115,11 @@ def optimize(
     )
     cap = streams or _DEFAULT_STREAMS[chosen.kind]
     key = _decision_key(model, policy, cap)
-    decision = recall(cache, key, graph_from_model(model), chosen)
-    from_cache = decision is not None
+    decision = kept = recall(cache, key, graph_from_model(model), chosen)
     if decision is None:
-        profile = measure_profile(model, chosen, cache, libraries, progress)
-        model = with_refusals(model, profile.refusals)
-        graph = graph_from_model(model)
-        contraction = contract_chains(graph)
-        cost = TableCost(tuple(profile.cost(operator.name) for operator in graph.operators))
-        policies = list(POLICIES) if policy == "auto" else [policy]
-        candidates = propose(graph, contraction, cost, chosen, policies, cap)
-        outcomes = tune(
-            model,
-            contraction,
-            candidates,
-            chosen,
-            budget_s=budget_s,
-            custom_ops=libraries,
-            progress=progress,
+        decision = _measured_decision(
+            model, chosen, cache, policy, cap, budget_s, libraries, progress
         )
-        decision = decide(outcomes, profile, policy)
         remember(cache, key, decision)
     model = with_refusals(model, decision.refusals)
     details = _details(model, decision, chosen, environment, seed)
@@ -142,10 +127,41 @@ def optimize(
     progress("checking", 0, 1)
     with Session(model.proto, annotation, custom_ops=libraries) as session:
         differences = check_numerics(model, session, chosen, seed, libraries)
-        result = _result(Path(target), chosen, model, decision, session, differences, from_cache)
+        result = _result(
+            Path(target), chosen, model, decision, session, differences, kept is not None
+        )
     write_annotation(model.proto, annotation)
     write_model(model.proto, target)
     return result
+
+
+def _measured_decision(
+    model: Model,
+    device: Device,
+    cache: MeasurementCache,
+    policy: str,
+    cap: int,
+    budget_s: float,
+    custom_ops: tuple[str, ...],
+    progress: Progress,
+) -> Decision:
+    """Profile the operators, let policies schedule them, and measure what they propose."""
+    profile = measure_profile(model, device, cache, custom_ops, progress)
+    model = with_refusals(model, profile.refusals)
+    graph = graph_from_model(model)
+    contraction = contract_chains(graph)
+    cost = TableCost(tuple(profile.cost(operator.name) for operator in graph.operators))
+    policies = list(POLICIES) if policy == "auto" else [policy]
+    outcomes = tune(
+        model,
+        contraction,
+        propose(graph, contraction, cost, device, policies, cap),
+        device,
+        budget_s=budget_s,
+        custom_ops=custom_ops,
+        progress=progress,
+    )
+    return decide(outcomes, profile, policy)
 
 
 def check_numerics(

@@ -15,7 +15,7 @@ from onnxsched.loading import Model
 from onnxsched.schedule import Schedule
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.executors.streams import SegmentRunner
+from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import ModelSource, operations_from_model
 from onnxsched_runtime.partition import assemble, readers_of, segment_of
 from onnxsched_runtime.plan import ExecutionPlan

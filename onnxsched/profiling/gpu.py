@@ -14,7 +14,7 @@ from onnxsched.profiling.kernels import kernels_by_range
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import CaptureError
-from onnxsched_runtime.executors.streams import SegmentRunner
+from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import ModelSource, node_reads
 from onnxsched_runtime.partition import assemble
 from onnxsched_runtime.plan import Segment
