@@ -26,7 +26,6 @@ from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.load import Executor, open_executor
 from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.planning import plan_model
-from onnxsched_runtime.session import Level
 
 ARMS: Mapping[str, str] = {
     "ort": "plain ONNX Runtime with IOBinding",
@@ -230,10 +229,7 @@ def _open(
         placements = {n: Placement(p.device, 0) for n, p in annotation.placements.items()}
     plan = plan_model(source.model, placements, reasons)
     capture: Mapping[str, Capture] = {"ort": "none", "ort-graph": "ort", "schedule-ort": "ort"}
-    level: Level = "all" if name.startswith("ort") else "none"
-    return open_executor(
-        source, plan, capture=capture.get(name, "whole"), level=level, custom_ops=custom_ops
-    )
+    return open_executor(source, plan, capture=capture.get(name, "whole"), custom_ops=custom_ops)
 
 
 class _ArmRun:

@@ -130,9 +130,7 @@ def _optimized(
     model: onnx.ModelProto, device: Device, custom_ops: tuple[str, ...]
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """Constants folded and operators fused by ORT; and which nodes need the CPU."""
-    settings = SessionSettings(
-        device, level="extended", host_operators=True, custom_ops=custom_ops
-    )
+    settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
     with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
         source, target = Path(scratch, "bound.onnx"), Path(scratch, "optimized.onnx")
         write_model(model, source)

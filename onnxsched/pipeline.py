@@ -175,7 +175,7 @@ def check_numerics(
     Raises:
         NumericsError: An output differs by more than rounding.
     """
-    settings = SessionSettings(device, level="all", host_operators=True, custom_ops=custom_ops)
+    settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
     outputs = [value.name for value in model.baseline.graph.output]
     feeds = [
         random_inputs(model.baseline, model.tensors, seed + number)

@@ -134,8 +134,6 @@ def _open(
     if annotation is not None:
         session = stack.enter_context(Session(model, annotation, custom_ops=custom_ops))
         return lambda feed: session.run(outputs, feed)
-    settings = SessionSettings(
-        choose_device(device), level="all", host_operators=True, custom_ops=custom_ops
-    )
+    settings = SessionSettings(choose_device(device), host_operators=True, custom_ops=custom_ops)
     plain = stack.enter_context(OrtSession(path, settings))
     return lambda feed: plain.run(feed, outputs)

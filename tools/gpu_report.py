@@ -114,7 +114,7 @@ def difference_on_cpu(path: Path) -> float:
     annotation = read_annotation(model)
     feeds = random_inputs(model, annotation.tensors, seed=0)
     outputs = [value.name for value in model.graph.output]
-    settings = SessionSettings(Device("cpu"), level="all")
+    settings = SessionSettings(Device("cpu"))
     with load(path) as session, OrtSession(path, settings) as plain:
         found = compare(
             lambda feed: session.run(outputs, feed),

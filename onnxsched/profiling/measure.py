@@ -104,7 +104,7 @@ def _measure_on_cpu(
     model: Model, device: Device, nodes: Sequence[onnx.NodeProto], custom_ops: tuple[str, ...]
 ) -> Iterator[tuple[str, OperatorProfile]]:
     source = ModelSource(model.proto, model.tensors)
-    settings = SessionSettings(device, level="all", thread_count=1, custom_ops=custom_ops)
+    settings = SessionSettings(device, thread_count=1, custom_ops=custom_ops)
     for node in nodes:
         segment = operator_segment(model, node, Placement(device, 0))
         generator = np.random.default_rng(0)

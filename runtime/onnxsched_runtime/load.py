@@ -19,7 +19,6 @@ from onnxsched_runtime.executors.threads import ThreadExecutor
 from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
-from onnxsched_runtime.session import Level
 
 Executor = StreamExecutor | ThreadExecutor
 """What runs a plan."""
@@ -69,7 +68,6 @@ def open_executor(
     plan: ExecutionPlan,
     *,
     capture: Capture = "whole",
-    level: Level = "none",
     custom_ops: tuple[str, ...] = (),
 ) -> Executor:
     """Make a plan ready to run on the device of its segments.
@@ -78,13 +76,11 @@ def open_executor(
         source: The model that segments are cut out of.
         plan: Segments and their order.
         capture: How a GPU's plan is captured; see `load`.
-        level: Graph optimizations in each session on a GPU; on the CPU all are made, since its
-            blocked layouts exist only inside a session.
         custom_ops: Shared libraries with custom operators.
     """
     if plan.segments[0].placement.device.kind == "cpu":
         return ThreadExecutor(source, plan, custom_ops)
-    return StreamExecutor(source, plan, capture, level, custom_ops)
+    return StreamExecutor(source, plan, capture, custom_ops)
 
 
 def moved(annotation: Annotation, device_map: Mapping[str, str]) -> Annotation:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime
@@ -20,19 +20,12 @@ from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, Us
 from onnxsched_runtime.model import ModelPart
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-Level = Literal["none", "extended", "all"]
 _NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+:\d+ [^)]*\) "
     r"|ONNX Runtime only \*guarantees\*.*(?=Current official)"
 )
-_LEVELS: Mapping[Level, Any] = {
-    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
-_CUDA_ONLY_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
-"""Fusions whose result the CPU provider can't run (the first) or that are slower than what they
-replace (the second): left out so that an optimized model stays portable."""
+_UNPORTABLE_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
+"""Fusions whose result only the CUDA provider runs: made in a session, never in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +35,6 @@ class SessionSettings:
     device: Device
     stream_handle: int | None = None
     """The CUDA stream that everything is launched on; None lets ORT make its own."""
-    level: Level = "none"
-    """Graph optimizations."""
     graph_capture: bool = False
     """Let ORT capture and replay its own CUDA graph."""
     host_operators: bool = False
@@ -134,6 +125,8 @@ class OrtSession:
 def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:
     """Let ORT fold constants and fuse operators, and save the result.
 
+    The level is ORT's extended one: the next would bind the file to this machine's processor.
+
     Returns:
         The nodes that need the CPU provider, with their operator types.
 
@@ -142,6 +135,7 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
         ModelError: ORT refuses the model.
     """
     options = _session_options(settings)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", f"{target.name}.data"
@@ -150,7 +144,7 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
         "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
     )
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = _create(source, options, settings)
+    session = _create(source, options, settings, disabled_optimizers=_UNPORTABLE_FUSIONS)
     if settings.device.kind == "cpu":
         return {}
     return {
@@ -184,7 +178,6 @@ def _load_cuda_libraries() -> None:
 
 def _session_options(settings: SessionSettings) -> Any:
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = _LEVELS[settings.level]
     options.log_severity_level = 3
     options.intra_op_num_threads = settings.thread_count
     options.inter_op_num_threads = 1
@@ -204,15 +197,19 @@ def _session_options(settings: SessionSettings) -> Any:
     return options
 
 
-def _create(source: ModelPart | Path, options: Any, settings: SessionSettings) -> Any:
+def _create(
+    source: ModelPart | Path,
+    options: Any,
+    settings: SessionSettings,
+    disabled_optimizers: Sequence[str] = (),
+) -> Any:
     model = source.content if isinstance(source, ModelPart) else str(source)
-    disabled = _CUDA_ONLY_FUSIONS if settings.level == "extended" else None
     try:
         session = onnxruntime.InferenceSession(
             model,
             options,
             providers=_providers(settings),
-            disabled_optimizers=disabled,
+            disabled_optimizers=list(disabled_optimizers),
             enable_fallback=0,
         )
     except Exception as error:

@@ -45,7 +45,7 @@ def _plain(path: Path, device: Device = _CUDA) -> OrtSession:
     """One session of plain ORT on the annotated model."""
     model = read_model(path)
     source = ModelSource(model, read_annotation(model).tensors)
-    return OrtSession(source.whole(), SessionSettings(device, level="all"))
+    return OrtSession(source.whole(), SessionSettings(device))
 
 
 def _feeds(path: Path, seed: int) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from onnxsched_runtime import cuda
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
-from onnxsched_runtime.session import BufferView, Level, OrtSession, SessionSettings
+from onnxsched_runtime.session import BufferView, OrtSession, SessionSettings
 
 _WARM_UP_COUNT = 2
 """Runs before a capture: ORT settles its memory pattern in the second."""
@@ -23,7 +23,6 @@ class SegmentRunner:
         plan: ExecutionPlan,
         *,
         graph_capture: bool = False,
-        level: Level = "none",
         custom_ops: tuple[str, ...] = (),
     ) -> None:
         """Create them; nothing runs yet.
@@ -32,11 +31,9 @@ class SegmentRunner:
             source: The model that segments are cut out of.
             plan: Says which segments and on which streams.
             graph_capture: Let ORT capture each session by itself.
-            level: Graph optimizations in each session; an optimized model needs none.
             custom_ops: Libraries of custom operators.
         """
         self.plan = plan
-        self._level: Level = level
         self._resources = ExitStack()
         self._custom_ops = custom_ops
         try:
@@ -61,7 +58,6 @@ class SegmentRunner:
         captured = segment.host_reason is None
         settings = SessionSettings(
             segment.placement.device,
-            level=self._level,
             stream_handle=self.streams[segment.placement].handle if captured else None,
             graph_capture=graph_capture and captured,
             host_operators=not captured,

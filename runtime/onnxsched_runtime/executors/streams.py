@@ -13,7 +13,6 @@ from onnxsched_runtime.errors import OnnxschedError
 from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
-from onnxsched_runtime.session import Level
 
 Capture = Literal["whole", "ort", "none"]
 
@@ -26,7 +25,6 @@ class StreamExecutor:
         source: ModelSource,
         plan: ExecutionPlan,
         capture: Capture = "whole",
-        level: Level = "none",
         custom_ops: tuple[str, ...] = (),
     ) -> None:
         """Create sessions, warm them up and capture.
@@ -37,7 +35,6 @@ class StreamExecutor:
             capture: `whole` for one CUDA graph, `ort` for one graph a session by ORT itself,
                 `none` for launching at every run. What is refused falls back to the next, and
                 `refusal` says why.
-            level: Graph optimizations in each session; an optimized model needs none.
             custom_ops: Libraries of custom operators.
         """
         self._plan = plan
@@ -50,7 +47,6 @@ class StreamExecutor:
                 source,
                 plan,
                 graph_capture=mode == "ort",
-                level=level,
                 custom_ops=custom_ops,
             )
             try:

@@ -31,7 +31,6 @@ class ThreadExecutor:
         self._threads = self._resources.enter_context(ThreadPoolExecutor(len(streams)))
         settings = SessionSettings(
             Device("cpu"),
-            level="all",
             thread_count=thread_count(len(streams)) if len(streams) > 1 else 0,
             custom_ops=custom_ops,
         )
