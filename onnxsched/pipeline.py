@@ -12,13 +12,12 @@ from typing import Any
 
 from onnxsched.annotate import annotation_for
 from onnxsched.candidates import propose
-from onnxsched.capturability import random_tensors
-from onnxsched.comparison import Difference, Tolerances, compare
+from onnxsched.checking import check_numerics, run_plain
+from onnxsched.comparison import Difference
 from onnxsched.contraction import contract_chains
 from onnxsched.cost import TableCost
 from onnxsched.decision import Decision, decide, recall, remember
 from onnxsched.environment import choose_device, describe_environment
-from onnxsched.inputs import random_inputs
 from onnxsched.loading import Model, graph_from_model, load_model, with_refusals
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
@@ -27,15 +26,11 @@ from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched.tuning import tune
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import NumericsError, UsageError
+from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import ModelSource, write_model
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.model import write_model
 
 _DEFAULT_STREAMS = {"cuda": 16, "cpu": min(4, os.cpu_count() or 1)}
-_CHECKED_RUNS = 3
-_TOLERANCES = {"cuda": Tolerances(relative=1e-3), "cpu": Tolerances(relative=1e-4)}
-"""Against plain ORT: TF32 keeps 10 bits of each factor, so another kernel may differ by 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +120,9 @@ def optimize(
     details = _details(model, decision, chosen, environment, seed)
     annotation = annotation_for(model, decision.schedule, details)
     progress("checking", 0, 1)
+    plain = run_plain(model, chosen, seed, libraries)
     with Session(model.proto, annotation, custom_ops=libraries) as session:
-        differences = check_numerics(model, session, chosen, seed, libraries)
+        differences = check_numerics(model, session, plain)
         result = _result(
             Path(target), chosen, model, decision, session, differences, kept is not None
         )
@@ -162,43 +158,6 @@ def _measured_decision(
         progress=progress,
     )
     return decide(outcomes, profile, policy)
-
-
-def check_numerics(
-    model: Model, session: Session, device: Device, seed: int, custom_ops: tuple[str, ...]
-) -> tuple[Difference, ...]:
-    """Compare a session with plain ORT on the model as it was given.
-
-    Returns:
-        The difference of every output that no random number reaches.
-
-    Raises:
-        NumericsError: An output differs by more than rounding.
-    """
-    settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
-    outputs = [value.name for value in model.baseline.graph.output]
-    feeds = [
-        random_inputs(model.baseline, model.tensors, seed + number)
-        for number in range(_CHECKED_RUNS)
-    ]
-    with OrtSession(ModelSource(model.baseline, model.tensors).whole(), settings) as plain:
-        differences = compare(
-            lambda feed: session.run(outputs, feed),
-            lambda feed: plain.run(feed, outputs),
-            outputs,
-            feeds,
-            _TOLERANCES[device.kind],
-        )
-    drawn = random_tensors(model.baseline)
-    differences = tuple(found for found in differences if found.output not in drawn)
-    for found in differences:
-        if not found.is_within:
-            raise NumericsError(
-                f"Output '{found.output}' differs from plain ONNX Runtime by "
-                f"{found.max_absolute:.3g} (relative {found.relative:.3g}), so nothing was "
-                "written; please report the model."
-            )
-    return differences
 
 
 def _check_arguments(target: str | os.PathLike[str], streams: int | None, policy: str) -> None:

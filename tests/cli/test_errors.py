@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 
-from onnxsched import pipeline
+from onnxsched import checking, pipeline
 from onnxsched.cli import run
 from onnxsched.comparison import Difference
 from sample_models import build
@@ -189,7 +189,7 @@ def test_a_schedule_that_changes_numbers_is_3_and_is_not_written(
     fail: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = Difference("logits", 1.0, 1.0, False, False)
-    monkeypatch.setattr(pipeline, "compare", lambda *_: (wrong,))
+    monkeypatch.setattr(checking, "compare", lambda *_: (wrong,))
     code, text = fail(*OPTIMIZE)
     assert code == 3
     assert "nothing was written" in text

@@ -10,8 +10,8 @@ import pytest
 
 import onnxsched
 from onnxsched.annotate import annotation_for
+from onnxsched.checking import check_numerics, run_plain
 from onnxsched.loading import graph_from_model, load_model
-from onnxsched.pipeline import check_numerics
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import OnnxschedError
@@ -91,7 +91,7 @@ def test_every_small_model_computes_what_plain_ort_does(name: str, tmp_path: Pat
     schedule = Schedule(tuple(Slot(i, Placement(device, i % 3)) for i in range(len(graph))))
     with Session(model.proto, annotation_for(model, schedule)) as session:
         assert session.refusal is None
-        assert check_numerics(model, session, device, 0, ())
+        assert check_numerics(model, session, run_plain(model, device, 0, ()))
 
 
 def test_an_operator_that_can_not_be_captured_stays_on_the_host(

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 import onnxsched
-from onnxsched import pipeline
+from onnxsched import checking, pipeline
 from onnxsched.comparison import Difference, Tolerances
 from onnxsched.environment import describe_environment
 from onnxsched.loading import load_model
@@ -215,7 +215,7 @@ def test_nothing_is_written_when_numbers_differ(
     folder.mkdir()
     (folder / "out.onnx").write_bytes(b"as it was")
     monkeypatch.setattr(
-        pipeline, "compare", lambda *_: (Difference("logits", 0.5, 0.25, False, False),)
+        checking, "compare", lambda *_: (Difference("logits", 0.5, 0.25, False, False),)
     )
     with pytest.raises(NumericsError, match=r"'logits' differs .* 0\.5 .*nothing was") as caught:
         optimized(tiny, folder / "out.onnx")
