@@ -1,0 +1,140 @@
+"""The CUDA executor's decisions, on fakes: what is captured, copied, run on the host, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import OnnxschedError, UsageError
+from onnxsched_runtime.executors.streams import Capture, StreamExecutor
+from onnxsched_runtime.load import Session
+from support import fake_cuda, models
+
+GPU = Device("cuda")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[fake_cuda.FakeGraph]:
+    return fake_cuda.install(monkeypatch)
+
+
+@contextmanager
+def opened(model: onnx.ModelProto, capture: Capture = "whole") -> Iterator[Session]:
+    with Session(model, models.annotation_of(model, device=GPU), capture=capture) as session:
+        yield session
+
+
+def executor_of(session: Session) -> StreamExecutor:
+    assert isinstance(session.executor, StreamExecutor)
+    return session.executor
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("capture", ["whole", "ort", "none"])
+def test_every_model_computes_what_plain_ort_does_however_it_is_captured(
+    graphs: type[fake_cuda.FakeGraph], name: str, capture: Capture
+) -> None:
+    model = models.MODELS[name]()
+    with opened(model, capture) as session:
+        assert (session.capture, session.refusal) == (capture, None)
+        for seed in range(4):
+            feeds = models.feeds_for(model, seed)
+            models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
+def test_a_model_without_host_operators_is_one_launch(
+    graphs: type[fake_cuda.FakeGraph],
+) -> None:
+    model = models.fork_join()
+    with opened(model) as session:
+        executor = executor_of(session)
+        assert (executor.is_one_piece, executor.graph_count) == (True, 1)
+        session.run(None, models.feeds_for(model))
+        assert graphs.launches == 1
+
+
+def test_host_operators_run_between_graphs(graphs: type[fake_cuda.FakeGraph]) -> None:
+    model = models.branch()
+    with opened(model) as session:
+        captured = [piece.captured for piece in session.plan.pieces]
+        assert False in captured
+        assert not executor_of(session).is_one_piece
+        assert executor_of(session).graph_count == sum(captured)
+        session.run(None, models.feeds_for(model))
+        assert graphs.launches == sum(captured)
+
+
+@pytest.mark.parametrize(("refusals", "expected"), [(0, "whole"), (1, "ort")])
+def test_a_refused_capture_falls_back_and_says_why(
+    graphs: type[fake_cuda.FakeGraph], refusals: int, expected: str
+) -> None:
+    graphs.refusals = refusals
+    model = models.diamond()
+    feeds = models.feeds_for(model)
+    with opened(model) as session:
+        assert session.capture == expected
+        assert (session.refusal is None) == (refusals == 0)
+        assert session.refusal is None or "whole: The capture was refused" in session.refusal
+        models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
+def test_where_nothing_works_the_last_error_is_raised(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, piece: object) -> None:
+        raise OnnxschedError("ONNX Runtime failed: planted.")
+
+    monkeypatch.setattr("onnxsched_runtime.executors.segments.SegmentRunner.warm_up", fail)
+    with pytest.raises(OnnxschedError, match="planted"), opened(models.diamond()):
+        pass
+
+
+@pytest.mark.parametrize("name", ["diamond", "two_towers", "branch", "data_dependent", "split"])
+def test_tensors_in_give_tensors_out(graphs: type[fake_cuda.FakeGraph], name: str) -> None:
+    import torch
+
+    model = models.MODELS[name]()
+    outputs = [value.name for value in model.graph.output]
+    with opened(model) as session:
+        kept = []
+        for seed in range(3):
+            feeds = models.feeds_for(model, seed)
+            tensors = {n: torch.from_numpy(np.array(array)) for n, array in feeds.items()}
+            kept.append((feeds, executor_of(session).run_on_device(tensors, outputs)))
+        for feeds, results in kept:
+            assert all(isinstance(result, torch.Tensor) for result in results)
+            models.assert_same([r.numpy() for r in results], models.reference(model, feeds))
+
+
+def test_a_tensor_that_does_not_fit_is_named(graphs: type[fake_cuda.FakeGraph]) -> None:
+    import torch
+
+    with opened(models.diamond()) as session:
+        executor = executor_of(session)
+        with pytest.raises(UsageError, match=r"Input 'x' takes shape \[2, 3\], got \[3, 2\]"):
+            executor.run_on_device({"x": torch.zeros(3, 2)}, ["y"])
+        with pytest.raises(UsageError, match=r"takes torch\.float32, got torch\.float64"):
+            executor.run_on_device({"x": torch.zeros(2, 3, dtype=torch.float64)}, ["y"])
+
+
+def test_closing_closes_every_stream(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created: list[fake_cuda.FakeStream] = []
+
+    class Counted(fake_cuda.FakeStream):
+        def __init__(self, device: Device) -> None:
+            super().__init__(device)
+            created.append(self)
+
+    monkeypatch.setattr(cuda, "Stream", Counted)
+    with opened(models.fork_join()):
+        assert created
+        assert all(stream.is_open for stream in created)
+    assert not any(stream.is_open for stream in created)

@@ -1,0 +1,116 @@
+"""CUDA without a GPU: what is launched runs at once, in the order in which it is issued.
+
+Good for what executors do with streams, graphs and buffers; not for whether events are enough,
+which `check_plan` judges, nor for anything that only a GPU can show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import CaptureError
+from onnxsched_runtime.executors import segments
+from onnxsched_runtime.model import ModelPart
+from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.tensor import TensorType
+
+
+class FakeStream:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.handle = id(self)
+        self.is_open = True
+
+    def record(self) -> FakeStream:
+        return self
+
+    def wait(self, event: FakeStream) -> None:
+        assert event.is_open
+
+    wait_for_caller = release_to_caller = synchronize = lambda self: None
+
+    def close(self) -> None:
+        self.is_open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FakeBuffer(cuda.Buffer):
+    """A real buffer in host memory, copied at once."""
+
+    def __init__(self, kind: TensorType, device: Device) -> None:
+        super().__init__(kind, Device("cpu"))
+
+    @property
+    def staging(self) -> np.ndarray:
+        if self._pinned is None:
+            self._pinned = self.tensor.clone()
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.kind.element_type)
+        return np.asarray(self._pinned.numpy()).view(dtype)
+
+    def _copy(self, target: int, source: int, stream: Any) -> None:
+        assert stream.is_open
+        ctypes.memmove(target, source, self.kind.nbytes)
+
+
+class FakeGraph:
+    """Holds what was issued; refuses as often as `refusals` says."""
+
+    refusals = 0
+    launches = 0
+
+    def __init__(self, issue: Callable[[], None]) -> None:
+        self._issue = issue
+
+    @classmethod
+    def capture(cls, main: FakeStream, issue: Callable[[], None]) -> FakeGraph:
+        if FakeGraph.refusals:
+            FakeGraph.refusals -= 1
+            raise CaptureError("The capture was refused (planted).")
+        return cls(issue)
+
+    def launch(self, stream: FakeStream) -> None:
+        assert stream.is_open
+        FakeGraph.launches += 1
+        self._issue()
+
+    def close(self) -> None:
+        pass
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
+    """Put the fakes in the place of CUDA, and sessions of the CPU in that of the GPU's."""
+
+    def open_session(source: ModelPart | Path, settings: SessionSettings) -> OrtSession:
+        on_cpu = replace(settings, device=Device("cpu"), stream_handle=None, graph_capture=False)
+        return OrtSession(source, on_cpu)
+
+    monkeypatch.setattr(cuda, "Stream", FakeStream)
+    monkeypatch.setattr(cuda, "Buffer", FakeBuffer)
+    monkeypatch.setattr(cuda, "Graph", FakeGraph)
+    monkeypatch.setattr(cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
+    monkeypatch.setattr(segments, "OrtSession", open_session)
+    monkeypatch.setattr(FakeGraph, "refusals", 0)
+    monkeypatch.setattr(FakeGraph, "launches", 0)
+    return FakeGraph
+
+
+def _tensor(value: Any) -> Any:
+    import torch
+
+    return torch.as_tensor(value)
