@@ -28,7 +28,7 @@ from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.planning import plan_model
 
 ARMS: Mapping[str, str] = {
-    "ort": "plain ONNX Runtime with IOBinding",
+    "ort": "plain ONNX Runtime: with IOBinding, or on host arrays if part of it runs on the host",
     "ort-graph": "ONNX Runtime with its own CUDA graph",
     "sequential": "the model as one session in one CUDA graph",
     "schedule": "the annotated schedule in one CUDA graph",
@@ -160,7 +160,7 @@ def bench(
     model = read_model(path)
     annotation = read_annotation(model)
     device = annotation.devices[0]
-    names = _arm_names(against, device)
+    names = _arm_names(against, device, bool(annotation.host_reasons))
     libraries = tuple(custom_ops)
     baseline = _baseline(model, annotation, original, device, libraries)
     feeds = random_inputs(model, annotation.tensors, seed=0)
@@ -184,12 +184,16 @@ def bench(
     )
 
 
-def _arm_names(against: Sequence[str], device: Device) -> list[str]:
+def _arm_names(against: Sequence[str], device: Device, has_host_operators: bool) -> list[str]:
     if unknown := set(against) - ARMS.keys():
         raise UsageError(f"There is no arm '{min(unknown)}'; there are {', '.join(ARMS)}.")
     possible = [name for name in ARMS if device.kind == "cuda" or name not in _GPU_ONLY]
     if strangers := set(against) - set(possible):
         raise UsageError(f"Arm '{min(strangers)}' needs a GPU; the schedule is for {device}.")
+    if has_host_operators:  # ORT captures whole models only
+        possible = [name for name in possible if name != "ort-graph"]
+        if "ort-graph" in against:
+            raise UsageError("Arm 'ort-graph' needs a model without host operators.")
     if not against:
         return possible
     plain = [] if {"ort", "ort-graph"} & set(against) else ["ort"]

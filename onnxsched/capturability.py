@@ -43,7 +43,7 @@ def _host_reason(
     """Why a node can't be captured; None where it can."""
     if node.op_type in _CONTROL_FLOW and node.domain in ("", "ai.onnx"):
         return f"{node.op_type} decides at run time what to execute"
-    if node.op_type in _RANDOM:
+    if _is_random(node):
         return f"{node.op_type} draws numbers that a replay would repeat"
     for name in flowing:
         kind = tensors.get(name)
@@ -69,6 +69,12 @@ def random_tensors(model: onnx.ModelProto) -> set[str]:
     return found
 
 
+def _is_random(node: onnx.NodeProto) -> bool:
+    """Whether an operator draws numbers; a Dropout does if it may be in training mode."""
+    trains = node.op_type == "Dropout" and len(node.input) > 2 and bool(node.input[2])
+    return trains or node.op_type in _RANDOM
+
+
 def _draws(node: onnx.NodeProto) -> bool:
     bodies = [graph for a in node.attribute for graph in (*a.graphs, a.g)]
-    return node.op_type in _RANDOM or any(_draws(inner) for body in bodies for inner in body.node)
+    return _is_random(node) or any(_draws(inner) for body in bodies for inner in body.node)

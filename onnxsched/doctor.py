@@ -71,4 +71,4 @@ def _try_provider(gpus: list[Device]) -> str:
         with OrtSession(part, SessionSettings(gpus[0])):
             return "loads"
     except OnnxschedError as error:
-        return str(error)
+        return session.missing_cuda_library() or str(error)

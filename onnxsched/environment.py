@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 from onnxsched_runtime import cuda, session
@@ -27,9 +29,18 @@ def device_name(device: Device) -> str:
         DeviceError: It is not on this machine.
     """
     if device.kind == "cpu":
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        return f"{_processor_name()}, {os.cpu_count()} cores"
     cuda.require_device(device)
     return str(cuda.device_properties(device)["name"])
+
+
+def _processor_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def describe_environment(device: Device) -> dict[str, Any]:

@@ -40,11 +40,6 @@ class Inspection:
     nodes: tuple[InspectedNode, ...]
     """In launch order."""
 
-    @property
-    def is_capturable(self) -> bool:
-        """Whether nothing stays on the host."""
-        return not self.annotation.host_reasons
-
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         details: Mapping[str, Any] = self.annotation.details

@@ -118,6 +118,8 @@ def _check(model: onnx.ModelProto, path: str | Path) -> None:
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
         raise ModelError(f"'{path}' is no valid ONNX model: {reason}.") from error
+    if model.graph.sparse_initializer:
+        raise ModelError(f"'{path}' has sparse weights, which are not supported; make them dense.")
     for value in model.graph.input:
         if not value.type.HasField("tensor_type"):
             raise ModelError(
@@ -164,6 +166,9 @@ def _give_outputs_a_node(model: onnx.ModelProto) -> None:
             )
         constant = f"{value.name}/constant"
         weights[value.name].name = constant
+        for position, declared in reversed(list(enumerate(graph.input))):
+            if declared.name == value.name:
+                del graph.input[position]
         _read_instead(graph, value.name, constant)
         graph.node.append(helper.make_node("Identity", [constant], [value.name]))
 

@@ -106,10 +106,10 @@ def optimize(
     environment = describe_environment(chosen)
     directory = default_directory() if cache_dir == "" else cache_dir
     cache = MeasurementCache(
-        None if directory is None else Path(directory), environment_key(environment)
+        None if directory is None else Path(directory), environment_key(environment, libraries)
     )
     cap = streams or _DEFAULT_STREAMS[chosen.kind]
-    key = _decision_key(model, policy, cap)
+    key = _decision_key(model, policy, cap, budget_s)
     decision = kept = recall(cache, key, graph_from_model(model), chosen)
     if decision is None:
         decision = _measured_decision(
@@ -172,12 +172,11 @@ def _check_arguments(target: str | os.PathLike[str], streams: int | None, policy
         raise UsageError(f"'{target}' is a folder; give the path of a file to write.")
 
 
-def _decision_key(model: Model, policy: str, cap: int) -> str:
+def _decision_key(model: Model, policy: str, cap: int, budget_s: float) -> str:
     signatures = OperatorSignatures(model)
     operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
-    return json.dumps(
-        ["decision", fingerprint(model.proto), operators, policy, cap], sort_keys=True
-    )
+    parts = ["decision", fingerprint(model.proto), operators, policy, cap, budget_s]
+    return json.dumps(parts, sort_keys=True)
 
 
 def _details(

@@ -117,7 +117,7 @@ class Profile:
     operators: Mapping[str, OperatorProfile]
     """By node name."""
     bounds: Mapping[str, Bound]
-    """By node name: from the roofline, measured bytes and operations."""
+    """By node name: what limits it on this device's measured roofline."""
     multiprocessor: Multiprocessor | None
     """None on the CPU."""
     measured_count: int

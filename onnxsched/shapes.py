@@ -24,9 +24,11 @@ def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
     """
     shapes = {}
     for text in texts:
-        match = re.fullmatch(r"(.+):(\d+(?:x\d+)*|scalar)", text)
+        match = re.fullmatch(r"(.+):(\d{1,15}(?:x\d{1,15})*|scalar)", text)
         if match is None:
             raise UsageError(f"--shape {text} can't be read: write NAME:1x3x224x224.")
+        if match[1] in shapes:
+            raise UsageError(f"--shape gives '{match[1]}' twice; give each input once.")
         dims = () if match[2] == "scalar" else tuple(int(dim) for dim in match[2].split("x"))
         shapes[match[1]] = dims
     return shapes

@@ -48,7 +48,11 @@ class TrialRunner:
         plan = assemble(self._segments, self._inputs, self._outputs)
         source = ModelSource(model.proto, model.tensors)
         self._runner = SegmentRunner(source, plan, custom_ops=custom_ops)
-        self._runner.warm_up(plan.pieces[0])
+        try:
+            self._runner.warm_up(plan.pieces[0])
+        except BaseException:
+            self.close()
+            raise
 
     def measure_us(self, contracted: Schedule) -> tuple[float, ...]:
         """Device time of a schedule of the chains, captured into one CUDA graph.

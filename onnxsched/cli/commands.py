@@ -40,13 +40,18 @@ def optimize(
     cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,
     custom_ops: _CustomOps = None,
-    seed: Annotated[int, typer.Option(help="Of the inputs that outputs are checked on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the inputs that outputs are checked on.", min=0)
+    ] = 0,
     json_to: _Json = None,
 ) -> None:
     """Measure a model on this machine, schedule it, and write it annotated."""
     from onnxsched.pipeline import optimize as run
     from onnxsched.shapes import parse_shapes
 
+    render.require_json_target(json_to, model, output)
+    if not budget >= 0:
+        raise UsageError(f"--budget {budget} is no time; give seconds, at least 0.")
     if no_cache and cache_dir is not None:
         raise UsageError("--cache-dir and --no-cache contradict each other; give one.")
     with render.progress() as progress:
@@ -77,7 +82,7 @@ def bench(
     ] = None,
     warmup: Annotated[float, typer.Option(help="Milliseconds before measuring, an arm.")] = 200.0,
     duration: Annotated[float, typer.Option(help="Seconds to measure, at least.")] = 3.0,
-    iterations: Annotated[int, typer.Option(help="Samples of each arm, at least.")] = 100,
+    iterations: Annotated[int, typer.Option(help="Samples of each arm, at least.", min=1)] = 100,
     custom_ops: _CustomOps = None,
     fail_under: Annotated[
         float | None, typer.Option(help="Exit 6 if less than this many times faster than ORT.")
@@ -87,6 +92,12 @@ def bench(
     """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
     from onnxsched.benchmark import bench as run
 
+    render.require_json_target(json_to, model)
+    for option, value in (("--warmup", warmup), ("--duration", duration)):
+        if not 0 <= value < 1e6:
+            raise UsageError(f"{option} {value} is no time that can be measured for.")
+    if fail_under is not None and not fail_under >= 0:
+        raise UsageError(f"--fail-under {fail_under} is no ratio; give a number, at least 0.")
     with render.progress() as progress:
         result = run(
             model,
@@ -116,7 +127,7 @@ def run_model(
     output_dir: Annotated[
         Path | None, typer.Option(help="A folder for the outputs, one .npy each.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.", min=0)] = 0,
     custom_ops: _CustomOps = None,
 ) -> None:
     """Run the schedule once."""
@@ -142,7 +153,7 @@ def verify(
     rtol: Annotated[list[str] | None, typer.Option(help="[NAME:]X, relative.")] = None,
     atol: Annotated[list[str] | None, typer.Option(help="[NAME:]X, absolute.")] = None,
     runs: Annotated[int, typer.Option(help="How many different inputs.", min=1)] = 3,
-    seed: Annotated[int, typer.Option(help="Of the first input.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first input.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where models without a schedule run.")] = "auto",
     custom_ops: _CustomOps = None,
     json_to: _Json = None,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from onnxsched.benchmark import BenchResult
@@ -46,6 +44,21 @@ def progress() -> Iterator[Progress]:
         )
 
 
+def require_json_target(target: str | None, *others: Path) -> None:
+    """Check before the work starts that JSON has a place to go to.
+
+    Raises:
+        UsageError: Its folder is not there, or it is a file that is read or written otherwise.
+    """
+    if target in (None, "-"):
+        return
+    path = Path(str(target))
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder '{path.parent}' for --json; make it first.")
+    if any(path.absolute() == other.absolute() for other in others):
+        raise UsageError(f"--json {path} is the model's own file; give another.")
+
+
 def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None]) -> None:
     """Print the result as text; or as JSON on stdout for `-`; or both, JSON to a file.
 
@@ -56,19 +69,11 @@ def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None
         print(json.dumps(content, indent=1))
         return
     if target is not None:
-        _write_whole(Path(target), json.dumps(content, indent=1) + "\n")
+        from onnxsched_runtime.model import written_whole
+
+        with written_whole(target) as draft:
+            draft.write_text(json.dumps(content, indent=1) + "\n")
     show()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            draft = Path(scratch, path.name)
-            draft.write_text(text)
-            os.replace(draft, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OnnxschedError(f"'{path}' can't be written ({reason}); choose another.") from error
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -192,11 +197,11 @@ def inspection(found: Inspection) -> None:
         f"policy {details.get('policy', 'unknown')}, {len(found.plan.segments)} segments, ", end=""
     )
     print(f"{found.plan.wait_count} event waits, {len(found.plan.pieces)} piece(s)")
-    if "measured_us" in details:
-        print(
-            f"measured {details['measured_us']:.1f} us, one stream {details['sequential_us']:.1f} "
-            f"us, on {', '.join(details['device_names'].values())}"
-        )
+    times = [details.get("measured_us"), details.get("sequential_us")]
+    if all(isinstance(time, float) for time in times):
+        print(f"measured {times[0]:.1f} us, one stream {times[1]:.1f} us", end="")
+        names = details.get("device_names")
+        print(f", on {', '.join(map(str, names.values()))}" if isinstance(names, dict) else "")
     rows = []
     for placement in sorted({node.placement for node in found.nodes}):
         nodes = [node for node in found.nodes if node.placement == placement]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,13 @@ class MeasurementCache:
             return
         path = self._path(key)
         content = json.loads(json.dumps(content))
+        entry = json.dumps({"content": content, "digest": self._digest(key, content)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "w") as file:
-                json.dump({"content": content, "digest": self._digest(key, content)}, file)
-            os.replace(draft, path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                draft = Path(scratch, path.name)
+                draft.write_text(entry)
+                os.replace(draft, path)
         except OSError:
             return
 
@@ -69,6 +70,11 @@ class MeasurementCache:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def environment_key(environment: Mapping[str, Any]) -> str:
-    """A stable text of an environment."""
-    return json.dumps(environment, sort_keys=True)
+def environment_key(environment: Mapping[str, Any], libraries: Sequence[str] = ()) -> str:
+    """A stable text of an environment and of the content of custom operator libraries."""
+    digests = [
+        hashlib.sha256(Path(library).read_bytes()).hexdigest()
+        for library in libraries
+        if Path(library).is_file()
+    ]
+    return json.dumps([environment, digests], sort_keys=True)

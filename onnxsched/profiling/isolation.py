@@ -7,9 +7,11 @@ worker says which operator it is about to capture; if it dies there, a new one t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,11 +85,15 @@ def _messages(
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            worker.stdin.write(json.dumps(request))
-            worker.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended, which the caller sees
+                worker.stdin.write(json.dumps(request))
+                worker.stdin.close()
             for line in worker.stdout:
                 if line.startswith("{"):
                     yield json.loads(line)
+            if worker.wait() == -signal.SIGKILL:
+                yield {"error": "The profiling worker was killed; memory may have run out.",
+                       "kind": "OnnxschedError"}  # fmt: skip
         finally:
             worker.kill()
 
@@ -114,6 +120,9 @@ def _work() -> None:
             _say(name=name, profile=dataclasses.asdict(profile))
     except OnnxschedError as error:
         _say(error=str(error), kind=type(error).__name__)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        _say(error=f"Profiling failed ({type(error).__name__}: {text}).", kind="OnnxschedError")
 
 
 if __name__ == "__main__":

@@ -83,8 +83,12 @@ class OperatorSignatures:
     def flop_count(self, node: onnx.NodeProto) -> int:
         """Operations of a node: exact for convolutions and products, else one an element."""
         outputs = math.prod(self.shape(node.output[0]))
+        if node.op_type == "ConvTranspose":
+            inputs = math.prod(self.shape(node.input[0]))
+            return 2 * inputs * math.prod(self.shape(node.input[1])[1:])
         if "Conv" in node.op_type:
-            return 2 * outputs * math.prod(self.shape(node.input[1])[1:])
+            weight = node.input[3 if node.op_type == "QLinearConv" else 1]
+            return 2 * outputs * math.prod(self.shape(weight)[1:])
         if "MatMul" in node.op_type or "Gemm" in node.op_type:
             transposed = any(a.name == "transA" and a.i for a in node.attribute)
             shape = self.shape(node.input[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,8 +54,11 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     return model
 
 
-def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write a model whole or not at all; weights go to `PATH.data` above 2 GiB.
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A draft to write to, which takes the place of `path` only if all goes well.
+
+    Links are followed; what is there and no regular file is never replaced.
 
     Raises:
         OnnxschedError: The file can't be written.
@@ -65,17 +69,27 @@ def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             draft = Path(scratch) / target.name
-            if model.ByteSize() < _FILE_NBYTES:
-                draft.write_bytes(model.SerializeToString())
-            else:
-                copy = onnx.ModelProto()
-                copy.CopyFrom(model)
-                onnx.save(copy, draft, save_as_external_data=True, location=f"{target.name}.data")
-                os.replace(f"{draft}.data", f"{target}.data")
+            yield draft
             os.replace(draft, target)
     except OSError as error:
         reason = error.strerror or error
         raise OnnxschedError(f"'{path}' can't be written ({reason}); choose another.") from error
+
+
+def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write a model whole or not at all; weights go to `PATH.data` above 2 GiB.
+
+    Raises:
+        OnnxschedError: The file can't be written.
+    """
+    with written_whole(path) as draft:
+        if model.ByteSize() < _FILE_NBYTES:
+            draft.write_bytes(model.SerializeToString())
+        else:
+            copy = onnx.ModelProto()
+            copy.CopyFrom(model)
+            onnx.save(copy, draft, save_as_external_data=True, location=f"{draft.name}.data")
+            os.replace(f"{draft}.data", f"{os.path.realpath(path)}.data")
 
 
 def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -174,6 +175,19 @@ def is_cuda_built() -> bool:
 def _load_cuda_libraries() -> None:
     onnxruntime.set_default_logger_severity(3)
     onnxruntime.preload_dlls()
+
+
+def missing_cuda_library() -> str | None:
+    """Why the CUDA provider's library does not load here; None where it does."""
+    stem = "onnxruntime_providers_cuda"
+    name = f"{stem}.dll" if os.name == "nt" else f"lib{stem}.so"
+    cuda.device_count()
+    _load_cuda_libraries()
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _session_options(settings: SessionSettings) -> Any:

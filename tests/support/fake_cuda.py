@@ -102,7 +102,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "Stream", FakeStream)
     monkeypatch.setattr(cuda, "Buffer", FakeBuffer)
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
-    monkeypatch.setattr(cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
     monkeypatch.setattr(segments, "OrtSession", open_session)
     monkeypatch.setattr(FakeGraph, "refusals", 0)

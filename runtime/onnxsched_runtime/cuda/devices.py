@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from onnxsched_runtime.cuda.binding import check, cudart, torch_module
@@ -57,9 +59,9 @@ def _start_driver() -> None:
     threading.Thread(target=retain, daemon=True).start()
 
 
-def synchronize() -> None:
-    """Wait for everything on every device."""
-    torch_module().cuda.synchronize()
+def synchronize(device: Device) -> None:
+    """Wait for everything on a device."""
+    torch_module().cuda.synchronize(device.index)
 
 
 def device_properties(device: Device) -> dict[str, Any]:
@@ -84,9 +86,20 @@ def library_versions() -> dict[str, str]:
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     if device_count():
         driver = check(cudart().cudaDriverGetVersion())
-        versions["cuda_driver"] = f"{driver // 1000}.{driver % 1000 // 10}"
+        versions["driver_cuda"] = f"{driver // 1000}.{driver % 1000 // 10}"
+        versions["driver"] = _driver_version()
         versions["cudnn"] = str(torch.backends.cudnn.version())
     return versions
+
+
+def _driver_version() -> str:
+    """The version of the kernel driver, e.g. 580.95.05; empty where Linux does not tell."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    match = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", text)
+    return match[0] if match else ""
 
 
 def has_peer_access(source: Device, target: Device) -> bool:

@@ -33,7 +33,7 @@ class Stream:
 
     def record(self) -> Event:
         """Record a new event after all that was issued."""
-        event = Event()
+        event = Event(self.device)
         event.record(self)
         return event
 
@@ -78,10 +78,11 @@ class Stream:
 class Event:
     """A CUDA event, destroyed with its last reference."""
 
-    def __init__(self, timing: bool = False) -> None:
+    def __init__(self, device: Device, timing: bool = False) -> None:
         runtime = cudart()
         flags = runtime.cudaEventDefault if timing else runtime.cudaEventDisableTiming
-        self.native = check(runtime.cudaEventCreateWithFlags(flags))
+        with torch_module().cuda.device(device.index):
+            self.native = check(runtime.cudaEventCreateWithFlags(flags))
 
     def record(self, stream: Stream) -> None:
         """Record on a stream."""
@@ -103,9 +104,11 @@ class Graph:
     def __init__(self, native: Any) -> None:
         runtime = cudart()
         flag = runtime.cudaGraphInstantiateFlags.cudaGraphInstantiateFlagAutoFreeOnLaunch
-        self.node_kinds = _node_kinds(native)
-        self._exec = check(runtime.cudaGraphInstantiate(native, flag))
-        check(runtime.cudaGraphDestroy(native))
+        try:
+            self.node_kinds = _node_kinds(native)
+            self._exec = check(runtime.cudaGraphInstantiate(native, flag))
+        finally:
+            runtime.cudaGraphDestroy(native)
 
     @classmethod
     def capture(cls, main: Stream, issue: Callable[[], None]) -> Self:
@@ -162,10 +165,10 @@ def time_launches_us(
     The stream is kept busy for some 100 us before the first event, the same for whatever is
     measured, so that launching one graph is not part of the time; launching many kernels is.
     """
-    start, end = Event(timing=True), Event(timing=True)
+    start, end = Event(stream.device, timing=True), Event(stream.device, timing=True)
     samples = []
     for number in range(warm_up_count + count):
-        synchronize()
+        synchronize(stream.device)
         stream.delay(_DELAY_CYCLES)
         start.record(stream)
         launch()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Placement
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
 from onnxsched_runtime.session import BufferView, OrtSession, SessionSettings
@@ -34,18 +35,22 @@ class SegmentRunner:
             custom_ops: Libraries of custom operators.
         """
         self.plan = plan
+        self._device = plan.segments[0].placement.device
         self._resources = ExitStack()
         self._custom_ops = custom_ops
+        self.streams: dict[Placement, cuda.Stream] = {}
         try:
+            used = {piece.main for piece in plan.pieces}
+            used |= {segment.placement for segment in plan.segments}
             self.streams = {
                 placement: self._resources.enter_context(cuda.Stream(placement.device))
-                for piece in plan.pieces
-                for placement in (piece.main, *(plan.segments[i].placement for i in piece.runs))
+                for placement in sorted(used)
             }
             self.buffers = {
-                name: cuda.Buffer(source.tensors[name], plan.segments[0].placement.device)
+                name: cuda.Buffer(source.tensors[name], self._device)
                 for name in sorted(plan.device_tensors)
             }
+            cuda.synchronize(self._device)  # torch cleared the buffers on a stream of its own
             self.sessions = [
                 self._open(source, index, graph_capture) for index in range(len(plan.segments))
             ]
@@ -105,8 +110,9 @@ class SegmentRunner:
 
     def close(self) -> None:
         """Free the sessions, then the streams they launch on."""
-        if hasattr(self, "streams"):
-            for stream in self.streams.values():
-                stream.synchronize()
-        self._resources.close()
-        self.buffers = {}
+        try:
+            if self.streams:
+                cuda.synchronize(self._device)
+        finally:
+            self._resources.close()
+            self.buffers = {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.errors import DeviceError, OnnxschedError
 from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
@@ -38,30 +38,36 @@ class StreamExecutor:
             custom_ops: Libraries of custom operators.
         """
         self._plan = plan
-        self.refusal: str | None = None
+        self.capture: Capture = "none"
         self._launch: list[Callable[[], None]] = []
         self._graphs: list[cuda.Graph] = []
+        if not any(piece.captured for piece in plan.pieces):
+            capture = "none"
         modes: tuple[Capture, ...] = ("whole", "ort", "none")
+        reasons: list[str] = []
         for mode in modes[modes.index(capture) :]:
-            self._runner = SegmentRunner(
-                source,
-                plan,
-                graph_capture=mode == "ort",
-                custom_ops=custom_ops,
-            )
             try:
-                self._prepare(mode)
+                self._open(mode, source, custom_ops)
             except (OnnxschedError, RuntimeError) as error:
-                self.close()
-                if mode == "none":
+                if mode == "none" or isinstance(error, DeviceError):
                     raise
-                self.refusal = f"{mode}: {error}"
+                reasons.append(f"{mode}: {error}")
             else:
-                self.capture: Capture = mode
+                self.capture = mode
                 break
+        self.refusal = "; ".join(reasons) or None
+
+    def _open(self, mode: Capture, source: ModelSource, custom_ops: tuple[str, ...]) -> None:
+        self._runner = SegmentRunner(
+            source, self._plan, graph_capture=mode == "ort", custom_ops=custom_ops
+        )
+        try:
+            self._prepare(mode)
+        except BaseException:
+            self.close()
+            raise
 
     def _prepare(self, mode: Capture) -> None:
-        self._launch = []
         for piece in self._plan.pieces:
             if not piece.captured:
                 self._launch.append(lambda: None)
@@ -184,7 +190,7 @@ class StreamExecutor:
 
     def close(self) -> None:
         """Free the graphs, then what they launch."""
-        cuda.synchronize()
+        cuda.synchronize(self.main_stream.device)
         for graph in self._graphs:
             graph.close()
         self._graphs = []
