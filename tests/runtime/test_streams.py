@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,8 +13,10 @@ import pytest
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError, UsageError
+from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.load import Session
+from onnxsched_runtime.plan import Piece
 from support import fake_cuda, models
 
 GPU = Device("cuda")
@@ -138,3 +141,53 @@ def test_closing_closes_every_stream(
         assert created
         assert all(stream.is_open for stream in created)
     assert not any(stream.is_open for stream in created)
+
+
+def test_each_placement_has_one_stream(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created: list[Device] = []
+
+    class Counted(fake_cuda.FakeStream):
+        def __init__(self, device: Device) -> None:
+            super().__init__(device)
+            created.append(device)
+
+    monkeypatch.setattr(cuda, "Stream", Counted)
+    model = models.fork_join()
+    with opened(model) as session:
+        placements = {segment.placement for segment in session.plan.segments}
+        assert len(session.plan.segments) > len(placements)
+        assert len(created) == len(placements)
+
+
+def test_every_refusal_keeps_its_reason(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs.refusals = 1
+    issue = SegmentRunner.warm_up
+    calls: list[int] = []
+
+    def fail_second(self: SegmentRunner, piece: Piece) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OnnxschedError("ONNX Runtime failed: planted.")
+        issue(self, piece)
+
+    monkeypatch.setattr(SegmentRunner, "warm_up", fail_second)
+    with opened(models.diamond()) as session:
+        assert session.capture == "none"
+        assert session.refusal is not None
+        assert "whole: The capture was refused" in session.refusal
+        assert "ort: ONNX Runtime failed" in session.refusal
+
+
+def test_a_model_that_stays_on_the_host_claims_no_capture(
+    graphs: type[fake_cuda.FakeGraph],
+) -> None:
+    model = models.chain()
+    annotation = models.annotation_of(model, device=GPU)
+    reasons = dict.fromkeys(annotation.placements, "planted")
+    with Session(model, replace(annotation, host_reasons=reasons)) as session:
+        assert session.capture == "none"
+        assert executor_of(session).graph_count == 0
