@@ -169,10 +169,7 @@ class Session:
         wanted = list(output_names or names)
         self._check_names(input_feed)
         on_device = self._on_device(input_feed.values())
-        if on_device:
-            for argument in self._inputs:
-                _check_shape(argument, tuple(input_feed[argument.name].shape))
-        else:
+        if not on_device:  # else the executor checks, once it has made tensors of them
             input_feed = {a.name: _host_array(a, input_feed[a.name]) for a in self._inputs}
         with self._one_at_a_time:
             if self._is_closed:
@@ -254,7 +251,10 @@ def _host_array(argument: NodeArg, value: Any) -> Any:
     if not argument.type.startswith("tensor("):
         return value
     if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
+        try:
+            value = value.detach().cpu().numpy()
+        except TypeError as error:
+            raise UsageError(f"Input '{argument.name}' can't be read ({error}).") from error
     array = np.asarray(value)
     element = onnx.TensorProto.DataType.Value(argument.type[7:-1].upper())
     dtype = onnx.helper.tensor_dtype_to_np_dtype(element)

@@ -36,6 +36,8 @@ def plan_model(
     try:
         return plan_execution(operations, inputs, outputs)
     except PlanError as error:
+        reason = str(error).rstrip(".")
         raise AnnotationError(
-            f"The schedule can't be run: {error} Run `onnxsched optimize` again."
+            f"The schedule can't be run ({reason}); run `onnxsched optimize` on the model as "
+            "it was exported."
         ) from error
