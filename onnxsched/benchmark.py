@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,7 +105,7 @@ class BenchResult:
             "policy": self.policy,
             "arms": {arm.name: _arm_json(arm) for arm in self.arms},
             "ratios": {
-                arm.name: _fields(self.ratio_to(arm.name))
+                arm.name: dataclasses.asdict(self.ratio_to(arm.name))
                 for arm in self.arms
                 if arm.name != _SCHEDULE
             },
@@ -117,15 +118,11 @@ def _arm_json(arm: Arm) -> dict[str, Any]:
         "what": ARMS[arm.name],
         "capture": arm.capture,
         "refusal": arm.refusal,
-        "device": None if arm.device is None else _fields(arm.device),
-        "latency": _fields(arm.latency),
+        "device": None if arm.device is None else dataclasses.asdict(arm.device),
+        "latency": dataclasses.asdict(arm.latency),
         "device_us": [[round(s, 3) for s in samples] for samples in arm.device_us],
         "latency_us": [[round(s, 3) for s in samples] for samples in arm.latency_us],
     }
-
-
-def _fields(value: Summary | Ratio) -> dict[str, float]:
-    return {name: getattr(value, name) for name in value.__slots__}
 
 
 def bench(
@@ -222,7 +219,7 @@ def _baseline(
 def _open(
     name: str, source: ModelSource, annotation: Annotation, custom_ops: tuple[str, ...]
 ) -> Executor:
-    """The executor of an arm: all differ only in plan, capture and ORT's optimizations."""
+    """The executor of an arm: all differ only in plan and capture."""
     placements = annotation.placements
     reasons = annotation.host_reasons
     if name in ("ort", "ort-graph"):

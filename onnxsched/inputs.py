@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from onnxsched_runtime.model import input_values
 from onnxsched_runtime.tensor import TensorType
 
 _INDEX_KEEPING = {"Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze",
@@ -26,12 +27,11 @@ def random_inputs(
         seed: Equal seeds give equal inputs.
     """
     generator = np.random.default_rng(seed)
-    weights = {weight.name for weight in model.graph.initializer}
     limits = _index_limits(model)
     return {
         value.name: random_array(tensors[value.name], generator, limits.get(value.name, 2))
-        for value in model.graph.input
-        if value.name not in weights and value.name in tensors
+        for value in input_values(model)
+        if value.name in tensors
     }
 
 

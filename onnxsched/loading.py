@@ -16,7 +16,7 @@ from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
-from onnxsched_runtime.model import node_reads, read_model, write_model
+from onnxsched_runtime.model import input_values, node_reads, read_model, write_model
 from onnxsched_runtime.session import SessionSettings, optimize_file
 from onnxsched_runtime.tensor import TensorType
 
@@ -74,11 +74,10 @@ def load_model(
     tensors = tensor_types(proto)
     if device.kind == "cpu":
         _require_arrays(tensors)
-    weights = {weight.name for weight in proto.graph.initializer}
     bound = {
         value.name: tensors[value.name].shape or ()
-        for value in proto.graph.input
-        if value.name in tensors and value.name not in weights
+        for value in input_values(proto)
+        if value.name in tensors
     }
     reasons = host_reasons(proto, tensors, on_cpu)
     return Model(proto, tensors, reasons, bound, baseline)

@@ -10,6 +10,7 @@ import onnx
 from onnx import helper
 
 from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.model import input_values
 from onnxsched_runtime.tensor import TensorType
 
 _VALUE_COUNT = 128
@@ -43,8 +44,7 @@ def bind_shapes(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -
         UsageError: A shape names no input, contradicts the model or another shape, or leaves a
             dimension without a value.
     """
-    weights = {weight.name for weight in model.graph.initializer}
-    inputs = {v.name: v for v in model.graph.input if v.name not in weights}
+    inputs = {value.name: value for value in input_values(model)}
     if unknown := shapes.keys() - inputs.keys():
         raise UsageError(
             f"--shape names '{min(unknown)}', which is no input; the inputs are {list(inputs)}."

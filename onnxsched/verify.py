@@ -16,7 +16,7 @@ from onnxsched.shapes import bind_shapes, tensor_types
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.errors import AnnotationError, ModelError, UsageError
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import read_model
+from onnxsched_runtime.model import input_values, read_model
 from onnxsched_runtime.session import OrtSession, SessionSettings
 
 
@@ -111,8 +111,7 @@ def _same_ends(
 
 def _inputs(model: onnx.ModelProto) -> list[str]:
     """Every input with its type, e.g. `x float[2x3]`."""
-    weights = {weight.name for weight in model.graph.initializer}
-    names = [value.name for value in model.graph.input if value.name not in weights]
+    names = [value.name for value in input_values(model)]
     types = tensor_types(model)
     if strange := [name for name in names if name not in types]:
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,7 +179,7 @@ def verify(
     )
     content: dict[str, Any] = {
         "schema_version": 1,
-        "outputs": [{f: getattr(d, f) for f in d.__slots__} for d in found],
+        "outputs": [dataclasses.asdict(difference) for difference in found],
     }
     render.emit(json_to, content, lambda: render.differences(found))
     if wrong := [d for d in found if not d.is_within]:

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from onnxsched.loading import Model
+from onnxsched_runtime.annotation import attribute_digests
 from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.tensor import TensorType
 
@@ -35,10 +36,7 @@ class OperatorSignatures:
         opsets = {o.domain: o.version for o in self.model.proto.opset_import}
         parts = {
             "op": [node.domain, node.op_type, opsets.get(node.domain, 0)],
-            "attributes": sorted(
-                hashlib.sha256(a.SerializeToString(deterministic=True)).hexdigest()
-                for a in node.attribute
-            ),
+            "attributes": attribute_digests(node),
             "inputs": [self._input(name) for name in node.input],
             "outputs": [self._kind(name) for name in node.output],
         }

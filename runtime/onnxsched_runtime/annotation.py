@@ -147,14 +147,15 @@ def fingerprint(model: onnx.ModelProto) -> str:
     Weights do not count: a model may be trained further and keep its schedule.
     """
     rows = sorted(
-        repr((n.name, n.domain, n.op_type, list(n.input), list(n.output), _attributes(n)))
+        repr((n.name, n.domain, n.op_type, list(n.input), list(n.output), attribute_digests(n)))
         for n in model.graph.node
     )
     ends = repr(([v.name for v in model.graph.input], [v.name for v in model.graph.output]))
     return hashlib.sha256("\n".join([*rows, ends]).encode()).hexdigest()[:32]
 
 
-def _attributes(node: onnx.NodeProto) -> list[str]:
+def attribute_digests(node: onnx.NodeProto) -> list[str]:
+    """A hash of each attribute, subgraphs included, whatever their order."""
     return sorted(
         hashlib.sha256(attribute.SerializeToString(deterministic=True)).hexdigest()
         for attribute in node.attribute

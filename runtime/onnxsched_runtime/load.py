@@ -16,7 +16,7 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
-from onnxsched_runtime.model import ModelSource, read_model
+from onnxsched_runtime.model import ModelSource, input_values, read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
 
@@ -114,8 +114,8 @@ class Session:
         """Plan, create the ORT sessions and capture; see `load`."""
         self.annotation = annotation
         source = ModelSource(model, annotation.tensors)
-        self._inputs = _arguments(model.graph.input, source, model)
-        self._outputs = _arguments(model.graph.output, source, model)
+        self._inputs = _arguments(input_values(model), source)
+        self._outputs = _arguments(model.graph.output, source)
         self.plan: ExecutionPlan = plan_model(
             model, annotation.placements, annotation.host_reasons
         )
@@ -213,14 +213,9 @@ class Session:
         self.close()
 
 
-def _arguments(
-    values: Sequence[onnx.ValueInfoProto], source: ModelSource, model: onnx.ModelProto
-) -> list[NodeArg]:
-    weights = {weight.name for weight in model.graph.initializer}
+def _arguments(values: Sequence[onnx.ValueInfoProto], source: ModelSource) -> list[NodeArg]:
     arguments = []
     for value in values:
-        if value.name in weights:
-            continue
         kind = source.tensors.get(value.name)
         shape = None if kind is None or kind.shape is None else list(kind.shape)
         arguments.append(NodeArg(value.name, _ort_type(value.type), shape))

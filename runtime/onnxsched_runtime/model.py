@@ -92,6 +92,12 @@ def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
             os.replace(f"{draft}.data", f"{os.path.realpath(path)}.data")
 
 
+def input_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What the caller feeds: the declared inputs that are not weights."""
+    weights = {weight.name for weight in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
 def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:
     """The tensors a node needs, those its subgraphs take from outside included."""
     return tuple(dict.fromkeys([name for name in node.input if name] + list(_captured(node))))
@@ -169,12 +175,10 @@ class ModelSource:
 
     def whole(self) -> ModelPart:
         """The model as it is, ready for a session."""
-        graph = self.model.graph
-        weights = {weight.name for weight in graph.initializer}
         return self.part(
-            [node.name for node in graph.node],
-            [value.name for value in graph.input if value.name not in weights],
-            [value.name for value in graph.output],
+            [node.name for node in self.model.graph.node],
+            [value.name for value in input_values(self.model)],
+            [value.name for value in self.model.graph.output],
         )
 
     def part(

@@ -8,7 +8,7 @@ import onnx
 
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import AnnotationError, PlanError
-from onnxsched_runtime.model import operations_from_model
+from onnxsched_runtime.model import input_values, operations_from_model
 from onnxsched_runtime.partition import plan_execution
 from onnxsched_runtime.plan import ExecutionPlan
 
@@ -29,8 +29,7 @@ def plan_model(
         AnnotationError: The launch order, edited by hand perhaps, runs a node before one that
             it reads from.
     """
-    weights = {weight.name for weight in model.graph.initializer}
-    inputs = [value.name for value in model.graph.input if value.name not in weights]
+    inputs = [value.name for value in input_values(model)]
     outputs = [value.name for value in model.graph.output]
     operations = operations_from_model(model, placements, host_reasons)
     try:
