@@ -1,4 +1,4 @@
-"""From a schedule to the annotation that a model carries."""
+"""From a schedule to the annotation that the portable model carries."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxsched.loading import Model
-from onnxsched.schedule import Schedule
+from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.lowering import to_portable
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 
 def annotation_for(
-    model: Model, schedule: Schedule, details: Mapping[str, Any] | None = None
+    model: Model,
+    schedule: Schedule,
+    variant: Variant = DEFAULT_VARIANT,
+    details: Mapping[str, Any] | None = None,
 ) -> Annotation:
     """The annotation of a model's nodes by a schedule of its operators.
 
     Args:
-        model: The model whose operators are scheduled.
+        model: The portable model whose operators are scheduled.
         schedule: A schedule that passes `check_schedule`.
+        variant: How sessions execute the model.
         details: What else the annotation tells people and tools.
     """
     names = [node.name for node in model.proto.graph.node]
@@ -25,5 +31,17 @@ def annotation_for(
         placements={names[slot.operator]: slot.placement for slot in schedule.slots},
         tensors=model.tensors,
         host_reasons=model.host_reasons,
+        variant=variant,
         details=details or {},
     )
+
+
+def portable_schedule(model: Model, lowered: Model, schedule: Schedule) -> Schedule:
+    """A schedule of a lowered model's operators as one of the portable model's."""
+    if lowered.proto is model.proto:
+        return schedule
+    names = [node.name for node in lowered.proto.graph.node]
+    placements = {names[slot.operator]: slot.placement for slot in schedule.slots}
+    index = {node.name: number for number, node in enumerate(model.proto.graph.node)}
+    carried = to_portable(placements, model.proto, lowered.proto)
+    return Schedule(tuple(Slot(index[name], placement) for name, placement in carried.items()))

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,22 @@ import onnx
 from onnxsched.environment import describe_environment
 from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
+from onnxsched.racing import time_runs_us
 from onnxsched.summary import Ratio, Summary, ratio, summarize
-from onnxsched.tuning import time_runs_us
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
-from onnxsched_runtime.load import Executor, open_executor
+from onnxsched_runtime.load import Executor, open_executor, plan_lowered, source_of
+from onnxsched_runtime.lowering import lower
 from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.planning import plan_model
 
 ARMS: Mapping[str, str] = {
     "ort": "plain ONNX Runtime: with IOBinding, or on host arrays if part of it runs on the host",
     "ort-graph": "ONNX Runtime with its own CUDA graph",
-    "sequential": "the model as one session in one CUDA graph",
+    "sequential": "the model as one session of the schedule's variant in one CUDA graph",
     "schedule": "the annotated schedule in one CUDA graph",
     "schedule-ort": "the annotated schedule, each session captured by ONNX Runtime",
 }
@@ -72,6 +73,8 @@ class BenchResult:
     model: str
     device: Device
     policy: str
+    variant: str
+    """How the schedule's sessions execute the model, e.g. `nhwc+bias`."""
     arms: tuple[Arm, ...]
     environment: Mapping[str, Any]
 
@@ -103,6 +106,7 @@ class BenchResult:
             "model": self.model,
             "device": str(self.device),
             "policy": self.policy,
+            "variant": self.variant,
             "arms": {arm.name: _arm_json(arm) for arm in self.arms},
             "ratios": {
                 arm.name: dataclasses.asdict(self.ratio_to(arm.name))
@@ -160,14 +164,15 @@ def bench(
     names = _arm_names(against, device, bool(annotation.host_reasons))
     libraries = tuple(custom_ops)
     baseline = _baseline(model, annotation, original, device, libraries)
+    lowered = lower(source_of(model, annotation), device, libraries)
     feeds = random_inputs(model, annotation.tensors, seed=0)
     outputs = [value.name for value in model.graph.output]
     with ExitStack() as stack:
         runs = []
         for number, name in enumerate(names):
             progress("preparing", number, len(names))
-            source = baseline if name.startswith("ort") else ModelSource(model, annotation.tensors)
-            executor = _open(name, source, annotation, libraries)
+            source = baseline if name.startswith("ort") else lowered
+            executor = _open(name, source, model, annotation, libraries)
             stack.callback(executor.close)
             runs.append(_ArmRun(name, executor, feeds, outputs))
         _measure(runs, warmup_ms, duration_s, iterations, progress)
@@ -176,6 +181,7 @@ def bench(
         model=Path(path).name,
         device=device,
         policy=str(annotation.details.get("policy", "")),
+        variant=str(annotation.variant),
         arms=arms,
         environment=describe_environment(device),
     )
@@ -217,18 +223,22 @@ def _baseline(
 
 
 def _open(
-    name: str, source: ModelSource, annotation: Annotation, custom_ops: tuple[str, ...]
+    name: str,
+    source: ModelSource,
+    model: onnx.ModelProto,
+    annotation: Annotation,
+    custom_ops: tuple[str, ...],
 ) -> Executor:
-    """The executor of an arm: all differ only in plan and capture."""
-    placements = annotation.placements
-    reasons = annotation.host_reasons
+    """The executor of an arm: all differ only in model, plan and capture."""
+    main = Placement(annotation.devices[0], 0)
     if name in ("ort", "ort-graph"):
-        main = Placement(annotation.devices[0], 0)
         placements = dict.fromkeys((n.name for n in source.model.graph.node), main)
         reasons = dict.fromkeys(placements, "in one session") if annotation.host_reasons else {}
-    elif name == "sequential":
-        placements = {n: Placement(p.device, 0) for n, p in annotation.placements.items()}
-    plan = plan_model(source.model, placements, reasons)
+        plan = plan_model(source.model, placements, reasons)
+    else:
+        if name == "sequential":
+            annotation = replace(annotation, placements=dict.fromkeys(annotation.placements, main))
+        plan = plan_lowered(model, annotation, source)
     capture: Mapping[str, Capture] = {"ort": "none", "ort-graph": "ort", "schedule-ort": "ort"}
     return open_executor(source, plan, capture=capture.get(name, "whole"), custom_ops=custom_ops)
 

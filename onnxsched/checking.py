@@ -51,15 +51,8 @@ def run_plain(model: Model, device: Device, seed: int, custom_ops: tuple[str, ..
         return PlainRuns(names, feeds, tuple(plain.run(feed, names) for feed in feeds))
 
 
-def check_numerics(model: Model, session: Session, plain: PlainRuns) -> tuple[Difference, ...]:
-    """Compare a scheduled session with plain ORT.
-
-    Returns:
-        The difference of every output that no random number reaches.
-
-    Raises:
-        NumericsError: An output differs by more than rounding.
-    """
+def differences_from(model: Model, session: Session, plain: PlainRuns) -> tuple[Difference, ...]:
+    """How far a session is from plain ORT, for every output that no random number reaches."""
     answers = iter(plain.outputs)
     found = compare(
         lambda feed: session.run(plain.names, feed),
@@ -69,7 +62,19 @@ def check_numerics(model: Model, session: Session, plain: PlainRuns) -> tuple[Di
         _TOLERANCES[session.device.kind],
     )
     drawn = random_tensors(model.baseline)
-    differences = tuple(difference for difference in found if difference.output not in drawn)
+    return tuple(difference for difference in found if difference.output not in drawn)
+
+
+def check_numerics(model: Model, session: Session, plain: PlainRuns) -> tuple[Difference, ...]:
+    """Compare a scheduled session with plain ORT.
+
+    Returns:
+        The difference of every output that no random number reaches.
+
+    Raises:
+        NumericsError: An output differs by more than rounding.
+    """
+    differences = differences_from(model, session, plain)
     for difference in differences:
         if not difference.is_within:
             raise NumericsError(

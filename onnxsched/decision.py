@@ -8,12 +8,12 @@ from typing import Any
 
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
-from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.schedule import Schedule, Slot, check_schedule
-from onnxsched.tuning import Outcome
+from onnxsched.tuning import Outcome, Subject
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class Decision:
 
     schedule: Schedule
     policy: str
+    variant: Variant
     measured_us: float
     sequential_us: float
-    """The model as one session in the same rounds."""
+    """The model as one session of the default variant in the same rounds."""
     alternatives: tuple[Mapping[str, Any], ...]
     """Every candidate: policy, streams, predicted, tried and measured times."""
     operators: Mapping[str, tuple[float, str]]
@@ -33,35 +34,36 @@ class Decision:
     """Why a node can't be captured, for those where the attempt failed."""
 
 
-def decide(outcomes: Sequence[Outcome], profile: Profile, policy: str) -> Decision:
+def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str) -> Decision:
     """Choose the fastest outcome, or the fastest of the one policy that was asked for.
 
     Args:
         outcomes: From `tune`, the fastest finalist first.
-        profile: The measurements the candidates were made from.
+        subjects: What was tuned.
         policy: `auto`, or a policy that is obeyed even where sequential is faster.
     """
     measured = [outcome for outcome in outcomes if outcome.measured_us is not None]
     allowed = [o for o in measured if policy in ("auto", o.candidate.policy)] or measured
     chosen = allowed[0]
-    sequential = next(o for o in measured if o.candidate.policy == "sequential")
+    subject = next(s for s in subjects if s.model.variant == chosen.variant)
+    unscheduled = [o for o in measured if o.candidate.policy == "sequential"]
+    plain = next((o for o in unscheduled if o.variant == DEFAULT_VARIANT), unscheduled[0])
     return Decision(
         schedule=chosen.candidate.schedule,
         policy=chosen.candidate.policy,
+        variant=chosen.variant,
         measured_us=chosen.measured_us or 0.0,
-        sequential_us=sequential.measured_us or 0.0,
+        sequential_us=plain.measured_us or 0.0,
         alternatives=tuple(_alternative(outcome) for outcome in outcomes),
-        operators={
-            name: (operator.duration_us, profile.bounds[name])
-            for name, operator in profile.operators.items()
-        },
-        refusals=profile.refusals,
+        operators=subject.operators,
+        refusals=subject.refusals,
     )
 
 
 def _alternative(outcome: Outcome) -> Mapping[str, Any]:
     return {
         "policy": outcome.candidate.policy,
+        "variant": str(outcome.variant),
         "streams": outcome.candidate.stream_count,
         "predicted_us": outcome.candidate.predicted_us,
         "tried_us": outcome.trial_us,
@@ -75,6 +77,7 @@ def remember(cache: MeasurementCache, key: str, decision: Decision) -> None:
     content = {
         "slots": [[slot.operator, slot.placement.stream] for slot in decision.schedule.slots],
         "policy": decision.policy,
+        "variant": decision.variant.to_json(),
         "measured_us": decision.measured_us,
         "sequential_us": decision.sequential_us,
         "alternatives": list(decision.alternatives),
@@ -97,6 +100,7 @@ def recall(
         return Decision(
             schedule=schedule,
             policy=str(content["policy"]),
+            variant=Variant.from_json(content["variant"]),
             measured_us=float(content["measured_us"]),
             sequential_us=float(content["sequential_us"]),
             alternatives=tuple(content["alternatives"]),

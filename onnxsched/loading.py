@@ -16,9 +16,17 @@ from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
-from onnxsched_runtime.model import input_values, node_reads, read_model, write_model
+from onnxsched_runtime.model import (
+    ModelSource,
+    input_values,
+    name_nodes,
+    node_reads,
+    read_model,
+    write_model,
+)
 from onnxsched_runtime.session import SessionSettings, optimize_file
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _MIN_IR, _MAX_IR = 10, 13
 """Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
@@ -39,6 +47,13 @@ class Model:
     """The shapes of the inputs."""
     baseline: onnx.ModelProto
     """The model as the user gave it, shapes bound: what plain ORT runs."""
+    variant: Variant = DEFAULT_VARIANT
+    """How sessions execute it; its layout is already in `proto`."""
+
+    @property
+    def source(self) -> ModelSource:
+        """What sessions are made from."""
+        return ModelSource(self.proto, self.tensors, self.variant)
 
 
 def with_refusals(model: Model, refusals: Mapping[str, str]) -> Model:
@@ -66,11 +81,11 @@ def load_model(
         baseline = onnx.inliner.inline_local_functions(baseline)
     bind_shapes(baseline, shapes or {})
     _narrow_concats(baseline)
-    _name_nodes(baseline)
+    name_nodes(baseline)
     declare_types(baseline)
     proto, on_cpu = _optimized(baseline, device, custom_ops)
     _give_outputs_a_node(proto)
-    _name_nodes(proto)
+    name_nodes(proto)
     tensors = tensor_types(proto)
     if device.kind == "cpu":
         _require_arrays(tensors)
@@ -179,18 +194,6 @@ def _read_instead(graph: onnx.GraphProto, old: str, new: str) -> None:
         for attribute in node.attribute:
             for body in (*attribute.graphs, attribute.g):
                 _read_instead(body, old, new)
-
-
-def _name_nodes(model: onnx.ModelProto) -> None:
-    """Make node names unique, keeping those that are."""
-    taken: set[str] = set()
-    for node in model.graph.node:
-        stem = node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
-        name, number = stem, 1
-        while name in taken:
-            name, number = f"{stem}_{number}", number + 1
-        node.name = name
-        taken.add(name)
 
 
 def _require_arrays(tensors: Mapping[str, TensorType]) -> None:

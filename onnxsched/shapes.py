@@ -10,7 +10,7 @@ import onnx
 from onnx import helper
 
 from onnxsched_runtime.errors import UsageError
-from onnxsched_runtime.model import input_values
+from onnxsched_runtime.model import declared_types, input_values, is_fixed
 from onnxsched_runtime.tensor import TensorType
 
 _VALUE_COUNT = 128
@@ -57,9 +57,9 @@ def bind_shapes(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -
         if not value.type.HasField("tensor_type"):
             continue
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not _is_fixed(dim) and dim.dim_param in symbols:
+            if not is_fixed(dim) and dim.dim_param in symbols:
                 dim.dim_value = symbols[dim.dim_param]
-            elif not _is_fixed(dim):
+            elif not is_fixed(dim):
                 unbound.append(f"{name}[{axis}]" + (f" ('{dim.dim_param}')" * bool(dim.dim_param)))
         if not value.type.tensor_type.HasField("shape"):
             unbound.append(f"{name} (of unknown rank)")
@@ -79,7 +79,7 @@ def _bind(
     if kind.HasField("shape") and len(dims) != len(shape):
         raise UsageError(f"--shape gives '{name}' {len(shape)} dimensions, it has {len(dims)}.")
     for axis, (dim, size) in enumerate(zip(dims, shape, strict=False)):
-        fixed = dim.dim_value if _is_fixed(dim) else symbols.get(dim.dim_param)
+        fixed = dim.dim_value if is_fixed(dim) else symbols.get(dim.dim_param)
         if fixed is not None and fixed != size:
             raise UsageError(f"--shape gives {name}[{axis}] {size}, but it is {fixed}.")
         if dim.dim_param:
@@ -101,12 +101,7 @@ def _forget_symbolic_shapes(model: onnx.ModelProto) -> None:
 
 def _has_symbol(value: onnx.ValueInfoProto) -> bool:
     dims = value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ()
-    return not all(map(_is_fixed, dims))
-
-
-def _is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:
-    """Whether a dimension has a value; some exporters write -1 where it has none."""
-    return dim.HasField("dim_value") and dim.dim_value >= 0
+    return not all(map(is_fixed, dims))
 
 
 def declare_types(model: onnx.ModelProto) -> None:
@@ -125,16 +120,7 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, TensorType]:
 
     What the model does not declare is inferred. Sequences and optionals have no entry.
     """
-    inferred = _inferred(model)
-    weights = {weight.name for weight in model.graph.initializer}
-    types = {}
-    for value in (*inferred.input, *inferred.output, *inferred.value_info):
-        if value.type.HasField("tensor_type") and value.name not in weights:
-            tensor = value.type.tensor_type
-            static = tensor.HasField("shape") and not _has_symbol(value)
-            shape = tuple(dim.dim_value for dim in tensor.shape.dim) if static else None
-            types[value.name] = TensorType(tensor.elem_type, shape)
-    return types
+    return declared_types(_inferred(model), model.graph.initializer)
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.GraphProto:

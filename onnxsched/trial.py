@@ -16,7 +16,7 @@ from onnxsched.schedule import Schedule
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.segments import SegmentRunner
-from onnxsched_runtime.model import ModelSource, operations_from_model
+from onnxsched_runtime.model import operations_from_model
 from onnxsched_runtime.partition import assemble, readers_of, segment_of
 from onnxsched_runtime.plan import ExecutionPlan
 
@@ -46,7 +46,7 @@ class TrialRunner:
             for group in contraction.groups
         ]
         plan = assemble(self._segments, self._inputs, self._outputs)
-        source = ModelSource(model.proto, model.tensors)
+        source = model.source
         self._runner = SegmentRunner(source, plan, custom_ops=custom_ops)
         try:
             self._runner.warm_up(plan.pieces[0])

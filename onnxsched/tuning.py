@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 from onnxsched.annotate import annotation_for
 from onnxsched.candidates import Candidate
@@ -15,17 +14,30 @@ from onnxsched.contraction import Contraction
 from onnxsched.inputs import random_inputs
 from onnxsched.loading import Model
 from onnxsched.profiling.measure import Progress
+from onnxsched.racing import race
 from onnxsched.trial import TrialRunner
-from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
-from onnxsched_runtime.executors.streams import StreamExecutor
 from onnxsched_runtime.load import Session
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _FINALIST_COUNT = 3
-"""Candidates that are built as they will run, beside sequential."""
-_ROUND_COUNT = 7
-_RUNS_A_ROUND = 5
+"""Candidates that are built as they will run, beside sequential ones."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A variant of the model, and the schedules proposed for it."""
+
+    model: Model
+    """Lowered."""
+    contraction: Contraction
+    candidates: tuple[Candidate, ...]
+    """Their schedules are of the portable model, the contracted ones of `contraction`."""
+    operators: Mapping[str, tuple[float, str]]
+    """Median solo time in microseconds and bound, by node name of the portable model."""
+    refusals: Mapping[str, str]
+    """Why a node can't be captured, for those where the attempt failed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,8 @@ class Outcome:
     """Median device time from one session a chain; None where it was not tried so."""
     samples_us: tuple[float, ...] = ()
     """Times as it will run, from rounds interleaved with the other finalists."""
+    variant: Variant = DEFAULT_VARIANT
+    """How its sessions execute the model."""
 
     @property
     def measured_us(self) -> float | None:
@@ -46,8 +60,7 @@ class Outcome:
 
 def tune(
     model: Model,
-    contraction: Contraction,
-    candidates: Sequence[Candidate],
+    subjects: Sequence[Subject],
     device: Device,
     *,
     budget_s: float,
@@ -57,21 +70,30 @@ def tune(
     """Measure candidates and rank them.
 
     All are tried in the order of their predictions while the budget lasts (on a GPU, where the
-    model is captured whole); the best few and the sequential one are then built as they will
+    model is captured whole); the best few and every sequential one are then built as they will
     run and measured in interleaved rounds.
+
+    Args:
+        model: The portable model.
+        subjects: Its variants and what is proposed for each.
+        device: Where to measure.
+        budget_s: Shared evenly between the variants.
+        custom_ops: Libraries of custom operators.
+        progress: Told what is being done.
 
     Returns:
         Every outcome, the fastest finalist first, candidates that were no finalist last.
     """
-    deadline = time.monotonic() + budget_s
-    outcomes = [Outcome(candidate) for candidate in candidates]
-    if device.kind == "cuda" and not model.host_reasons and len(candidates) > 2:
-        outcomes = _try_all(model, contraction, outcomes, device, deadline, custom_ops, progress)
+    outcomes: list[Outcome] = []
+    for subject in subjects:
+        deadline = time.monotonic() + budget_s / len(subjects)
+        outcomes += _tried(subject, device, deadline, custom_ops, progress)
     ranked = sorted(outcomes, key=_expected)
     others = [o for o in ranked if o.candidate.policy != "sequential"]
     sequential = [o for o in ranked if o.candidate.policy == "sequential"]
     finalists = [*sequential, *others[:_FINALIST_COUNT]]
-    measured = _measure_finalists(model, finalists, device, custom_ops, progress)
+    lowered = {subject.model.variant: subject.model for subject in subjects}
+    measured = _measure_finalists(model, lowered, finalists, custom_ops, progress)
     measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
     return (*measured, *others[_FINALIST_COUNT:])
 
@@ -82,18 +104,20 @@ def _expected(outcome: Outcome) -> tuple[bool, float]:
     return (False, outcome.trial_us)
 
 
-def _try_all(
-    model: Model,
-    contraction: Contraction,
-    outcomes: Sequence[Outcome],
+def _tried(
+    subject: Subject,
     device: Device,
     deadline: float,
     custom_ops: tuple[str, ...],
     progress: Progress,
 ) -> list[Outcome]:
+    """The outcomes of a variant's trials, or its candidates untried where there is no use."""
+    outcomes = [Outcome(c, variant=subject.model.variant) for c in subject.candidates]
     tried = sorted(outcomes, key=_expected)
+    if device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
+        return tried
     progress("preparing trials", 0, len(tried))
-    with TrialRunner(model, contraction, device, custom_ops) as runner:
+    with TrialRunner(subject.model, subject.contraction, device, custom_ops) as runner:
         for index, outcome in enumerate(tried):
             if time.monotonic() > deadline:
                 break
@@ -108,45 +132,22 @@ def _try_all(
 
 def _measure_finalists(
     model: Model,
+    lowered: Mapping[Variant, Model],
     finalists: Sequence[Outcome],
-    device: Device,
     custom_ops: tuple[str, ...],
     progress: Progress,
 ) -> list[Outcome]:
     feeds = random_inputs(model.baseline, model.tensors, seed=0)
-    samples: list[list[float]] = [[] for _ in finalists]
     with ExitStack() as stack:
-        runs = []
+        sessions = []
         for number, outcome in enumerate(finalists):
             progress("building finalists", number, len(finalists))
-            annotation = annotation_for(model, outcome.candidate.schedule)
-            session = Session(model.proto, annotation, custom_ops=custom_ops)
+            source = lowered[outcome.variant].source
+            annotation = annotation_for(model, outcome.candidate.schedule, outcome.variant)
+            session = Session(model.proto, annotation, custom_ops=custom_ops, lowered=source)
             stack.callback(session.close)
-            runs.append(_timed_run(session, feeds))
-        for number in range(_ROUND_COUNT):
-            progress("measuring finalists", number, _ROUND_COUNT)
-            for run, kept in zip(runs, samples, strict=True):
-                kept += run(_RUNS_A_ROUND)
+            sessions.append(session)
+        samples = race(sessions, feeds, progress)
     return [
-        replace(outcome, samples_us=tuple(kept))
-        for outcome, kept in zip(finalists, samples, strict=True)
+        replace(outcome, samples_us=kept) for outcome, kept in zip(finalists, samples, strict=True)
     ]
-
-
-def _timed_run(session: Session, feeds: dict[str, Any]) -> Callable[[int], tuple[float, ...]]:
-    """What takes a number of samples: device time of one launch, else time of a whole run."""
-    session.run(None, feeds)
-    executor = session.executor
-    if isinstance(executor, StreamExecutor) and executor.is_one_piece:
-        return lambda count: cuda.time_launches_us(executor.main_stream, executor.launch, count)
-    return lambda count: time_runs_us(lambda: session.run(None, feeds), count)
-
-
-def time_runs_us(run: Callable[[], Any], count: int) -> tuple[float, ...]:
-    """Time of a whole run as the caller sees it, one sample a run."""
-    samples = []
-    for _ in range(count):
-        start_ns = time.perf_counter_ns()
-        run()
-        samples.append((time.perf_counter_ns() - start_ns) / 1e3)
-    return tuple(samples)

@@ -15,7 +15,7 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors.segments import SegmentRunner
-from onnxsched_runtime.model import ModelSource, node_reads
+from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.partition import assemble
 from onnxsched_runtime.plan import Segment
 from onnxsched_runtime.session import OrtSession
@@ -72,7 +72,7 @@ def _measure_batch(
     segments = [operator_segment(model, node, placement) for node in nodes]
     inputs = tuple(dict.fromkeys(name for segment in segments for name in segment.inputs))
     plan = assemble(segments, inputs, ())
-    runner = SegmentRunner(ModelSource(model.proto, model.tensors), plan, custom_ops=custom_ops)
+    runner = SegmentRunner(model.source, plan, custom_ops=custom_ops)
     try:
         stream = runner.streams[placement]
         generator = np.random.default_rng(0)

@@ -24,10 +24,11 @@ import onnx
 from onnxsched.loading import Model
 from onnxsched.profile import OperatorProfile
 from onnxsched.profiling.gpu import measure_on_gpu
-from onnxsched.shapes import tensor_types
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import read_model, write_model
+from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.variant import Variant
 
 _ERRORS: Mapping[str, type[OnnxschedError]] = {
     kind.__name__: kind for kind in (DeviceError, ModelError, OnnxschedError, UsageError)
@@ -49,7 +50,7 @@ def measure_isolated(
         write_model(model.proto, path)
         while waiting:
             announced = None
-            for message in _messages(path, device, waiting, custom_ops):
+            for message in _messages(path, device, waiting, custom_ops, model):
                 if "error" in message:
                     raise _ERRORS.get(message["kind"], OnnxschedError)(message["error"])
                 name = announced = message["name"]
@@ -69,10 +70,21 @@ def measure_isolated(
 
 
 def _messages(
-    path: Path, device: Device, names: Sequence[str], custom_ops: tuple[str, ...]
+    path: Path,
+    device: Device,
+    names: Sequence[str],
+    custom_ops: tuple[str, ...],
+    model: Model,
 ) -> Iterator[dict[str, Any]]:
     """What a worker says, one JSON object a line, until it ends in whatever way."""
-    request = {"path": str(path), "device": str(device), "names": names, "libraries": custom_ops}
+    request = {
+        "path": str(path),
+        "device": str(device),
+        "names": names,
+        "libraries": custom_ops,
+        "tensors": {name: [t.element_type, t.shape] for name, t in model.tensors.items()},
+        "variant": model.variant.to_json(),
+    }
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
         [sys.executable, "-m", __name__],
@@ -107,7 +119,12 @@ def _work() -> None:
     request = json.load(sys.stdin)
     try:
         proto = read_model(request["path"])
-        model = Model(proto, tensor_types(proto), {}, {}, proto)
+        tensors = {
+            name: TensorType(element, None if shape is None else tuple(shape))
+            for name, (element, shape) in request["tensors"].items()
+        }
+        variant = Variant.from_json(request["variant"])
+        model = Model(proto, tensors, {}, {}, proto, variant)
         by_name = {node.name: node for node in proto.graph.node}
         profiles = measure_on_gpu(
             model,

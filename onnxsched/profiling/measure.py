@@ -19,7 +19,6 @@ from onnxsched.profiling.roofline import roofline_from_profiles, roofline_model
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.session import OrtSession, SessionSettings
 
 _CPU_BUDGET_US = 50_000.0
@@ -103,7 +102,7 @@ def _cached(cache: MeasurementCache, key: str) -> OperatorProfile | None:
 def _measure_on_cpu(
     model: Model, device: Device, nodes: Sequence[onnx.NodeProto], custom_ops: tuple[str, ...]
 ) -> Iterator[tuple[str, OperatorProfile]]:
-    source = ModelSource(model.proto, model.tensors)
+    source = model.source
     settings = SessionSettings(device, thread_count=1, custom_ops=custom_ops)
     for node in nodes:
         segment = operator_segment(model, node, Placement(device, 0))

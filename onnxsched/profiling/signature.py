@@ -39,6 +39,7 @@ class OperatorSignatures:
             "attributes": attribute_digests(node),
             "inputs": [self._input(name) for name in node.input],
             "outputs": [self._kind(name) for name in node.output],
+            "variant": self.model.variant.to_json(),
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
@@ -19,6 +19,7 @@ import onnx
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import AnnotationError, UsageError
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 SCHEMA = "1"
 _DEVICE, _STREAM, _ORDER = "onnxsched.device", "onnxsched.stream", "onnxsched.order"
@@ -38,6 +39,8 @@ class Annotation:
     """The type of every tensor that flows between nodes, model inputs and outputs included."""
     host_reasons: Mapping[str, str]
     """Why a node can't be captured into a CUDA graph, for those that can't."""
+    variant: Variant = DEFAULT_VARIANT
+    """How its sessions execute it."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON for people and tools: policy, bound shapes, measured times, environment."""
 
@@ -65,6 +68,7 @@ def write_annotation(model: onnx.ModelProto, annotation: Annotation) -> None:
         ],
         "tensors": {n: [t.element_type, t.shape] for n, t in annotation.tensors.items()},
         "host_reasons": dict(annotation.host_reasons),
+        "variant": annotation.variant.to_json(),
     }
     _set(model, _SCHEMA_KEY, SCHEMA)
     _set(model, _SCHEDULE_KEY, json.dumps(content, separators=(",", ":")))
@@ -168,7 +172,7 @@ def _names_each_node(model: onnx.ModelProto, annotation: Annotation) -> bool:
 
 
 def _parse(content: Mapping[str, Any]) -> Annotation:
-    own = {"fingerprint", "nodes", "tensors", "host_reasons"}
+    own = {"fingerprint", "nodes", "tensors", "host_reasons", "variant"}
     return Annotation(
         placements={n: Placement(Device.parse(d), int(s)) for n, d, s in content["nodes"]},
         tensors={
@@ -176,6 +180,7 @@ def _parse(content: Mapping[str, Any]) -> Annotation:
             for name, (element, shape) in content["tensors"].items()
         },
         host_reasons={name: str(reason) for name, reason in content["host_reasons"].items()},
+        variant=Variant.from_json(content.get("variant", {})),
         details={key: value for key, value in content.items() if key not in own},
     )
 
@@ -197,7 +202,7 @@ def _with_node_keys(model: onnx.ModelProto, annotation: Annotation) -> Annotatio
                 "optimize` again."
             ) from error
     ordered = {name: placements[name] for name in sorted(order, key=order.__getitem__)}
-    return Annotation(ordered, annotation.tensors, annotation.host_reasons, annotation.details)
+    return replace(annotation, placements=ordered)
 
 
 def _write_node_keys(model: onnx.ModelProto, placements: Mapping[str, Placement]) -> None:

@@ -16,9 +16,11 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
+from onnxsched_runtime.lowering import lower, to_lowered
 from onnxsched_runtime.model import ModelSource, input_values, read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.variant import DEFAULT_VARIANT
 
 Executor = StreamExecutor | ThreadExecutor
 """What runs a plan."""
@@ -61,6 +63,28 @@ def load(
     model = read_model(path)
     annotation = moved(read_annotation(model), device_map or {})
     return Session(model, annotation, capture=capture, custom_ops=tuple(custom_ops))
+
+
+def source_of(model: onnx.ModelProto, annotation: Annotation) -> ModelSource:
+    """The portable model as its annotation wants it executed; on the CPU there is one way."""
+    on_gpu = all(device.kind == "cuda" for device in annotation.devices)
+    return ModelSource(
+        model, annotation.tensors, annotation.variant if on_gpu else DEFAULT_VARIANT
+    )
+
+
+def plan_lowered(
+    model: onnx.ModelProto, annotation: Annotation, source: ModelSource
+) -> ExecutionPlan:
+    """Plan a lowered model by the schedule of the portable one.
+
+    Raises:
+        AnnotationError: The launch order runs a node before one that it reads from.
+    """
+    placements = annotation.placements
+    if source.model is not model:
+        placements = to_lowered(placements, model, source.model)
+    return plan_model(source.model, placements, annotation.host_reasons)
 
 
 def open_executor(
@@ -110,19 +134,26 @@ class Session:
         *,
         capture: Capture = "whole",
         custom_ops: tuple[str, ...] = (),
+        lowered: ModelSource | None = None,
     ) -> None:
-        """Plan, create the ORT sessions and capture; see `load`."""
+        """Lower, plan, create the ORT sessions and capture; see `load`.
+
+        Args:
+            model: The portable model.
+            annotation: Its schedule.
+            capture: See `load`.
+            custom_ops: See `load`.
+            lowered: The model lowered before, by the same variant on the same device.
+        """
         self.annotation = annotation
-        source = ModelSource(model, annotation.tensors)
-        self._inputs = _arguments(input_values(model), source)
-        self._outputs = _arguments(model.graph.output, source)
-        self.plan: ExecutionPlan = plan_model(
-            model, annotation.placements, annotation.host_reasons
-        )
         if len(annotation.devices) > 1:
             used = ", ".join(map(str, annotation.devices))
             raise UsageError(f"The schedule uses {used}; this release runs one device.")
         self.device = annotation.devices[0]
+        self._inputs = _arguments(input_values(model), annotation)
+        self._outputs = _arguments(model.graph.output, annotation)
+        source = lowered or lower(source_of(model, annotation), self.device, custom_ops)
+        self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
         self._executor = open_executor(source, self.plan, capture=capture, custom_ops=custom_ops)
         self._one_at_a_time = threading.Lock()
         self._is_closed = False
@@ -213,10 +244,10 @@ class Session:
         self.close()
 
 
-def _arguments(values: Sequence[onnx.ValueInfoProto], source: ModelSource) -> list[NodeArg]:
+def _arguments(values: Sequence[onnx.ValueInfoProto], annotation: Annotation) -> list[NodeArg]:
     arguments = []
     for value in values:
-        kind = source.tensors.get(value.name)
+        kind = annotation.tensors.get(value.name)
         shape = None if kind is None or kind.shape is None else list(kind.shape)
         arguments.append(NodeArg(value.name, _ort_type(value.type), shape))
     return arguments

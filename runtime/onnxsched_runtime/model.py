@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.plan import Operation, Segment
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _INLINE_NBYTES = 1024
 """Weights above this travel beside a segment's bytes, not in them: protobuf ends at 2 GiB."""
@@ -92,10 +93,43 @@ def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
             os.replace(f"{draft}.data", f"{os.path.realpath(path)}.data")
 
 
+def declared_types(
+    graph: onnx.GraphProto, weights: Iterable[onnx.TensorProto]
+) -> dict[str, TensorType]:
+    """The type of every tensor that a graph declares, weights and non-tensors left out."""
+    left_out = {weight.name for weight in weights}
+    types = {}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.HasField("tensor_type") and value.name not in left_out:
+            tensor = value.type.tensor_type
+            dims = tensor.shape.dim
+            static = tensor.HasField("shape") and all(map(is_fixed, dims))
+            shape = tuple(dim.dim_value for dim in dims) if static else None
+            types[value.name] = TensorType(tensor.elem_type, shape)
+    return types
+
+
+def is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    """Whether a dimension has a value; some exporters write -1 where it has none."""
+    return bool(dim.HasField("dim_value") and dim.dim_value >= 0)
+
+
 def input_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """What the caller feeds: the declared inputs that are not weights."""
     weights = {weight.name for weight in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in weights]
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Make node names unique, keeping those that are."""
+    taken: set[str] = set()
+    for node in model.graph.node:
+        stem = node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
+        name, number = stem, 1
+        while name in taken:
+            name, number = f"{stem}_{number}", number + 1
+        node.name = name
+        taken.add(name)
 
 
 def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:
@@ -155,6 +189,8 @@ class ModelSource:
 
     model: onnx.ModelProto
     tensors: Mapping[str, TensorType]
+    variant: Variant = DEFAULT_VARIANT
+    """How its sessions execute it; a layout other than ONNX's own is already in the nodes."""
 
     @cached_property
     def _nodes(self) -> dict[str, onnx.NodeProto]:

@@ -14,11 +14,14 @@ from typing import Any, Self
 
 import numpy as np
 import onnxruntime
+from onnx import TensorProto
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import ModelPart
+from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _NOISE = re.compile(
@@ -44,6 +47,10 @@ class SessionSettings:
     """Worker threads within an operator on the CPU; 0 is ORT's choice."""
     custom_ops: tuple[str, ...] = ()
     """Shared libraries with custom operators."""
+    variant: Variant = DEFAULT_VARIANT
+    """How the CUDA provider executes it."""
+    is_lowered: bool = False
+    """The model has all of ORT's optimizations already; make no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +117,16 @@ class OrtSession:
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
 
+    def output_types(self) -> dict[str, TensorType]:
+        """What ORT infers of every output that is a tensor."""
+        types = {}
+        for value in self._session.get_outputs():
+            if match := re.fullmatch(r"tensor\((\w+)\)", value.type):
+                static = all(isinstance(size, int) for size in value.shape)
+                shape = tuple(value.shape) if static else None
+                types[value.name] = TensorType(TensorProto.DataType.Value(match[1].upper()), shape)
+        return types
+
     def close(self) -> None:
         """Free the session: first what is bound, then the session, then its weights."""
         self._binding = None
@@ -121,6 +138,18 @@ class OrtSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def lower_file(source: Path, target: Path, settings: SessionSettings) -> None:
+    """Let ORT make every optimization for a GPU and a variant, and save the result.
+
+    Raises:
+        DeviceError: The CUDA provider does not load.
+        ModelError: ORT refuses the model.
+    """
+    options = _session_options(settings)
+    _save_optimized(options, target)
+    _create(source, options, settings)
 
 
 def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:
@@ -137,13 +166,7 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
     """
     options = _session_options(settings)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(target)
-    options.add_session_config_entry(
-        "session.optimized_model_external_initializers_file_name", f"{target.name}.data"
-    )
-    options.add_session_config_entry(
-        "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
-    )
+    _save_optimized(options, target)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = _create(source, options, settings, disabled_optimizers=_UNPORTABLE_FUSIONS)
     if settings.device.kind == "cpu":
@@ -190,9 +213,18 @@ def missing_cuda_library() -> str | None:
     return None
 
 
+def _save_optimized(options: Any, target: Path) -> None:
+    options.optimized_model_filepath = str(target)
+    prefix = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{prefix}_file_name", f"{target.name}.data")
+    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
+
+
 def _session_options(settings: SessionSettings) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if settings.is_lowered:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = settings.thread_count
     options.inter_op_num_threads = 1
     if settings.thread_count:  # sessions side by side must not spin away each other's cores
@@ -244,7 +276,11 @@ def _providers(settings: SessionSettings) -> list[Any]:
     options = {
         "device_id": str(settings.device.index),
         "arena_extend_strategy": "kSameAsRequested",
-        "enable_cuda_graph": "1" if settings.graph_capture else "0",
+        "enable_cuda_graph": str(int(settings.graph_capture)),
+        "prefer_nhwc": str(int(settings.variant.layout == "nhwc")),
+        "fuse_conv_bias": str(int(settings.variant.fuse_conv_bias)),
+        "cudnn_conv_algo_search": settings.variant.conv_search.upper(),
+        "use_tf32": str(int(settings.variant.tf32)),
     }
     if settings.stream_handle is not None:
         options["user_compute_stream"] = str(settings.stream_handle)

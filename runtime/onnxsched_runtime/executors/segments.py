@@ -67,6 +67,8 @@ class SegmentRunner:
             graph_capture=graph_capture and captured,
             host_operators=not captured,
             custom_ops=self._custom_ops,
+            variant=source.variant,
+            is_lowered=source.variant.is_lowered,
         )
         session = OrtSession(source.extract(segment), settings)
         self._resources.callback(session.close)

@@ -1,0 +1,165 @@
+"""From the portable model to the one that sessions hold: ORT lowers it once, before it is cut.
+
+A layout is a property of the whole model: lowered part by part, every cut would transpose.
+ORT renames what it rewrites (`NAME_token_7`), adds transposes and fuses operators away, so a
+schedule is carried over by the names that are left, and the rest goes where its neighbours are.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from heapq import heapify, heappop, heappush
+from pathlib import Path
+
+import onnx
+
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.model import (
+    ModelSource,
+    declared_types,
+    input_values,
+    name_nodes,
+    node_reads,
+    read_model,
+    write_model,
+)
+from onnxsched_runtime.session import OrtSession, SessionSettings, lower_file
+from onnxsched_runtime.tensor import TensorType
+
+_RENAMED = re.compile(r"(.+)_token_\d+(?:_\d+)?")
+
+_Key = tuple[int, int, int]
+"""Launch position of the operator gone by, before or after it, position in the model."""
+
+
+def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ()) -> ModelSource:
+    """The model as the sessions of its variant execute it; itself where nothing changes.
+
+    Raises:
+        DeviceError: The CUDA provider does not load.
+        ModelError: ORT refuses the model.
+    """
+    if not source.variant.is_lowered:
+        return source
+    settings = SessionSettings(device, custom_ops=custom_ops, variant=source.variant)
+    with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
+        portable, lowered = Path(scratch, "portable.onnx"), Path(scratch, "lowered.onnx")
+        write_model(source.model, portable)
+        lower_file(portable, lowered, settings)
+        model = read_model(lowered)
+    name_nodes(model)
+    untyped = ModelSource(model, _declared(model), source.variant)
+    return replace(untyped, tensors={**untyped.tensors, **_inferred(untyped, settings)})
+
+
+def _declared(model: onnx.ModelProto) -> dict[str, TensorType]:
+    """The types of inputs and outputs: of what is between them, ORT saves little."""
+    ends = onnx.GraphProto(input=model.graph.input, output=model.graph.output)
+    return declared_types(ends, model.graph.initializer)
+
+
+def _inferred(source: ModelSource, settings: SessionSettings) -> dict[str, TensorType]:
+    """What ORT infers of every tensor: onnx does not know the operators of other layouts."""
+    nodes = source.model.graph.node
+    part = source.part(
+        [node.name for node in nodes],
+        [value.name for value in input_values(source.model)],
+        [tensor for node in nodes for tensor in node.output if tensor],
+    )
+    with OrtSession(part, replace(settings, is_lowered=True)) as session:
+        return session.output_types()
+
+
+def to_lowered(
+    placements: Mapping[str, Placement], portable: onnx.ModelProto, lowered: onnx.ModelProto
+) -> dict[str, Placement]:
+    """Carry a schedule of the portable model over to the lowered one, in launch order."""
+    origin = origins(portable, lowered)
+    position = {name: number for number, name in enumerate(placements)}
+    known = sorted(origin, key=lambda name: position[origin[name]])
+    return _spread(lowered, {name: placements[origin[name]] for name in known})
+
+
+def to_portable(
+    placements: Mapping[str, Placement], portable: onnx.ModelProto, lowered: onnx.ModelProto
+) -> dict[str, Placement]:
+    """Carry a schedule of the lowered model back to the portable one, in launch order."""
+    origin = origins(portable, lowered)
+    known: dict[str, Placement] = {}
+    for name, placement in placements.items():
+        if name in origin:
+            known.setdefault(origin[name], placement)
+    return _spread(portable, known)
+
+
+def origins(portable: onnx.ModelProto, lowered: onnx.ModelProto) -> dict[str, str]:
+    """For each lowered node that comes from a portable one, the name of that."""
+    names = {node.name for node in portable.graph.node}
+    found = {}
+    for node in lowered.graph.node:
+        match = _RENAMED.fullmatch(node.name)
+        if node.name in names:
+            found[node.name] = node.name
+        elif match and match[1] in names:
+            found[node.name] = match[1]
+    return found
+
+
+def _spread(model: onnx.ModelProto, known: Mapping[str, Placement]) -> dict[str, Placement]:
+    """Place every node, given some in launch order.
+
+    The others go beside what they read from, else beside what reads them. The order is made
+    topological where a fusion has moved an edge.
+    """
+    nodes = model.graph.node
+    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output if tensor}
+    reads = [sorted({writer[t] for t in node_reads(n) if t in writer}) for n in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for index, sources in enumerate(reads):
+        for source in sources:
+            readers[source].append(index)
+    position = {name: number for number, name in enumerate(known)}
+    found: dict[int, tuple[_Key, Placement]] = {
+        i: ((position[node.name], 0, i), known[node.name])
+        for i, node in enumerate(nodes)
+        if node.name in known
+    }
+    if not found:
+        raise ModelError(
+            "ONNX Runtime renames every operator of the model when it changes the layout, so the "
+            "schedule can't be carried over; run `onnxsched optimize --no-variants`."
+        )
+    for index in range(len(nodes)):
+        near = [found[source] for source in reads[index] if source in found]
+        if index not in found and near:
+            (place, _, _), placement = max(near)
+            found[index] = ((place, 1, index), placement)
+    for index in reversed(range(len(nodes))):
+        near = [found[reader] for reader in readers[index] if reader in found]
+        if index not in found:
+            (place, _, _), placement = min(near) if near else min(found.values())
+            found[index] = ((place, -1, index), placement)
+    return {
+        nodes[i].name: found[i][1]
+        for i in _topological([found[i][0] for i in range(len(nodes))], reads, readers)
+    }
+
+
+def _topological(keys: list[_Key], reads: list[list[int]], readers: list[list[int]]) -> list[int]:
+    """All nodes by key, but none before what it reads from."""
+    missing = [len(sources) for sources in reads]
+    ready = [(keys[i], i) for i, count in enumerate(missing) if count == 0]
+    heapify(ready)
+    order = []
+    while ready:
+        _, index = heappop(ready)
+        order.append(index)
+        for reader in readers[index]:
+            missing[reader] -= 1
+            if missing[reader] == 0:
+                heappush(ready, (keys[reader], reader))
+    return order
