@@ -16,7 +16,8 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import ModelSource
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 
 _RUN_COUNT = 3
 """Runs on different inputs: a stale buffer shows in the second."""

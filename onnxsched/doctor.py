@@ -12,7 +12,8 @@ from onnxsched_runtime import cuda, session
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError
 from onnxsched_runtime.model import ModelSource
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 
 
 @dataclass(frozen=True)

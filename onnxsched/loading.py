@@ -24,7 +24,8 @@ from onnxsched_runtime.model import (
     read_model,
     write_model,
 )
-from onnxsched_runtime.session import SessionSettings, optimize_file
+from onnxsched_runtime.session import optimize_file
+from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 

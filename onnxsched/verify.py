@@ -17,7 +17,8 @@ from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.errors import AnnotationError, ModelError, UsageError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import input_values, read_model
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 
 
 def verify(

@@ -28,7 +28,8 @@ from onnxsched.inputs import random_inputs
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.model import read_model, write_model
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("ort", "ort-graph", "sequential", "schedule-ort")

@@ -18,7 +18,7 @@ from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.partition import assemble
 from onnxsched_runtime.plan import Segment
-from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.session import BoundRun
 
 SAMPLE_COUNT = 9
 """Samples of each operator; the median is what scheduling uses."""
@@ -82,7 +82,7 @@ def _measure_batch(
         kernels = _kernels(runner)
         for index, node in enumerate(nodes):
             announce(node.name)
-            samples_us, refusal = _time_session(runner.sessions[index], stream)
+            samples_us, refusal = _time_run(runner.bound[index], stream)
             yield node.name, OperatorProfile(samples_us, kernels.get(str(index), ()), refusal)
     finally:
         runner.close()
@@ -90,21 +90,19 @@ def _measure_batch(
 
 def _kernels(runner: SegmentRunner) -> dict[str, tuple[Kernel, ...]]:
     def run_all() -> None:
-        for index, session in enumerate(runner.sessions):
+        for index, bound in runner.bound.items():
             with cuda.named_range(str(index)):
-                session.run_bound()
+                bound.launch()
 
     return kernels_by_range(cuda.kernel_trace(run_all))
 
 
-def _time_session(
-    session: OrtSession, stream: cuda.Stream
-) -> tuple[tuple[float, ...], str | None]:
+def _time_run(bound: BoundRun, stream: cuda.Stream) -> tuple[tuple[float, ...], str | None]:
     """Samples of one run's time, from graphs that hold many runs; and why not, if so."""
 
     def run_repeatedly() -> None:
         for _ in range(_REPEAT_COUNT):
-            session.run_bound()
+            bound.launch()
 
     try:
         graph = cuda.Graph.capture(stream, run_repeatedly)

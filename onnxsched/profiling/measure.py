@@ -19,7 +19,8 @@ from onnxsched.profiling.roofline import roofline_from_profiles, roofline_model
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 
 _CPU_BUDGET_US = 50_000.0
 """No more samples of an operator than fit in here, but at least three."""

@@ -27,7 +27,8 @@ from onnxsched_runtime.model import (
     read_model,
     write_model,
 )
-from onnxsched_runtime.session import OrtSession, SessionSettings, lower_file
+from onnxsched_runtime.session import OrtSession, lower_file
+from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 
 _RENAMED = re.compile(r"(.+)_token_\d+(?:_\d+)?")

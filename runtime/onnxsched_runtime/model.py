@@ -193,7 +193,8 @@ class ModelSource:
     """How its sessions execute it; a layout other than ONNX's own is already in the nodes."""
 
     @cached_property
-    def _nodes(self) -> dict[str, onnx.NodeProto]:
+    def nodes(self) -> dict[str, onnx.NodeProto]:
+        """The nodes by name."""
         return {node.name: node for node in self.model.graph.node}
 
     @cached_property
@@ -221,9 +222,9 @@ class ModelSource:
         self, names: Sequence[str], inputs: Sequence[str], outputs: Sequence[str]
     ) -> ModelPart:
         """Cut the named nodes out, given what flows in and out."""
-        nodes = [self._nodes[name] for name in names]
+        nodes = [self.nodes[name] for name in names]
         used = dict.fromkeys(t for node in nodes for t in node_reads(node) if t in self._weights)
-        weights = {name: array for name in used if (array := self._beside(name)) is not None}
+        weights = {name: array for name in used if (array := self.large_weight(name)) is not None}
         initializers = [_placeholder(self._weights[n]) if n in weights else self._weights[n]
                         for n in used]  # fmt: skip
         graph = helper.make_graph(
@@ -238,7 +239,27 @@ class ModelSource:
         )
         return ModelPart(part.SerializeToString(), weights)
 
-    def _beside(self, name: str) -> np.ndarray | None:
+    def is_weight(self, name: str) -> bool:
+        """Whether a tensor is stored in the model."""
+        return name in self._weights
+
+    def kind_of(self, name: str) -> TensorType:
+        """The type of a tensor or weight."""
+        if name in self._weights:
+            return TensorType(self._weights[name].data_type, tuple(self._weights[name].dims))
+        return self.tensors[name]
+
+    def constant(self, name: str, renamed: str) -> TensorProto:
+        """A weight under another name."""
+        copy = TensorProto()
+        copy.CopyFrom(self._weights[name])
+        copy.name = renamed
+        return copy
+
+    def large_weight(self, name: str) -> np.ndarray | None:
+        """A weight that travels beside a segment's bytes; None for all other tensors."""
+        if name not in self._weights:
+            return None
         if name not in self._arrays:
             weight = self._weights[name]
             nbytes = TensorType(weight.data_type, tuple(weight.dims)).nbytes

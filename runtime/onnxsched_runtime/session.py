@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,10 @@ import onnxruntime
 from onnx import TensorProto
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import ModelPart
+from onnxsched_runtime.settings import BufferView, SessionSettings
 from onnxsched_runtime.tensor import TensorType
-from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _NOISE = re.compile(
@@ -30,37 +30,6 @@ _NOISE = re.compile(
 )
 _UNPORTABLE_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
 """Fusions whose result only the CUDA provider runs: made in a session, never in a file."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSettings:
-    """How a session is made."""
-
-    device: Device
-    stream_handle: int | None = None
-    """The CUDA stream that everything is launched on; None lets ORT make its own."""
-    graph_capture: bool = False
-    """Let ORT capture and replay its own CUDA graph."""
-    host_operators: bool = False
-    """Allow operators that only the CPU provider has."""
-    thread_count: int = 0
-    """Worker threads within an operator on the CPU; 0 is ORT's choice."""
-    custom_ops: tuple[str, ...] = ()
-    """Shared libraries with custom operators."""
-    variant: Variant = DEFAULT_VARIANT
-    """How the CUDA provider executes it."""
-    is_lowered: bool = False
-    """The model has all of ORT's optimizations already; make no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class BufferView:
-    """Memory that a session reads from or writes to."""
-
-    pointer: int
-    device: Device
-    element_type: int
-    shape: tuple[int, ...]
 
 
 class OrtSession:
@@ -78,31 +47,41 @@ class OrtSession:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in source.weights.values()]
             options.add_external_initializers(list(source.weights), values)
         self._weights = source.weights if isinstance(source, ModelPart) else None
-        self._session = _create(source, options, settings)
-        self._binding: Any = None
+        small = contextlib.nullcontext() if settings.blas_workspace else _without_blas_workspace()
+        with small:
+            self._session = _create(source, options, settings)
+        self._has_run = settings.blas_workspace
         self._run_options = onnxruntime.RunOptions()
         if settings.stream_handle is not None:
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def bind(self, inputs: Mapping[str, BufferView], outputs: Mapping[str, BufferView]) -> None:
-        """Fix the buffers of every input and output; the caller keeps them alive."""
-        self._binding = self._session.io_binding()
-        for bind, views in (
-            (self._binding.bind_input, inputs),
-            (self._binding.bind_output, outputs),
-        ):
+    def bind(
+        self, inputs: Mapping[str, BufferView], outputs: Mapping[str, BufferView]
+    ) -> BoundRun:
+        """Fix the buffers of every input and output; the caller keeps them alive.
+
+        Returns:
+            What runs the session on these buffers; it may be bound to others as well.
+        """
+        binding = self._session.io_binding()
+        for bind, views in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, view in views.items():
                 kind, index = view.device.kind, view.device.index
                 bind(name, kind, index, view.element_type, view.shape, view.pointer)
+        return BoundRun(self, binding)
 
-    def run_bound(self) -> None:
-        """Run on the bound buffers; with a stream of ours, only launch.
+    def run_bound(self, binding: Any) -> None:
+        """Run on bound buffers; with a stream of ours, only launch.
 
         Raises:
             OnnxschedError: An operator failed.
         """
+        if not self._has_run:  # some handles of cuBLAS are made at the first run
+            self._has_run = True
+            with _without_blas_workspace():
+                return self.run_bound(binding)
         try:
-            self._session.run_with_iobinding(self._binding, self._run_options)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
 
@@ -128,8 +107,7 @@ class OrtSession:
         return types
 
     def close(self) -> None:
-        """Free the session: first what is bound, then the session, then its weights."""
-        self._binding = None
+        """Free the session, then its weights."""
         self._session = None
         self._weights = None
 
@@ -138,6 +116,35 @@ class OrtSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRun:
+    """A session and the buffers that one of its runs reads and writes."""
+
+    session: OrtSession
+    binding: Any
+
+    def launch(self) -> None:
+        """Run; with a stream of ours, only launch.
+
+        Raises:
+            OnnxschedError: An operator failed.
+        """
+        self.session.run_bound(self.binding)
+
+
+@contextlib.contextmanager
+def _without_blas_workspace() -> Iterator[None]:
+    """Let cuBLAS handles made inside keep kilobytes: it reads this variable when it makes one."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    before = os.environ.get(name)
+    os.environ[name] = before or ":16:8"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def lower_file(source: Path, target: Path, settings: SessionSettings) -> None:
@@ -196,7 +203,10 @@ def is_cuda_built() -> bool:
 
 @functools.cache
 def _load_cuda_libraries() -> None:
+    """Load what the CUDA provider links to: from the wheels beside ORT, else as torch finds it."""
     onnxruntime.set_default_logger_severity(3)
+    if not (Path(onnxruntime.__file__).parent.parent / "nvidia").is_dir():
+        cuda.load_torch()
     onnxruntime.preload_dlls()
 
 

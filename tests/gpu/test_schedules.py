@@ -16,7 +16,8 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors.streams import StreamExecutor
 from onnxsched_runtime.model import ModelSource, read_model
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 
 Zoo = Callable[[str], Path]
 Scheduled = Callable[[str], onnxsched.OptimizeResult]
@@ -34,7 +35,13 @@ def scheduled(zoo: Zoo, cache_dir: Path, tmp_path_factory: pytest.TempPathFactor
         if name not in done:
             target = folder / f"{name}.onnx"
             done[name] = onnxsched.optimize(
-                zoo(name), target, device="cuda:0", policy="heft", streams=4, cache_dir=cache_dir
+                zoo(name),
+                target,
+                device="cuda:0",
+                policy="heft",
+                streams=4,
+                variants=False,
+                cache_dir=cache_dir,
             )
         return done[name]
 

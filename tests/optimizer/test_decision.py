@@ -7,25 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from onnxsched.candidates import Candidate
+from onnxsched.contraction import Contraction
 from onnxsched.decision import Decision, decide, recall, remember
-from onnxsched.profile import OperatorProfile, Profile
+from onnxsched.loading import Model
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.schedule import Schedule, Slot
-from onnxsched.tuning import Outcome
+from onnxsched.tuning import Outcome, Subject
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.graphs import graph_of
 from support.models import CPU
 
 DIAMOND = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
-PROFILE = Profile(
-    {f"operator_{index}": OperatorProfile((float(index + 1),)) for index in range(4)},
-    {f"operator_{index}": "memory" for index in range(4)},
-    None,
-    4,
-)
+OPERATORS = {f"operator_{index}": (float(index + 1), "memory") for index in range(4)}
+
+
+def subject(variant: Variant = DEFAULT_VARIANT) -> Subject:
+    proto = onnx.ModelProto()
+    return Subject(
+        Model(proto, {}, {}, {}, proto, variant), Contraction(DIAMOND, ()), (), OPERATORS, {}
+    )
+
+
+SUBJECTS = [subject()]
 
 
 def outcome(policy: str, *samples_us: float, streams: tuple[int, ...] = (0, 0, 1, 0)) -> Outcome:
@@ -40,31 +48,42 @@ UNMEASURED = outcome("opara", streams=(1, 1, 0, 0))
 
 
 def test_auto_takes_the_fastest() -> None:
-    decision = decide([FAST, SEQUENTIAL, SLOW, UNMEASURED], PROFILE, "auto")
+    decision = decide([FAST, SEQUENTIAL, SLOW, UNMEASURED], SUBJECTS, "auto")
     assert (decision.policy, decision.measured_us, decision.sequential_us) == ("heft", 9.0, 12.0)
     assert decision.schedule == FAST.candidate.schedule
 
 
 def test_auto_takes_sequential_where_that_is_fastest() -> None:
-    decision = decide([SEQUENTIAL, SLOW], PROFILE, "auto")
+    decision = decide([SEQUENTIAL, SLOW], SUBJECTS, "auto")
     assert (decision.policy, decision.measured_us, decision.sequential_us) == (
         "sequential", 12.0, 12.0,
     )  # fmt: skip
 
 
 def test_a_policy_is_obeyed_even_where_it_is_slower() -> None:
-    decision = decide([FAST, SEQUENTIAL, SLOW], PROFILE, "nimble")
+    decision = decide([FAST, SEQUENTIAL, SLOW], SUBJECTS, "nimble")
     assert (decision.policy, decision.measured_us, decision.sequential_us) == (
         "nimble", 20.0, 12.0,
     )  # fmt: skip
 
 
+def test_a_variant_brings_its_own_operators_and_the_default_is_what_it_is_compared_with() -> None:
+    nhwc = Variant("nhwc")
+    fast = replace(FAST, variant=nhwc)
+    other = replace(subject(nhwc), operators={"operator_0": (0.5, "compute")})
+    slow_in_nhwc = replace(outcome("sequential", 11.0), variant=nhwc)
+    decision = decide([fast, slow_in_nhwc, SEQUENTIAL], [other, subject()], "auto")
+    assert decision.variant == nhwc
+    assert decision.operators == {"operator_0": (0.5, "compute")}
+    assert decision.sequential_us == 12.0
+
+
 def test_a_policy_that_proposes_only_the_sequential_schedule_gets_that() -> None:
-    assert decide([SEQUENTIAL], PROFILE, "wavefront").schedule == SEQUENTIAL.candidate.schedule
+    assert decide([SEQUENTIAL], SUBJECTS, "wavefront").schedule == SEQUENTIAL.candidate.schedule
 
 
 def test_everything_that_was_tried_is_kept() -> None:
-    decision = decide([FAST, SEQUENTIAL, UNMEASURED], PROFILE, "auto")
+    decision = decide([FAST, SEQUENTIAL, UNMEASURED], SUBJECTS, "auto")
     assert [(a["policy"], a["streams"], a["measured_us"]) for a in decision.alternatives] == [
         ("heft", 2, 9.0),
         ("sequential", 1, 12.0),
@@ -81,7 +100,7 @@ def cache(tmp_path: Path) -> MeasurementCache:
 
 @pytest.fixture
 def decision() -> Decision:
-    return replace(decide([FAST, SEQUENTIAL], PROFILE, "auto"), refusals={"operator_1": "no"})
+    return replace(decide([FAST, SEQUENTIAL], SUBJECTS, "auto"), refusals={"operator_1": "no"})
 
 
 def test_a_decision_is_remembered(cache: MeasurementCache, decision: Decision) -> None:

@@ -16,7 +16,7 @@ from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.policies import POLICIES
 from onnxsched.schedule import Schedule
-from onnxsched.tuning import Outcome, tune
+from onnxsched.tuning import Outcome, Subject, tune
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from sample_models import build
@@ -36,8 +36,9 @@ def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tupl
 
 def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> Tuned:
     contraction, candidates = candidates_of(model, device)
+    subject = Subject(model, contraction, candidates, {}, {})
     return tune(
-        model, contraction, candidates, device,
+        model, [subject], device,
         budget_s=budget_s, custom_ops=(), progress=lambda what, done, total: None,
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ class FakeSession:
 
     executor = None
 
-    def __init__(self, proto: Any, annotation: Any, custom_ops: tuple[str, ...]) -> None:
+    def __init__(self, proto: Any, annotation: Any, **_: Any) -> None:
         self._seconds = 0.0001 * len({str(p) for p in annotation.placements.values()})
 
     def run(self, names: None, feeds: Any) -> None:

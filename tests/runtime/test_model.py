@@ -24,7 +24,8 @@ from onnxsched_runtime.model import (
 )
 from onnxsched_runtime.partition import plan_execution
 from onnxsched_runtime.plan import ExecutionPlan
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 from support.models import (
     CPU,
     MODELS,

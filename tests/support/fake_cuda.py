@@ -21,7 +21,8 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import segments
 from onnxsched_runtime.model import ModelPart
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 
 
@@ -49,18 +50,32 @@ class FakeStream:
         self.close()
 
 
+class FakeMemory(cuda.DeviceMemory):
+    """A block of host memory."""
+
+    def __init__(self, nbytes: int, device: Device) -> None:
+        self.nbytes = nbytes
+        self._bytes = np.zeros(nbytes + 1, np.uint8)
+        self.pointer = self._bytes.ctypes.data
+
+    def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
+        ctypes.memmove(self.pointer + offset_nbytes, array.ctypes.data, array.nbytes)
+
+    def close(self) -> None:
+        self.pointer = 0
+
+
 class FakeBuffer(cuda.Buffer):
     """A real buffer in host memory, copied at once."""
 
-    def __init__(self, kind: TensorType, device: Device) -> None:
-        super().__init__(kind, Device("cpu"))
+    def __init__(self, kind: TensorType, device: Device, pointer: int) -> None:
+        super().__init__(kind, Device("cpu"), pointer)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.element_type)
+        self._staging = np.zeros(kind.shape or (), dtype)
 
     @property
     def staging(self) -> np.ndarray:
-        if self._pinned is None:
-            self._pinned = self.tensor.clone()
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.kind.element_type)
-        return np.asarray(self._pinned.numpy()).view(dtype)
+        return self._staging
 
     def _copy(self, target: int, source: int, stream: Any) -> None:
         assert stream.is_open
@@ -101,6 +116,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
 
     monkeypatch.setattr(cuda, "Stream", FakeStream)
     monkeypatch.setattr(cuda, "Buffer", FakeBuffer)
+    monkeypatch.setattr(cuda, "DeviceMemory", FakeMemory)
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))

@@ -1,13 +1,15 @@
 """CUDA: devices, streams, events, graphs, buffers, kernel traces. Nothing else touches it.
 
-Streams, events and graphs go through the CUDA bindings that torch brings; torch itself owns the
-buffers, so that tensors go in and out without a copy. Both are imported at first use.
+All of it goes through the CUDA bindings that torch brings; torch itself is imported only for the
+caller's tensors and for the profiler.
 """
 
-from onnxsched_runtime.cuda.buffers import Buffer, tensor_on_device
+from onnxsched_runtime.cuda.binding import load_torch
+from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
 from onnxsched_runtime.cuda.devices import (
     device_count,
     device_properties,
+    free_memory_nbytes,
     has_peer_access,
     library_versions,
     require_device,
@@ -18,14 +20,17 @@ from onnxsched_runtime.cuda.streams import Event, Graph, Stream, time_launches_u
 
 __all__ = [
     "Buffer",
+    "DeviceMemory",
     "Event",
     "Graph",
     "Stream",
     "device_count",
     "device_properties",
+    "free_memory_nbytes",
     "has_peer_access",
     "kernel_trace",
     "library_versions",
+    "load_torch",
     "named_range",
     "require_device",
     "synchronize",

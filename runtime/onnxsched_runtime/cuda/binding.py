@@ -1,10 +1,17 @@
-"""torch and the CUDA bindings it brings, imported at first use."""
+"""The CUDA bindings and torch, each imported at first use.
+
+Streams, events, graphs and memory need the bindings alone, which import in milliseconds; torch,
+which takes seconds, comes in where the caller's tensors or the profiler are torch's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
 
 
@@ -14,6 +21,21 @@ def torch_module() -> Any:
     import torch as module
 
     return module
+
+
+def load_torch() -> None:
+    """Import torch for the CUDA libraries it loads; without torch nothing happens."""
+    with contextlib.suppress(ImportError):
+        torch_module()
+
+
+def is_bound() -> bool:
+    """Whether the bindings are installed."""
+    try:
+        cudart()
+    except DeviceError:
+        return False
+    return True
 
 
 @functools.cache
@@ -44,3 +66,14 @@ def check(result: tuple[Any, ...]) -> Any:
         _, text = cudart().cudaGetErrorString(error)
         raise OnnxschedError(f"CUDA reports error {int(error)}: {text.decode()}.")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+@contextlib.contextmanager
+def current_device(device: Device) -> Iterator[None]:
+    """Make a GPU this thread's current one for a while."""
+    before = check(cudart().cudaGetDevice())
+    check(cudart().cudaSetDevice(device.index))
+    try:
+        yield
+    finally:
+        check(cudart().cudaSetDevice(before))

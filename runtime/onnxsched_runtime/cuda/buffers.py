@@ -1,40 +1,91 @@
-"""Device memory of fixed addresses, and tensors in and out of it."""
+"""Device memory, pinned memory, and values in and out of them."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
 
-from onnxsched_runtime.cuda.binding import check, cudart, torch_module
+from onnxsched_runtime.cuda.binding import check, cudart, current_device, torch_module
+from onnxsched_runtime.cuda.devices import synchronize
 from onnxsched_runtime.cuda.streams import Stream
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.tensor import TensorType
 
 
+class DeviceMemory:
+    """One block of a GPU's memory, zeroed."""
+
+    def __init__(self, nbytes: int, device: Device) -> None:
+        """Allocate and clear it.
+
+        Raises:
+            OnnxschedError: There is not enough.
+        """
+        self.nbytes = nbytes
+        self.pointer = 0
+        if nbytes:
+            with current_device(device):
+                self.pointer = int(check(cudart().cudaMalloc(nbytes)))
+                check(cudart().cudaMemset(self.pointer, 0, nbytes))
+            synchronize(device)
+
+    def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
+        """Copy host values to a place in it, and wait until they are there."""
+        kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
+        target = self.pointer + offset_nbytes
+        check(cudart().cudaMemcpy(target, array.ctypes.data, array.nbytes, kind))
+
+    def close(self) -> None:
+        """Free it."""
+        if self.pointer:
+            check(cudart().cudaFree(self.pointer))
+            self.pointer = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PinnedArray:
+    """Host memory that the device copies from and to without a detour."""
+
+    def __init__(self, kind: TensorType) -> None:
+        """Allocate it, as an array of a tensor's type."""
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.element_type)
+        self.pointer = int(
+            check(cudart().cudaHostAlloc(kind.nbytes, cudart().cudaHostAllocDefault))
+        )
+        memory = memoryview((ctypes.c_char * kind.nbytes).from_address(self.pointer))
+        self.array: np.ndarray = np.frombuffer(memory, dtype).reshape(kind.shape)
+
+    def close(self) -> None:
+        """Free it."""
+        if self.pointer:
+            check(cudart().cudaFreeHost(self.pointer))
+            self.pointer = 0
+
+
 class Buffer:
-    """Device memory of a fixed address and type, with pinned memory to fill and read it."""
+    """A tensor at a fixed address of device memory, with pinned memory to fill and read it."""
 
-    def __init__(self, kind: TensorType, device: Device) -> None:
-        torch = torch_module()
-        self.kind, self.device = kind, device
-        dtype = torch_dtype(kind.element_type)
-        self.tensor = torch.zeros(kind.shape, dtype=dtype, device=str(device))
-        self._pinned: Any = None
-
-    @property
-    def pointer(self) -> int:
-        """Device address."""
-        return int(self.tensor.data_ptr())
+    def __init__(self, kind: TensorType, device: Device, pointer: int) -> None:
+        """View memory that someone else owns."""
+        self.kind, self.device, self.pointer = kind, device, pointer
+        self._pinned: PinnedArray | None = None
 
     def fill(self, array: np.ndarray, stream: Stream) -> None:
         """Copy host values in, on a stream, through pinned memory."""
         if self.kind.nbytes:
-            np.copyto(self.staging, array.reshape(self.staging.shape).view(self.staging.dtype))
-            self._copy(self.pointer, self._pinned.data_ptr(), stream)
+            staging = self.staging
+            np.copyto(staging, array.reshape(staging.shape).view(staging.dtype))
+            self._copy(self.pointer, staging.ctypes.data, stream)
 
     def require_fit(self, name: str, tensor: Any) -> None:
         """Check that a torch tensor for input `name` has the buffer's shape and type.
@@ -42,13 +93,12 @@ class Buffer:
         Raises:
             UsageError: It has not.
         """
-        own, other = list(self.tensor.shape), list(tensor.shape)
+        own, other = list(self.kind.shape or ()), list(tensor.shape)
         if own != other:
             raise UsageError(f"Input '{name}' takes shape {own}, got {other}; reshape it.")
-        if tensor.dtype != self.tensor.dtype:
-            raise UsageError(
-                f"Input '{name}' takes {self.tensor.dtype}, got {tensor.dtype}; convert it."
-            )
+        dtype = torch_dtype(self.kind.element_type)
+        if tensor.dtype != dtype:
+            raise UsageError(f"Input '{name}' takes {dtype}, got {tensor.dtype}; convert it.")
 
     def fill_from_tensor(self, tensor: Any, stream: Stream) -> None:
         """Copy a device tensor in, on a stream."""
@@ -58,24 +108,31 @@ class Buffer:
     def fetch(self, stream: Stream) -> None:
         """Start the copy to pinned memory; `staging` holds it once the stream is done."""
         if self.kind.nbytes:
-            _ = self.staging
-            self._copy(self._pinned.data_ptr(), self.pointer, stream)
+            self._copy(self.staging.ctypes.data, self.pointer, stream)
 
     def copy_to_new_tensor(self, stream: Stream) -> Any:
         """A new torch tensor that `stream` copies the contents into."""
-        copy = torch_module().empty_like(self.tensor)
+        dtype = torch_dtype(self.kind.element_type)
+        copy = torch_module().empty(self.kind.shape, dtype=dtype, device=str(self.device))
         if self.kind.nbytes:
             self._copy(copy.data_ptr(), self.pointer, stream)
         return copy
 
-    @functools.cached_property
+    @property
     def staging(self) -> np.ndarray:
         """Pinned memory as an array of the buffer's shape."""
-        self._pinned = torch_module().empty(
-            self.kind.nbytes, dtype=torch_module().uint8, pin_memory=True
-        )
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.kind.element_type)
-        return np.asarray(self._pinned.numpy()).view(dtype).reshape(self.kind.shape)
+        if self.kind.nbytes == 0:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(self.kind.element_type)
+            return np.empty(self.kind.shape or (), dtype)
+        if self._pinned is None:
+            self._pinned = PinnedArray(self.kind)
+        return self._pinned.array
+
+    def close(self) -> None:
+        """Free the pinned memory."""
+        if self._pinned is not None:
+            self._pinned.close()
+            self._pinned = None
 
     def _copy(self, target: int, source: int, stream: Stream) -> None:
         kind = cudart().cudaMemcpyKind.cudaMemcpyDefault

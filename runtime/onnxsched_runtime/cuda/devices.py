@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.metadata
 import os
 import re
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
-from onnxsched_runtime.cuda.binding import check, cudart, torch_module
+from onnxsched_runtime.cuda.binding import check, cudart, current_device, is_bound
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError
 
 
+@functools.cache
 def device_count() -> int:
-    """How many CUDA devices torch sees; 0 with a torch built without CUDA."""
-    if "torch" not in sys.modules:
-        _start_driver()
-    torch = torch_module()
-    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
+    """How many CUDA devices there are; 0 without the bindings or without a driver."""
+    if not is_bound():
+        return 0
+    error, count = cudart().cudaGetDeviceCount()
+    return int(count) if error == cudart().cudaError_t.cudaSuccess else 0
 
 
 def require_device(device: Device) -> None:
@@ -40,56 +41,60 @@ def require_device(device: Device) -> None:
         )
 
 
-def _start_driver() -> None:
-    """Let the driver make the first GPU's context while this thread does something else.
-
-    Making it takes some tenths of a second, as does importing torch: side by side they cost a
-    command that starts afresh only the longer of the two. Without a driver nothing happens.
-    """
-
-    def retain() -> None:
-        try:
-            driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-        except OSError:
-            return
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
-            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-
-    threading.Thread(target=retain, daemon=True).start()
-
-
 def synchronize(device: Device) -> None:
     """Wait for everything on a device."""
-    torch_module().cuda.synchronize(device.index)
+    with current_device(device):
+        check(cudart().cudaDeviceSynchronize())
+
+
+def free_memory_nbytes(device: Device) -> int:
+    """Memory of a device that no one holds, other processes included."""
+    with current_device(device):
+        free, _ = check(cudart().cudaMemGetInfo())
+    return int(free)
 
 
 def device_properties(device: Device) -> dict[str, Any]:
     """What a GPU is and what one of its multiprocessors holds."""
-    torch = torch_module()
-    found = torch.cuda.get_device_properties(device.index)
+    found = check(cudart().cudaGetDeviceProperties(device.index))
     return {
-        "name": found.name,
+        "name": found.name.decode().rstrip("\0"),
         "compute_capability": f"{found.major}.{found.minor}",
-        "memory_nbytes": found.total_memory,
-        "multiprocessor_count": found.multi_processor_count,
-        "shared_memory_nbytes": found.shared_memory_per_multiprocessor,
-        "registers": found.regs_per_multiprocessor,
-        "threads": found.max_threads_per_multi_processor,
-        "l2_nbytes": found.L2_cache_size,
+        "memory_nbytes": found.totalGlobalMem,
+        "multiprocessor_count": found.multiProcessorCount,
+        "shared_memory_nbytes": found.sharedMemPerMultiprocessor,
+        "registers": found.regsPerMultiprocessor,
+        "threads": found.maxThreadsPerMultiProcessor,
+        "blocks": found.maxBlocksPerMultiProcessor,
+        "l2_nbytes": found.l2CacheSize,
     }
 
 
 def library_versions() -> dict[str, str]:
     """Versions of torch, CUDA, cuDNN and the driver; no driver without a device."""
-    torch = torch_module()
-    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    versions = {"torch": importlib.metadata.version("torch")}
     if device_count():
-        driver = check(cudart().cudaDriverGetVersion())
-        versions["driver_cuda"] = f"{driver // 1000}.{driver % 1000 // 10}"
+        versions["cuda"] = _dotted(check(cudart().cudaRuntimeGetVersion()))
+        versions["driver_cuda"] = _dotted(check(cudart().cudaDriverGetVersion()))
         versions["driver"] = _driver_version()
-        versions["cudnn"] = str(torch.backends.cudnn.version())
+        versions["cudnn"] = _cudnn_version()
     return versions
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _cudnn_version() -> str:
+    """The version of the cuDNN wheel, or of the library that the system has; empty without."""
+    for distribution in importlib.metadata.distributions():
+        if (distribution.name or "").startswith("nvidia-cudnn"):
+            return distribution.version
+    try:
+        library = ctypes.CDLL("cudnn64_9.dll" if os.name == "nt" else "libcudnn.so.9")
+    except OSError:
+        return ""
+    return str(library.cudnnGetVersion())
 
 
 def _driver_version() -> str:
@@ -104,4 +109,4 @@ def _driver_version() -> str:
 
 def has_peer_access(source: Device, target: Device) -> bool:
     """Whether `source` can reach the memory of `target` directly."""
-    return bool(torch_module().cuda.can_device_access_peer(source.index, target.index))
+    return bool(check(cudart().cudaDeviceCanAccessPeer(source.index, target.index)))

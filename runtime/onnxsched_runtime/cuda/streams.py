@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Self
 
-from onnxsched_runtime.cuda.binding import check, cudart, torch_module
+from onnxsched_runtime.cuda.binding import check, cudart, current_device, torch_module
 from onnxsched_runtime.cuda.devices import require_device, synchronize
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError, OnnxschedError
@@ -21,7 +21,7 @@ class Stream:
     def __init__(self, device: Device) -> None:
         require_device(device)
         self.device = device
-        with torch_module().cuda.device(device.index):
+        with current_device(device):
             self._stream = check(
                 cudart().cudaStreamCreateWithFlags(cudart().cudaStreamNonBlocking)
             )
@@ -81,7 +81,7 @@ class Event:
     def __init__(self, device: Device, timing: bool = False) -> None:
         runtime = cudart()
         flags = runtime.cudaEventDefault if timing else runtime.cudaEventDisableTiming
-        with torch_module().cuda.device(device.index):
+        with current_device(device):
             self.native = check(runtime.cudaEventCreateWithFlags(flags))
 
     def record(self, stream: Stream) -> None:

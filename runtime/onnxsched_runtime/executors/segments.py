@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 
 from onnxsched_runtime import cuda
+from onnxsched_runtime.arena import ALIGNMENT_NBYTES, check_arena, plan_arena
 from onnxsched_runtime.device import Placement
-from onnxsched_runtime.model import ModelSource
-from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
-from onnxsched_runtime.session import BufferView, OrtSession, SessionSettings
+from onnxsched_runtime.model import ModelPart, ModelSource
+from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Segment, Wait
+from onnxsched_runtime.session import BoundRun, OrtSession
+from onnxsched_runtime.settings import BufferView, SessionSettings
+from onnxsched_runtime.templates import Template, multiplies_matrices, template_of
 
 _WARM_UP_COUNT = 2
 """Runs before a capture: ORT settles its memory pattern in the second."""
@@ -35,59 +37,111 @@ class SegmentRunner:
             custom_ops: Libraries of custom operators.
         """
         self.plan = plan
+        self._source = source
         self._device = plan.segments[0].placement.device
         self._resources = ExitStack()
-        self._custom_ops = custom_ops
+        self._graph_capture, self._custom_ops = graph_capture, custom_ops
         self.streams: dict[Placement, cuda.Stream] = {}
+        self.buffers: dict[str, cuda.Buffer] = {}
+        self.sessions: dict[int, OrtSession] = {}
+        self.bound: dict[int, BoundRun] = {}
         try:
             used = {piece.main for piece in plan.pieces}
             used |= {segment.placement for segment in plan.segments}
-            self.streams = {
-                placement: self._resources.enter_context(cuda.Stream(placement.device))
-                for placement in sorted(used)
-            }
-            self.buffers = {
-                name: cuda.Buffer(source.tensors[name], self._device)
-                for name in sorted(plan.device_tensors)
-            }
-            cuda.synchronize(self._device)  # torch cleared the buffers on a stream of its own
-            self.sessions = [
-                self._open(source, index, graph_capture) for index in range(len(plan.segments))
-            ]
+            for placement in sorted(used):
+                stream = cuda.Stream(placement.device)
+                self.streams[placement] = self._resources.enter_context(stream)
+            self._open_buffers()
+            shared = {} if graph_capture else self._open_shared()
+            for index in range(len(plan.segments)):
+                if index not in shared:
+                    self._open(index)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, source: ModelSource, index: int, graph_capture: bool) -> OrtSession:
+    def _open_buffers(self) -> None:
+        nbytes = {name: self._source.tensors[name].nbytes for name in self.plan.device_tensors}
+        arena = plan_arena(self.plan, nbytes)
+        check_arena(self.plan, nbytes, arena)
+        memory = self._resources.enter_context(cuda.DeviceMemory(arena.nbytes, self._device))
+        for name, offset in arena.offsets.items():
+            kind = self._source.tensors[name]
+            buffer = cuda.Buffer(kind, self._device, memory.pointer + offset)
+            self.buffers[name] = buffer
+            self._resources.callback(buffer.close)
+
+    def _open(self, index: int) -> None:
+        """Make the session of one segment."""
         segment = self.plan.segments[index]
+        part = self._source.extract(segment)
+        session = self._session(segment, part)
+        if segment.host_reason is None:
+            self.bound[index] = session.bind(
+                {name: _view(self.buffers[name]) for name in segment.inputs},
+                {name: _view(self.buffers[name]) for name in segment.outputs},
+            )
+        else:
+            self.sessions[index] = session
+
+    def _open_shared(self) -> set[int]:
+        """Make one session for each kind of segments that are equal but for their weights."""
+        groups = self._equal_segments()
+        weights = {w for group in groups for _, t in group for w in t.weights.values()}
+        places, nbytes = {}, 0
+        for name in sorted(weights):
+            places[name] = nbytes
+            nbytes += -(-self._source.kind_of(name).nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
+        memory = self._resources.enter_context(cuda.DeviceMemory(nbytes, self._device))
+        held: dict[str, cuda.Buffer] = {}
+        for name, place in places.items():
+            array = self._source.large_weight(name)
+            assert array is not None
+            memory.upload(array, place)
+            kind = self._source.kind_of(name)
+            held[name] = cuda.Buffer(kind, self._device, memory.pointer + place)
+        for group in groups:
+            first, template = group[0]
+            session = self._session(self.plan.segments[first], template.part)
+            for index, template in group:
+                inputs = {c: _view(self.buffers[name]) for c, name in template.inputs.items()}
+                inputs |= {c: _view(held[name]) for c, name in template.weights.items()}
+                outputs = {c: _view(self.buffers[name]) for c, name in template.outputs.items()}
+                self.bound[index] = session.bind(inputs, outputs)
+        return {index for group in groups for index, _ in group}
+
+    def _equal_segments(self) -> list[list[tuple[int, Template]]]:
+        """Segments of one stream that can share a session, two or more at a time."""
+        groups: dict[tuple[Placement, bytes], list[tuple[int, Template]]] = {}
+        for index, segment in enumerate(self.plan.segments):
+            if segment.host_reason or not multiplies_matrices(self._source, segment):
+                continue
+            if template := template_of(self._source, segment):
+                key = (segment.placement, template.part.content)
+                groups.setdefault(key, []).append((index, template))
+        return [group for group in groups.values() if len(group) > 1]
+
+    def _session(self, segment: Segment, part: ModelPart) -> OrtSession:
         captured = segment.host_reason is None
         settings = SessionSettings(
             segment.placement.device,
             stream_handle=self.streams[segment.placement].handle if captured else None,
-            graph_capture=graph_capture and captured,
+            graph_capture=self._graph_capture and captured,
             host_operators=not captured,
             custom_ops=self._custom_ops,
-            variant=source.variant,
-            is_lowered=source.variant.is_lowered,
+            variant=self._source.variant,
+            is_lowered=self._source.variant.is_lowered,
+            blas_workspace=not captured or multiplies_matrices(self._source, segment),
         )
-        session = OrtSession(source.extract(segment), settings)
+        session = OrtSession(part, settings)
         self._resources.callback(session.close)
-        if captured:
-            session.bind(self._views(segment.inputs), self._views(segment.outputs))
         return session
-
-    def _views(self, names: Sequence[str]) -> dict[str, BufferView]:
-        buffers = {name: self.buffers[name] for name in names}
-        return {
-            name: BufferView(b.pointer, b.device, b.kind.element_type, b.kind.shape or ())
-            for name, b in buffers.items()
-        }
 
     def warm_up(self, piece: Piece) -> None:
         """Run a captured piece alone, segment after segment, until ORT's memory has settled."""
         for index in piece.runs:
             for _ in range(_WARM_UP_COUNT):
-                self.sessions[index].run_bound()
+                self.bound[index].launch()
                 self.streams[self.plan.segments[index].placement].synchronize()
 
     def issue(self, piece: Piece) -> None:
@@ -96,7 +150,7 @@ class SegmentRunner:
         for step in piece.steps:
             match step:
                 case Run(index):
-                    self.sessions[index].run_bound()
+                    self.bound[index].launch()
                 case Record(event, placement):
                     events[event] = self.streams[placement].record()
                 case Wait(event, placement):
@@ -116,5 +170,10 @@ class SegmentRunner:
             if self.streams:
                 cuda.synchronize(self._device)
         finally:
+            self.bound, self.sessions, self.buffers = {}, {}, {}
             self._resources.close()
-            self.buffers = {}
+
+
+def _view(buffer: cuda.Buffer) -> BufferView:
+    kind = buffer.kind
+    return BufferView(buffer.pointer, buffer.device, kind.element_type, kind.shape or ())

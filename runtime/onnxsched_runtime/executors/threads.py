@@ -12,7 +12,8 @@ from typing import Any, Self
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Step, Wait
-from onnxsched_runtime.session import OrtSession, SessionSettings
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 
 
 class ThreadExecutor:

@@ -1,0 +1,41 @@
+"""What a session is made with, and what it is bound to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """How a session is made."""
+
+    device: Device
+    stream_handle: int | None = None
+    """The CUDA stream that everything is launched on; None lets ORT make its own."""
+    graph_capture: bool = False
+    """Let ORT capture and replay its own CUDA graph."""
+    host_operators: bool = False
+    """Allow operators that only the CPU provider has."""
+    thread_count: int = 0
+    """Worker threads within an operator on the CPU; 0 is ORT's choice."""
+    custom_ops: tuple[str, ...] = ()
+    """Shared libraries with custom operators."""
+    variant: Variant = DEFAULT_VARIANT
+    """How the CUDA provider executes it."""
+    is_lowered: bool = False
+    """The model has all of ORT's optimizations already; make no more."""
+    blas_workspace: bool = True
+    """Give cuBLAS the tens of megabytes that its fastest kernels want."""
+
+
+@dataclass(frozen=True, slots=True)
+class BufferView:
+    """Memory that a session reads from or writes to."""
+
+    pointer: int
+    device: Device
+    element_type: int
+    shape: tuple[int, ...]
