@@ -23,9 +23,9 @@ GROUP_COUNT = 8
 PART_SIZE = 32
 """Most operators that are searched together."""
 ENDINGS_PER_GRAPH = 30_000
-ENDINGS_PER_OPERATOR = 20
+ENDINGS_PER_OPERATOR = 10
 """A search of m operators looks at m times the larger of this and the graph's share of
-`ENDINGS_PER_GRAPH`. Up to 4 operators need less: they have at most 3^4 - 2^4 endings."""
+`ENDINGS_PER_GRAPH`. Up to 3 operators need less: they have at most 3^3 - 2^3 endings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from itertools import combinations
 
 import networkx as nx
@@ -13,7 +15,15 @@ from hypothesis import strategies as st
 from onnxsched.cost import TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
-from onnxsched.policies.ios import Stage, best_stages, ios, stage_us
+from onnxsched.policies.ios import (
+    ENDINGS_PER_GRAPH,
+    PART_SIZE,
+    Group,
+    Stage,
+    best_stages,
+    ios,
+    stage_us,
+)
 from onnxsched.rank import durations_us
 from onnxsched.simulate import simulate, total_us
 from support.graphs import durations, graph_of, layered_problem
@@ -127,9 +137,22 @@ def test_the_schedule_is_no_longer_than_its_stages_with_barriers(
     ],
     ids=["layers", "nothing but sources", "fork", "no cut"],
 )
-def test_where_the_search_is_cut_short_its_stages_are_right_still(problem: Problem) -> None:
+def test_a_search_that_is_cut_short_ends_in_time_with_right_stages(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph, cost = problem
+    seen = 0
+
+    def counted(groups: Sequence[Group]) -> float:
+        nonlocal seen
+        seen += 1
+        return stage_us(groups)
+
+    module = import_module("onnxsched.policies.ios")  # The package has a function of that name.
+    monkeypatch.setattr(module, "stage_us", counted)
     stages = best_stages(graph, cost, GPU, 3, 8)
+    halvings, sizes = PART_SIZE.bit_length(), 3
+    assert len(graph) < seen <= halvings * sizes * ENDINGS_PER_GRAPH
     check_stages(problem, stages, 3, 8)
     assert sum_us(stages) < total_us(graph, cost, GPU)
 
