@@ -8,6 +8,7 @@ from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.policies.heft import heft
+from onnxsched.policies.ios import ios
 from onnxsched.policies.nimble import nimble
 from onnxsched.policies.opara import opara
 from onnxsched.policies.sequential import sequential
@@ -24,4 +25,5 @@ POLICIES: Mapping[str, Policy] = {
     "opara": opara,
     "nimble": nimble,
     "heft": heft,
+    "ios": ios,
 }
