@@ -1,0 +1,68 @@
+"""The table and the figures of the benchmark suite, made from made-up results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from support.suite import report, result
+from tools.suite_plots import draw, main
+from tools.suite_table import table
+
+_SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_table_shows_the_fastest_of_several_arms() -> None:
+    lines = table(report()).splitlines()
+    assert lines[0].split(" | ")[-2:] == ["over ORT graph", "over best torch |"]
+    assert lines[2] == (
+        "| googlenet | 1 | 500 |  | 150 | 300 | 200 |  | 100 | 2.00x (1.99-2.01) "
+        "| 1.50x (compile-nhwc) |"
+    )
+    assert [line.split(" | ")[:2] for line in lines[2:5]] == [
+        ["| googlenet", "1"],
+        ["| googlenet", "8"],
+        ["| bert", "1"],
+    ]
+    assert {line.count("|") for line in lines[:5]} == {lines[0].count("|")}
+
+
+def test_the_table_names_the_machine_and_what_failed() -> None:
+    text = table(report())
+    assert "a GPU, 2000-01-01" in text
+    assert "- bert 1, torch-max-autotune: The step 'measure' was not finished in 300 s." in text
+
+
+def test_a_table_of_nothing_measured_is_only_its_head() -> None:
+    lines = table({"results": []}).splitlines()
+    assert lines[0].startswith("| model")
+    assert lines[2] == ""
+
+
+def test_figures_are_well_formed_and_equal_for_equal_results(tmp_path: Path) -> None:
+    paths = draw(report(), tmp_path / "one")
+    assert [p.name for p in paths] == [
+        "suite-bars.svg", "suite-batches.svg", "suite-prediction.svg",
+    ]  # fmt: skip
+    for path, again in zip(paths, draw(report(), tmp_path / "two"), strict=True):
+        assert ElementTree.parse(path).getroot().tag == f"{_SVG}svg"
+        assert path.read_bytes() == again.read_bytes()
+
+
+def test_figures_without_content_are_left_out(tmp_path: Path) -> None:
+    few = {**report(), "results": [result("bert", 1, "ort")]}
+    assert [path.name for path in draw(few, tmp_path)] == ["suite-bars.svg"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", json.dumps({"results": []})])
+def test_what_is_no_result_ends_in_a_sentence(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "suite.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        main([str(path), "--out", str(tmp_path)])
+    assert str(path) in str(caught.value)
+    assert str(caught.value).endswith(".")

@@ -1,0 +1,103 @@
+"""The table of the benchmark suite, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "torch eager": ("torch-eager",),
+    "torch graph": ("torch-graph", "torch-graph-nhwc"),
+    "torch.compile": (
+        "torch-compile",
+        "torch-compile-nhwc",
+        "torch-compile-frozen",
+        "torch-compile-frozen-nhwc",
+        "torch-reduce-overhead",
+        "torch-reduce-overhead-nhwc",
+        "torch-max-autotune",
+        "torch-max-autotune-nhwc",
+    ),
+    "ORT": ("ort",),
+    "ORT graph": ("ort-graph",),
+    "one stream": ("sequential",),
+    "auto": ("auto",),
+}
+"""Of several arms a column shows the fastest."""
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """One line a model and batch: medians in microseconds, then `auto` over the others.
+
+    How much faster `auto` is than torch is formed from both ratios to the reference, each from
+    rounds of its own run.
+    """
+    over = f"over {reference_column(report)} | over best torch"
+    lines = [
+        f"| model | batch | {' | '.join(COLUMNS)} | {over} |",
+        f"| --- | ---: |{' ---: |' * (len(COLUMNS) + 2)}",
+    ]
+    for (model, batch, *_), arms in grouped(report).items():
+        cells = [_median(fastest(arms, names)) for names in COLUMNS.values()]
+        ours, torch = arms.get("auto"), fastest(arms, _torch(arms))
+        over_reference = _interval(ours["ratio"]) if ours else ""
+        over_torch = _over(ours, torch) if ours and torch else ""
+        lines.append(
+            f"| {model} | {batch} | {' | '.join(cells)} | {over_reference} | {over_torch} |"
+        )
+    return "\n".join([*lines, "", *_notes(report)]) + "\n"
+
+
+def grouped(report: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What was measured, by model and size, then by arm."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in report["results"]:
+        if entry["error"] is None:
+            key = (entry["model"], entry["batch"], entry["image"], entry["sequence"])
+            found.setdefault(key, {})[entry["arm"]] = entry
+    return found
+
+
+def _torch(arms: Mapping[str, Any]) -> list[str]:
+    return [name for name in arms if name.startswith("torch-")]
+
+
+def fastest(arms: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The arm with the highest ratio to the reference; None where none was measured."""
+    there = [arms[name] for name in names if name in arms]
+    return max(there, key=lambda entry: entry["ratio"]["value"], default=None)
+
+
+def _median(entry: Any) -> str:
+    return "" if entry is None else f"{entry['time']['median_us']:.0f}"
+
+
+def _interval(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['value']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def _over(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    value = ours["ratio"]["value"] / other["ratio"]["value"]
+    return f"{value:.2f}x ({other['arm'].removeprefix('torch-')})"
+
+
+def reference_column(report: Mapping[str, Any]) -> str:
+    """What everything is compared with: the CPU has no graphs."""
+    environment = report.get("environment", {})
+    return "ORT graph" if "cuda" in environment else "ORT"
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    environment = report.get("environment", {})
+    versions = [f"{key} {environment[key]}" for key in ("onnxruntime", "torch", "cuda", "cudnn")
+                if key in environment]  # fmt: skip
+    notes = [
+        f"Microseconds, medians of interleaved rounds; {environment.get('device', '')}, "
+        f"{report.get('date', '')}, float32 with TF32 allowed, {', '.join(versions)}. In brackets "
+        "the 95 % interval, or the fastest torch arm."
+    ]
+    failed = [entry for entry in report["results"] if entry["error"]]
+    if failed:
+        notes += ["", "Not measured:", ""]
+        notes += [f"- {e['model']} {e['batch']}, {e['arm']}: {e['error']}" for e in failed]
+    return notes
