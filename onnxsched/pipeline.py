@@ -135,8 +135,9 @@ def optimize(
     key = _decision_key(model, request)
     decision = kept = recall(cache, key, graph_from_model(model), chosen)
     if decision is None:
-        decision = _measured_decision(model, chosen, cache, plain, request, progress)
-        remember(cache, key, decision)
+        decision, is_complete = _measured_decision(model, chosen, cache, plain, request, progress)
+        if is_complete:
+            remember(cache, key, decision)
     model = with_refusals(model, decision.refusals)
     details = _details(model, decision, chosen, environment, seed)
     annotation = annotation_for(model, decision.schedule, decision.variant, details)
@@ -158,8 +159,12 @@ def _measured_decision(
     plain: PlainRuns,
     request: _Request,
     progress: Progress,
-) -> Decision:
-    """Try variants, let policies schedule the promising ones, and measure what they propose."""
+) -> tuple[Decision, bool]:
+    """Try variants, let policies schedule the promising ones, and measure what they propose.
+
+    Returns:
+        The decision, and whether it was come to without an interruption.
+    """
     libraries = request.custom_ops
     wanted = possible_variants(model, device) if request.variants else (DEFAULT_VARIANT,)
     if len(wanted) > 1:
@@ -180,15 +185,16 @@ def _measured_decision(
     if not any(s.model.variant == DEFAULT_VARIANT for s in subjects):
         subjects.append(_unscheduled(model, device))
     model = with_refusals(model, subjects[0].refusals)
-    outcomes = tune(
+    tuned = tune(
         model,
         subjects,
         device,
-        budget_s=request.budget_s,
+        budget_s=request.budget_s / 2,
+        is_refined=request.policy in ("auto", "search"),
         custom_ops=libraries,
         progress=progress,
     )
-    return decide(outcomes, subjects, request.policy)
+    return decide(tuned.outcomes, subjects, request.policy), tuned.is_complete
 
 
 def _subject(

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from onnxsched.annotate import annotation_for
+from onnxsched.annotate import annotation_for, portable_schedule
 from onnxsched.candidates import Candidate
-from onnxsched.contraction import Contraction
+from onnxsched.contraction import Contraction, expand
 from onnxsched.inputs import random_inputs
+from onnxsched.interruption import Interruption
 from onnxsched.loading import Model
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import race
+from onnxsched.refinement import refine
 from onnxsched.trial import TrialRunner
-from onnxsched_runtime.device import Device
+from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
+_START_COUNT = 3
+"""Schedules that local search starts from."""
 _FINALIST_COUNT = 3
 """Candidates that are built as they will run, beside sequential ones."""
 
@@ -58,44 +62,78 @@ class Outcome:
         return statistics.median(self.samples_us) if self.samples_us else None
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to."""
+
+    outcomes: tuple[Outcome, ...]
+    """The fastest finalist first, candidates that were no finalist last."""
+    is_complete: bool
+    """False where Ctrl-C ended it early."""
+
+
 def tune(
     model: Model,
     subjects: Sequence[Subject],
     device: Device,
     *,
     budget_s: float,
+    is_refined: bool = True,
     custom_ops: tuple[str, ...],
     progress: Progress,
-) -> tuple[Outcome, ...]:
+) -> Tuned:
     """Measure candidates and rank them.
 
     All are tried in the order of their predictions while the budget lasts (on a GPU, where the
     model is captured whole); the best few and every sequential one are then built as they will
-    run and measured in interleaved rounds.
+    run and measured in interleaved rounds. Ctrl-C ends the trials, and what is best so far is
+    kept.
 
     Args:
         model: The portable model.
         subjects: Its variants and what is proposed for each.
         device: Where to measure.
         budget_s: Shared evenly between the variants.
+        is_refined: Spend what is left of it on local search from the best schedules.
         custom_ops: Libraries of custom operators.
         progress: Told what is being done.
-
-    Returns:
-        Every outcome, the fastest finalist first, candidates that were no finalist last.
     """
     outcomes: list[Outcome] = []
-    for subject in subjects:
-        deadline = time.monotonic() + budget_s / len(subjects)
-        outcomes += _tried(subject, device, deadline, custom_ops, progress)
-    ranked = sorted(outcomes, key=_expected)
-    others = [o for o in ranked if o.candidate.policy != "sequential"]
-    sequential = [o for o in ranked if o.candidate.policy == "sequential"]
-    finalists = [*sequential, *others[:_FINALIST_COUNT]]
-    lowered = {subject.model.variant: subject.model for subject in subjects}
-    measured = _measure_finalists(model, lowered, finalists, custom_ops, progress)
-    measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
-    return (*measured, *others[_FINALIST_COUNT:])
+    with Interruption() as interruption:
+        for subject in subjects:
+            deadline = time.monotonic() + budget_s / len(subjects)
+            trials = _Trials(
+                model,
+                subject,
+                device,
+                custom_ops,
+                lambda deadline=deadline: (  # type: ignore[misc]
+                    time.monotonic() < deadline and not interruption.is_requested
+                ),
+                progress,
+            )
+            outcomes += _tried(trials, is_refined)
+        ranked = sorted(outcomes, key=_expected)
+        others = [o for o in ranked if o.candidate.policy != "sequential"]
+        sequential = [o for o in ranked if o.candidate.policy == "sequential"]
+        finalists = [*sequential, *others[:_FINALIST_COUNT]]
+        lowered = {subject.model.variant: subject.model for subject in subjects}
+        measured = _measure_finalists(model, lowered, finalists, custom_ops, progress)
+        measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
+        return Tuned((*measured, *others[_FINALIST_COUNT:]), not interruption.is_requested)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """What trying the schedules of one variant needs."""
+
+    model: Model
+    """Portable."""
+    subject: Subject
+    device: Device
+    custom_ops: tuple[str, ...]
+    is_time_left: Callable[[], bool]
+    progress: Progress
 
 
 def _expected(outcome: Outcome) -> tuple[bool, float]:
@@ -104,30 +142,57 @@ def _expected(outcome: Outcome) -> tuple[bool, float]:
     return (False, outcome.trial_us)
 
 
-def _tried(
-    subject: Subject,
-    device: Device,
-    deadline: float,
-    custom_ops: tuple[str, ...],
-    progress: Progress,
-) -> list[Outcome]:
+def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
     """The outcomes of a variant's trials, or its candidates untried where there is no use."""
+    subject = trials.subject
     outcomes = [Outcome(c, variant=subject.model.variant) for c in subject.candidates]
     tried = sorted(outcomes, key=_expected)
-    if device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
+    if trials.device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
         return tried
-    progress("preparing trials", 0, len(tried))
-    with TrialRunner(subject.model, subject.contraction, device, custom_ops) as runner:
-        for index, outcome in enumerate(tried):
-            if time.monotonic() > deadline:
-                break
-            progress("trying schedules", index, len(tried))
-            try:
+    trials.progress("preparing trials", 0, len(tried))
+    with TrialRunner(
+        subject.model, subject.contraction, trials.device, trials.custom_ops
+    ) as runner:
+        try:
+            for index, outcome in enumerate(tried):
+                if not trials.is_time_left():
+                    return tried
+                trials.progress("trying schedules", index, len(tried))
                 samples_us = runner.measure_us(outcome.candidate.contracted)
-            except CaptureError:
-                break
-            tried[index] = replace(outcome, trial_us=statistics.median(samples_us))
+                tried[index] = replace(outcome, trial_us=statistics.median(samples_us))
+            if is_refined:
+                tried += _refined(trials, tried, runner)
+        except CaptureError:
+            pass
     return tried
+
+
+def _refined(trials: _Trials, tried: Sequence[Outcome], runner: TrialRunner) -> list[Outcome]:
+    """What local search makes of the best schedules that were tried."""
+    subject = trials.subject
+    best = sorted(tried, key=_expected)[:_START_COUNT]
+    streams = max(outcome.candidate.stream_count for outcome in tried)
+    placements = [Placement(trials.device, stream) for stream in range(streams)]
+    found = []
+    for number, outcome in enumerate(best):
+        trials.progress("refining schedules", number, len(best))
+        refined = refine(
+            subject.contraction.graph,
+            outcome.candidate.contracted,
+            placements,
+            lambda schedule: statistics.median(runner.measure_us(schedule)),
+            trials.is_time_left,
+            seed=number,
+        )
+        expanded = expand(subject.contraction, refined.schedule)
+        candidate = Candidate(
+            "search",
+            portable_schedule(trials.model, subject.model, expanded),
+            refined.schedule,
+            outcome.candidate.predicted_us,
+        )
+        found.append(Outcome(candidate, refined.measured_us, (), outcome.variant))
+    return found
 
 
 def _measure_finalists(

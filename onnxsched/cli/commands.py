@@ -38,6 +38,9 @@ def optimize(
         list[str] | None, typer.Option(help="NAME:1x3x224x224, where it is not fixed.")
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds to try schedules for.")] = 60.0,
+    no_variants: Annotated[
+        bool, typer.Option("--no-variants", help="Keep ONNX Runtime's own layout and kernels.")
+    ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,
     custom_ops: _CustomOps = None,
@@ -46,7 +49,10 @@ def optimize(
     ] = 0,
     json_to: _Json = None,
 ) -> None:
-    """Measure a model on this machine, schedule it, and write it annotated."""
+    """Measure a model on this machine, schedule it, and write it annotated.
+
+    Ctrl-C while schedules are tried keeps the best so far; a second one writes nothing.
+    """
     from onnxsched.pipeline import optimize as run
     from onnxsched.shapes import parse_shapes
 
@@ -64,6 +70,7 @@ def optimize(
             policy=policy,
             shapes=parse_shapes(shape or []),
             budget_s=budget,
+            variants=not no_variants,
             cache_dir=None if no_cache else cache_dir or "",
             seed=seed,
             custom_ops=[str(path) for path in custom_ops or []],

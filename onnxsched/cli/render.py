@@ -94,6 +94,7 @@ def optimize_result(result: OptimizeResult) -> None:
     rows = [
         (
             f"{entry['policy']}/{entry['streams']}",
+            entry["variant"],
             _us(entry["predicted_us"]),
             _us(entry["tried_us"]),
             _us(entry["measured_us"]),
@@ -101,12 +102,12 @@ def optimize_result(result: OptimizeResult) -> None:
         for entry in result.alternatives
         if entry["measured_us"] is not None or entry["tried_us"] is not None
     ]
-    _table(("policy/streams", "predicted us", "tried us", "measured us"), rows)
+    _table(("policy/streams", "variant", "predicted us", "tried us", "measured us"), rows)
     gain = result.sequential_us / result.measured_us if result.measured_us else 1.0
     print(
-        f"\nChose {result.policy} on {result.stream_count} stream(s) of {result.device}: "
-        f"{result.measured_us:.1f} us, {gain:.2f} times the speed of one stream"
-        + (" (from the cache)." if result.from_cache else ".")
+        f"\nChose {result.policy} on {result.stream_count} stream(s) of {result.device}, "
+        f"{result.variant}: {result.measured_us:.1f} us, {gain:.2f} times the speed of the model "
+        "unscheduled" + (" (from the cache)." if result.from_cache else ".")
     )
     if gain < 1:
         print("One stream is faster on this machine; --policy auto would have chosen it.")
@@ -156,7 +157,8 @@ def bench_result(result: BenchResult) -> None:
     columns = ("arm", "device us", "p99 us", "latency us", "speed-up", "95 %")
     _table(columns, rows)
     print(
-        f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}."
+        f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}, "
+        f"{result.variant}."
     )
     for arm in result.arms:
         if arm.refusal:
@@ -194,7 +196,9 @@ def inspection(found: Inspection) -> None:
     """Streams, segments, and what stays on the host."""
     details = found.annotation.details
     print(
-        f"policy {details.get('policy', 'unknown')}, {len(found.plan.segments)} segments, ", end=""
+        f"policy {details.get('policy', 'unknown')}, {found.annotation.variant}, "
+        f"{len(found.plan.segments)} segments, ",
+        end="",
     )
     print(f"{found.plan.wait_count} event waits, {len(found.plan.pieces)} piece(s)")
     times = [details.get("measured_us"), details.get("sequential_us")]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 import onnx
 
 from onnxsched_runtime.annotation import Annotation, read_annotation
+from onnxsched_runtime.arguments import NodeArg, arguments_of, host_array
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
@@ -20,21 +21,14 @@ from onnxsched_runtime.lowering import lower, to_lowered
 from onnxsched_runtime.model import ModelSource, input_values, read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.session import keep_blas_workspace
 from onnxsched_runtime.variant import DEFAULT_VARIANT
+
+_PRODUCTS = ("MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
+"""Parts of the names of operators that call cuBLAS."""
 
 Executor = StreamExecutor | ThreadExecutor
 """What runs a plan."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeArg:
-    """An input or output, with the fields of ONNX Runtime's own."""
-
-    name: str
-    type: str
-    """E.g. `tensor(float)`."""
-    shape: list[int] | None
-    """None where it is not known before the run."""
 
 
 def load(
@@ -62,7 +56,16 @@ def load(
     """
     model = read_model(path)
     annotation = moved(read_annotation(model), device_map or {})
+    if any(device.kind == "cuda" for device in annotation.devices):
+        keep_blas_workspace("full" if multiplies_matrices(model) else "small")
     return Session(model, annotation, capture=capture, custom_ops=tuple(custom_ops))
+
+
+def multiplies_matrices(model: onnx.ModelProto) -> bool:
+    """Whether cuBLAS matters to a model's speed: not to a convolutional one with a last layer."""
+    products = [n for n in model.graph.node if any(word in n.op_type for word in _PRODUCTS)]
+    convolutions = [node for node in model.graph.node if "Conv" in node.op_type]
+    return len(products) > len(convolutions) / 10
 
 
 def source_of(model: onnx.ModelProto, annotation: Annotation) -> ModelSource:
@@ -150,8 +153,8 @@ class Session:
             used = ", ".join(map(str, annotation.devices))
             raise UsageError(f"The schedule uses {used}; this release runs one device.")
         self.device = annotation.devices[0]
-        self._inputs = _arguments(input_values(model), annotation)
-        self._outputs = _arguments(model.graph.output, annotation)
+        self._inputs = arguments_of(input_values(model), annotation)
+        self._outputs = arguments_of(model.graph.output, annotation)
         source = lowered or lower(source_of(model, annotation), self.device, custom_ops)
         self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
         self._executor = open_executor(source, self.plan, capture=capture, custom_ops=custom_ops)
@@ -201,7 +204,7 @@ class Session:
         self._check_names(input_feed)
         on_device = self._on_device(input_feed.values())
         if not on_device:  # else the executor checks, once it has made tensors of them
-            input_feed = {a.name: _host_array(a, input_feed[a.name]) for a in self._inputs}
+            input_feed = {a.name: host_array(a, input_feed[a.name]) for a in self._inputs}
         with self._one_at_a_time:
             if self._is_closed:
                 raise UsageError("The session is closed; load the model again.")
@@ -244,57 +247,8 @@ class Session:
         self.close()
 
 
-def _arguments(values: Sequence[onnx.ValueInfoProto], annotation: Annotation) -> list[NodeArg]:
-    arguments = []
-    for value in values:
-        kind = annotation.tensors.get(value.name)
-        shape = None if kind is None or kind.shape is None else list(kind.shape)
-        arguments.append(NodeArg(value.name, _ort_type(value.type), shape))
-    return arguments
-
-
-def _ort_type(kind: onnx.TypeProto) -> str:
-    """A type as ONNX Runtime writes it, e.g. `seq(tensor(float))`."""
-    if kind.HasField("sequence_type"):
-        return f"seq({_ort_type(kind.sequence_type.elem_type)})"
-    if kind.HasField("optional_type"):
-        return f"optional({_ort_type(kind.optional_type.elem_type)})"
-    if kind.HasField("map_type"):
-        key = onnx.TensorProto.DataType.Name(kind.map_type.key_type).lower()
-        return f"map({key},{_ort_type(kind.map_type.value_type)})"
-    return f"tensor({onnx.TensorProto.DataType.Name(kind.tensor_type.elem_type).lower()})"
-
-
 def _is_on_gpu(value: Any) -> bool:
     """Whether a value offers its memory by DLPack from a CUDA device (device type 2)."""
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
         return False
     return int(value.__dlpack_device__()[0]) == 2
-
-
-def _host_array(argument: NodeArg, value: Any) -> Any:
-    """A host value of the input's type and shape."""
-    if not argument.type.startswith("tensor("):
-        return value
-    if hasattr(value, "detach"):
-        try:
-            value = value.detach().cpu().numpy()
-        except TypeError as error:
-            raise UsageError(f"Input '{argument.name}' can't be read ({error}).") from error
-    array = np.asarray(value)
-    element = onnx.TensorProto.DataType.Value(argument.type[7:-1].upper())
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
-    if array.dtype != dtype and element != onnx.TensorProto.STRING:
-        raise UsageError(
-            f"Input '{argument.name}' takes {dtype.name}, got {array.dtype.name}; convert it."
-        )
-    _check_shape(argument, array.shape)
-    return np.ascontiguousarray(array) if array.ndim else array
-
-
-def _check_shape(argument: NodeArg, shape: tuple[int, ...]) -> None:
-    if argument.shape is not None and list(shape) != argument.shape:
-        raise UsageError(
-            f"Input '{argument.name}' takes shape {argument.shape}, got {list(shape)}; the "
-            "schedule is made for one shape, so optimize again for another (--shape)."
-        )

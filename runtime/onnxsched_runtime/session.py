@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import onnxruntime
@@ -24,6 +24,8 @@ from onnxsched_runtime.settings import BufferView, SessionSettings
 from onnxsched_runtime.tensor import TensorType
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_BLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+_BLAS_WORKSPACES = {"small": ":16:8", "full": ":32768:1"}
 _NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+:\d+ [^)]*\) "
     r"|ONNX Runtime only \*guarantees\*.*(?=Current official)"
@@ -47,10 +49,7 @@ class OrtSession:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in source.weights.values()]
             options.add_external_initializers(list(source.weights), values)
         self._weights = source.weights if isinstance(source, ModelPart) else None
-        small = contextlib.nullcontext() if settings.blas_workspace else _without_blas_workspace()
-        with small:
-            self._session = _create(source, options, settings)
-        self._has_run = settings.blas_workspace
+        self._session = _create(source, options, settings)
         self._run_options = onnxruntime.RunOptions()
         if settings.stream_handle is not None:
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -76,10 +75,6 @@ class OrtSession:
         Raises:
             OnnxschedError: An operator failed.
         """
-        if not self._has_run:  # some handles of cuBLAS are made at the first run
-            self._has_run = True
-            with _without_blas_workspace():
-                return self.run_bound(binding)
         try:
             self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
@@ -132,19 +127,6 @@ class BoundRun:
             OnnxschedError: An operator failed.
         """
         self.session.run_bound(self.binding)
-
-
-@contextlib.contextmanager
-def _without_blas_workspace() -> Iterator[None]:
-    """Let cuBLAS handles made inside keep kilobytes: it reads this variable when it makes one."""
-    name = "CUBLAS_WORKSPACE_CONFIG"
-    before = os.environ.get(name)
-    os.environ[name] = before or ":16:8"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
 
 
 def lower_file(source: Path, target: Path, settings: SessionSettings) -> None:
@@ -202,8 +184,28 @@ def is_cuda_built() -> bool:
 
 
 @functools.cache
+def keep_blas_workspace(kind: Literal["small", "full"]) -> None:
+    """Say how much memory each cuBLAS handle keeps; the first say in a process counts.
+
+    Every session has a handle. By default one keeps 64 MiB on recent GPUs; half of that is as
+    fast, and what multiplies no matrices is as fast with next to none. cuBLAS reads the variable
+    once, so it can't be chosen by session; a value that the user has set is left alone.
+    """
+    wanted = _BLAS_WORKSPACES[kind]
+    kept = os.environ.setdefault(_BLAS_VARIABLE, wanted)
+    if kind == "full" and kept == _BLAS_WORKSPACES["small"]:
+        warnings.warn(
+            "A model without matrix products was loaded first, so this one gets little cuBLAS "
+            f"workspace and may be slower; load it first, or set {_BLAS_VARIABLE}={wanted}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@functools.cache
 def _load_cuda_libraries() -> None:
     """Load what the CUDA provider links to: from the wheels beside ORT, else as torch finds it."""
+    os.environ.setdefault(_BLAS_VARIABLE, _BLAS_WORKSPACES["full"])
     onnxruntime.set_default_logger_severity(3)
     if not (Path(onnxruntime.__file__).parent.parent / "nvidia").is_dir():
         cuda.load_torch()

@@ -27,8 +27,6 @@ class SessionSettings:
     """How the CUDA provider executes it."""
     is_lowered: bool = False
     """The model has all of ORT's optimizations already; make no more."""
-    blas_workspace: bool = True
-    """Give cuBLAS the tens of megabytes that its fastest kernels want."""
 
 
 @dataclass(frozen=True, slots=True)

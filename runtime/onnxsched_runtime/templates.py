@@ -1,7 +1,7 @@
 """Segments that compute the same with other weights: one session can run them all.
 
-A session that multiplies matrices holds tens of megabytes of cuBLAS workspace, and a transformer
-is one layer many times over. With names made canonical and large weights made inputs, equal
+Each session holds tens of megabytes of cuBLAS workspace, and a transformer is one layer many times
+over. With names made canonical and large weights made inputs, equal
 segments become equal models.
 """
 
@@ -16,9 +16,6 @@ from onnx import helper
 from onnxsched_runtime.model import ModelPart, ModelSource, node_reads
 from onnxsched_runtime.plan import Segment
 
-_BLAS = ("MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
-"""Parts of the names of operators that need cuBLAS's workspace to be fast."""
-
 
 @dataclass(frozen=True)
 class Template:
@@ -31,16 +28,6 @@ class Template:
     """Canonical name to weight."""
     outputs: Mapping[str, str]
     """Canonical name to tensor."""
-
-
-def multiplies_matrices(source: ModelSource, segment: Segment) -> bool:
-    """Whether a segment calls cuBLAS, custom operators counted in."""
-    nodes = [source.nodes[name] for name in segment.nodes]
-    return any(
-        any(word in node.op_type for word in _BLAS)
-        or node.domain not in ("", "ai.onnx", "com.microsoft", "com.ms.internal.nhwc")
-        for node in nodes
-    )
 
 
 def template_of(source: ModelSource, segment: Segment) -> Template | None:

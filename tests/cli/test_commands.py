@@ -54,7 +54,7 @@ def test_optimize_writes_the_model_and_says_what_it_chose(folder: Path, call: An
     assert text.splitlines()[0].split() == [
         "policy/streams", "predicted", "us", "tried", "us", "measured", "us",
     ]  # fmt: skip
-    assert "Chose nimble on 2 stream(s) of cpu:0" in text
+    assert "Chose nimble on 2 stream(s) of cpu:0, nchw:" in text
     assert "plain ONNX Runtime's. Wrote new.onnx." in text
     assert contents(folder).items() - before.items() == {
         ("new.onnx", contents(folder)["new.onnx"])

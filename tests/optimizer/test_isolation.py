@@ -30,7 +30,7 @@ def _measure(
     """Measure with workers that say what `lives` lists; returns results, and what was asked."""
     asked: list[list[str]] = []
 
-    def worker(path: object, device: object, names: list[str], ops: object) -> Iterator[Any]:
+    def worker(path: object, device: object, names: list[str], *_: object) -> Iterator[Any]:
         asked.append(list(names))
         yield from lives.pop(0)
 

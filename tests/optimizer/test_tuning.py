@@ -39,8 +39,9 @@ def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> Tuned:
     subject = Subject(model, contraction, candidates, {}, {})
     return tune(
         model, [subject], device,
-        budget_s=budget_s, custom_ops=(), progress=lambda what, done, total: None,
-    )  # fmt: skip
+        budget_s=budget_s, is_refined=False, custom_ops=(),
+        progress=lambda what, done, total: None,
+    ).outcomes  # fmt: skip
 
 
 @pytest.fixture

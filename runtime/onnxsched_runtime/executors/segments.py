@@ -11,7 +11,7 @@ from onnxsched_runtime.model import ModelPart, ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Segment, Wait
 from onnxsched_runtime.session import BoundRun, OrtSession
 from onnxsched_runtime.settings import BufferView, SessionSettings
-from onnxsched_runtime.templates import Template, multiplies_matrices, template_of
+from onnxsched_runtime.templates import Template, template_of
 
 _WARM_UP_COUNT = 2
 """Runs before a capture: ORT settles its memory pattern in the second."""
@@ -114,7 +114,7 @@ class SegmentRunner:
         """Segments of one stream that can share a session, two or more at a time."""
         groups: dict[tuple[Placement, bytes], list[tuple[int, Template]]] = {}
         for index, segment in enumerate(self.plan.segments):
-            if segment.host_reason or not multiplies_matrices(self._source, segment):
+            if segment.host_reason:
                 continue
             if template := template_of(self._source, segment):
                 key = (segment.placement, template.part.content)
@@ -131,7 +131,6 @@ class SegmentRunner:
             custom_ops=self._custom_ops,
             variant=self._source.variant,
             is_lowered=self._source.variant.is_lowered,
-            blas_workspace=not captured or multiplies_matrices(self._source, segment),
         )
         session = OrtSession(part, settings)
         self._resources.callback(session.close)

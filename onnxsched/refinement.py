@@ -1,0 +1,117 @@
+"""Improve a schedule by local search, judged by measurements on the machine. Pure but for those.
+
+Predictions rank schedules roughly; a few percent lie in what only the machine knows. A trial
+takes some hundredths of a second, so hundreds of neighbours of the best schedules can be tried.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from onnxsched.graph import OperatorGraph
+from onnxsched.schedule import Schedule, Slot
+from onnxsched_runtime.device import Placement
+
+Measure = Callable[[Schedule], float]
+"""Median time of a schedule in microseconds."""
+
+_MARGIN = 0.998
+"""What is less than this much faster may be noise."""
+_PATIENCE = 150
+"""Trials in a row without an improvement after which a start is given up."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The best schedule that was found, and how many were tried for it."""
+
+    schedule: Schedule
+    measured_us: float
+    trial_count: int
+
+
+def refine(
+    graph: OperatorGraph,
+    start: Schedule,
+    placements: Sequence[Placement],
+    measure: Measure,
+    is_time_left: Callable[[], bool],
+    seed: int = 0,
+) -> Refined:
+    """Climb from a schedule to one that no tried neighbour beats.
+
+    Neighbours move an operator to another stream, exchange two, exchange what two streams do from
+    some point on, or launch an operator earlier or later. A neighbour that is measured faster is
+    measured once more, and taken if both times together are. O(operators) beside each measurement.
+
+    Args:
+        graph: What is scheduled.
+        start: A schedule of it that passes `check_schedule`.
+        placements: The streams that may be used.
+        measure: Runs a schedule.
+        is_time_left: Asked before each trial.
+        seed: Of the neighbours.
+    """
+    generator = random.Random(seed)
+    best, best_us = start, measure(start)
+    trial_count, failures = 1, 0
+    while failures < _PATIENCE and is_time_left():
+        neighbour = _neighbour(graph, best, placements, generator)
+        if neighbour is None:
+            failures += 1
+            continue
+        measured_us = measure(neighbour)
+        trial_count += 1
+        failures += 1
+        if measured_us < _MARGIN * best_us:
+            measured_us = (measured_us + measure(neighbour)) / 2
+            trial_count += 1
+            if measured_us < _MARGIN * best_us:
+                best, best_us, failures = neighbour, measured_us, 0
+    return Refined(best, best_us, trial_count)
+
+
+def _neighbour(
+    graph: OperatorGraph,
+    schedule: Schedule,
+    placements: Sequence[Placement],
+    generator: random.Random,
+) -> Schedule | None:
+    """A schedule that differs a little and passes `check_schedule`; None where a draw fails."""
+    slots = list(schedule.slots)
+    position = generator.randrange(len(slots))
+    other = generator.randrange(len(slots))
+    slot, partner = slots[position], slots[other]
+    match generator.randrange(5):
+        case 0 | 1:
+            used = sorted({s.placement for s in slots})
+            free = [placement for placement in placements if placement not in used]
+            target = generator.choice([*used, *free[:1]])
+            slots[position] = Slot(slot.operator, target)
+        case 2:
+            slots[position] = Slot(slot.operator, partner.placement)
+            slots[other] = Slot(partner.operator, slot.placement)
+        case 3:
+            exchanged = {slot.placement: partner.placement, partner.placement: slot.placement}
+            slots[position:] = [
+                Slot(s.operator, exchanged.get(s.placement, s.placement)) for s in slots[position:]
+            ]
+        case _:
+            slots = _relaunched(graph, slots, position, generator)
+    neighbour = Schedule(tuple(slots))
+    return None if neighbour == schedule else neighbour
+
+
+def _relaunched(
+    graph: OperatorGraph, slots: Sequence[Slot], position: int, generator: random.Random
+) -> list[Slot]:
+    """The slots with one moved to another place between what it reads and what reads it."""
+    slot = slots[position]
+    place = {s.operator: number for number, s in enumerate(slots)}
+    first = 1 + max((place[p] for p in graph.predecessors[slot.operator]), default=-1)
+    last = min((place[s] for s in graph.successors[slot.operator]), default=len(slots)) - 1
+    target = generator.randint(first, last)
+    rest = [*slots[:position], *slots[position + 1 :]]
+    return [*rest[:target], slot, *rest[target:]]

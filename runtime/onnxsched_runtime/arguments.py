@@ -1,0 +1,74 @@
+"""Inputs and outputs as ONNX Runtime shows them, and the host values that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class NodeArg:
+    """An input or output, with the fields of ONNX Runtime's own."""
+
+    name: str
+    type: str
+    """E.g. `tensor(float)`."""
+    shape: list[int] | None
+    """None where it is not known before the run."""
+
+
+def arguments_of(values: Sequence[onnx.ValueInfoProto], annotation: Annotation) -> list[NodeArg]:
+    """What a model's inputs or outputs are."""
+    arguments = []
+    for value in values:
+        kind = annotation.tensors.get(value.name)
+        shape = None if kind is None or kind.shape is None else list(kind.shape)
+        arguments.append(NodeArg(value.name, _ort_type(value.type), shape))
+    return arguments
+
+
+def _ort_type(kind: onnx.TypeProto) -> str:
+    """A type as ONNX Runtime writes it, e.g. `seq(tensor(float))`."""
+    if kind.HasField("sequence_type"):
+        return f"seq({_ort_type(kind.sequence_type.elem_type)})"
+    if kind.HasField("optional_type"):
+        return f"optional({_ort_type(kind.optional_type.elem_type)})"
+    if kind.HasField("map_type"):
+        key = onnx.TensorProto.DataType.Name(kind.map_type.key_type).lower()
+        return f"map({key},{_ort_type(kind.map_type.value_type)})"
+    return f"tensor({onnx.TensorProto.DataType.Name(kind.tensor_type.elem_type).lower()})"
+
+
+def host_array(argument: NodeArg, value: Any) -> Any:
+    """A host value of the input's type and shape."""
+    if not argument.type.startswith("tensor("):
+        return value
+    if hasattr(value, "detach"):
+        try:
+            value = value.detach().cpu().numpy()
+        except TypeError as error:
+            raise UsageError(f"Input '{argument.name}' can't be read ({error}).") from error
+    array = np.asarray(value)
+    element = onnx.TensorProto.DataType.Value(argument.type[7:-1].upper())
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
+    if array.dtype != dtype and element != onnx.TensorProto.STRING:
+        raise UsageError(
+            f"Input '{argument.name}' takes {dtype.name}, got {array.dtype.name}; convert it."
+        )
+    _check_shape(argument, array.shape)
+    return np.ascontiguousarray(array) if array.ndim else array
+
+
+def _check_shape(argument: NodeArg, shape: tuple[int, ...]) -> None:
+    if argument.shape is not None and list(shape) != argument.shape:
+        raise UsageError(
+            f"Input '{argument.name}' takes shape {argument.shape}, got {list(shape)}; the "
+            "schedule is made for one shape, so optimize again for another (--shape)."
+        )
