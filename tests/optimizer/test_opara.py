@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from unittest import mock
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxsched import reachability
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
@@ -83,6 +87,18 @@ def test_folding_keeps_the_launch_order_and_every_chain(
     kept = oracles.pairs_on_one_stream(unfolded)
     assert kept <= oracles.pairs_on_one_stream(folded)
     assert folded.stream_count <= machine.stream_count
+
+
+@settings(deadline=None)
+@given(problem=problems(), machine=machines(), block_size=st.integers(1, 4))
+def test_folding_looks_at_blocks_of_chains_as_at_all_together(
+    problem: tuple[OperatorGraph, TableCost], machine: Machine, block_size: int
+) -> None:
+    graph, cost = problem
+    alone = schedule_chains(range(len(graph)), {}, GPU)
+    expected = fold_streams(graph, cost, alone, machine.stream_count)
+    with mock.patch.object(reachability, "_BLOCK_SIZE", block_size):
+        assert fold_streams(graph, cost, alone, machine.stream_count) == expected
 
 
 def folded_streams(graph: OperatorGraph, cost: TableCost, stream_count: int) -> list[int]:
