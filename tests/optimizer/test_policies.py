@@ -16,8 +16,9 @@ from onnxsched.schedule import check_schedule
 from onnxsched.simulate import critical_path_us, simulate, total_us
 from onnxsched_runtime.device import Device, Placement
 from support import oracles
-from support.graphs import durations, graph_of, layered_problem
+from support.graphs import durations, graph_of
 from support.strategies import GPU, machines, problems
+from tools.synthetic_graphs import FAMILIES, synthetic_problem
 
 Problem = tuple[OperatorGraph, TableCost]
 
@@ -157,10 +158,11 @@ def test_upward_rank_counts_mean_transfers() -> None:
     assert upward_ranks_us(graph, cost, GPU, Device("cuda", 1)) == (10.0, 3.0)
 
 
-def test_ten_thousand_operators_take_seconds() -> None:
-    graph, cost = layered_problem(layer_count=100, width=100, seed=0)
-    machine = Machine((GPU,), 8)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_thousand_operators_take_seconds(family: str) -> None:
+    graph, cost = synthetic_problem(family, 10_000)
+    machine = Machine((GPU,), 16)
     for name, policy in POLICIES.items():
-        started = time.perf_counter()
+        started = time.process_time()
         check_schedule(graph, machine, policy(graph, cost, machine))
-        assert time.perf_counter() - started < 10.0, name
+        assert time.process_time() - started < 10.0, name
