@@ -42,7 +42,7 @@ def fold_streams(
     a stream where it comes after the tails of all chains there anyway (of several, the one free
     last), otherwise it opens a new stream; so operators that can run at the same time stay apart.
     Only once `stream_count` streams are open does it share the one that is free first.
-    O((edges + chains * stream_count) * chains / word size), and n KiB.
+    O((edges + chains * stream_count) * chains / word size), and about n KiB of memory.
     """
     chains: dict[Placement, list[int]] = {}
     for slot in schedule.slots:
@@ -51,8 +51,7 @@ def fold_streams(
     timeline = simulate(graph, cost, schedule)
     stream_of: dict[int, int] = {}
     free_us: list[float] = []
-    tails: list[list[int]] = []
-    """For each stream the tails that a chain must come after to reuse it."""
+    tails: list[list[int]] = []  # Of each stream those that a chain must follow to reuse it.
     for heads in blocks(list(chain_from)):
         reached = reached_targets(graph, heads)
         reached_by_all = [_intersection(reached, of_stream) for of_stream in tails]
@@ -61,7 +60,7 @@ def fold_streams(
             lossless = [s for s, found in enumerate(reached_by_all) if found >> bit & 1]
             if lossless:
                 stream = max(lossless, key=free_us.__getitem__)
-                tails[stream] = []  # The new tail comes after them, and what it reaches they do.
+                tails[stream] = []  # They reach whatever the new tail does.
             elif len(free_us) < stream_count:
                 stream = len(free_us)
                 free_us.append(0.0)

@@ -35,8 +35,7 @@ def heft(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule:
     order = rank_order(upward_ranks_us(graph, cost, *devices))
     gaps: list[list[Interval]] = [[(0.0, inf)] for _ in range(len(devices) * stream_count)]
     intervals: dict[int, Interval] = {}
-    stream_of: dict[int, int] = {}
-    """Streams are numbered as in `machine.placements`."""
+    stream_of: dict[int, int] = {}  # Numbered as in `machine.placements`.
     for operator, shortest_us in zip(order, _shortest_after_us(order, on_device), strict=True):
         last = max(graph.predecessors[operator], key=lambda p: intervals[p][1], default=None)
         inputs = [
