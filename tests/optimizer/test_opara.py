@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,6 +118,8 @@ def test_folding_reuses_the_stream_that_is_free_last() -> None:
     assert folded_streams(joined, durations(1.0, 2.0, 1.0), 3) == [0, 1, 1]
 
 
-def test_folding_does_not_take_a_shared_stream_for_a_finished_branch() -> None:
-    graph = graph_of(4, [(2, 3)])
-    assert folded_streams(graph, durations(10.0, 12.0, 5.0, 1.0), 2) == [0, 1, 0, 1]
+@pytest.mark.parametrize("block_size", [1, 3, 8192])
+def test_folding_does_not_take_a_shared_stream_for_a_finished_branch(block_size: int) -> None:
+    graph, cost = graph_of(5, [(2, 3), (0, 4)]), durations(10.0, 12.0, 5.0, 1.0, 1.0)
+    with mock.patch.object(reachability, "_BLOCK_SIZE", block_size):
+        assert folded_streams(graph, cost, 2) == [0, 1, 0, 1, 1]
