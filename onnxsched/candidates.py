@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,22 +64,26 @@ def propose(
     """
     counts = sorted({k for k in STREAM_COUNTS if k < max_streams} | {max_streams})
     chain_cost = contract_cost(contraction, cost)
-    found: dict[tuple[object, ...], Candidate] = {}
+    found: dict[bytes, Candidate] = {}
     tried = [("sequential", 1), *((p, k) for p in policies if p != "sequential" for k in counts)]
     for policy, count in tried:
         machine = Machine((device,), count)
         contracted = POLICIES[policy](contraction.graph, chain_cost, machine)
+        shape = _shape(contracted)
+        if shape in found:
+            continue
         schedule = expand(contraction, contracted)
         check_schedule(graph, machine, schedule)
         predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
-        candidate = Candidate(policy, schedule, contracted, predicted_us)
-        found.setdefault(_shape(contracted), candidate)
+        found[shape] = Candidate(policy, schedule, contracted, predicted_us)
     return tuple(found.values())
 
 
-def _shape(schedule: Schedule) -> tuple[object, ...]:
+def _shape(schedule: Schedule) -> bytes:
     """Equal for schedules that differ only in how streams are numbered."""
     number: dict[Placement, int] = {}
-    return tuple(
-        (slot.operator, number.setdefault(slot.placement, len(number))) for slot in schedule.slots
-    )
+    shape = array("q")
+    for slot in schedule.slots:
+        shape.append(slot.operator)
+        shape.append(number.setdefault(slot.placement, len(number)))
+    return shape.tobytes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from onnxsched.cost import CostModel, OperatorCost
 from onnxsched.graph import Operator, OperatorGraph
@@ -26,19 +26,28 @@ class ContractedCost:
 
     groups: tuple[tuple[int, ...], ...]
     original: CostModel
+    _on_device: dict[Device, tuple[OperatorCost, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Made at the first question about a device: a policy asks for each operator many times."""
 
     def operator(self, operator: int, device: Device) -> OperatorCost:
         """Sum of the durations, bound of the longest member, largest block share."""
-        costs = [self.original.operator(member, device) for member in self.groups[operator]]
+        if device not in self._on_device:
+            self._on_device[device] = tuple(self._sum(group, device) for group in self.groups)
+        return self._on_device[device][operator]
+
+    def transfer_us(self, nbytes: int, source: Device, target: Device) -> float:
+        """As in the original: only tensors between groups are ever transferred."""
+        return self.original.transfer_us(nbytes, source, target)
+
+    def _sum(self, group: tuple[int, ...], device: Device) -> OperatorCost:
+        costs = [self.original.operator(member, device) for member in group]
         return OperatorCost(
             duration_us=sum(cost.duration_us for cost in costs),
             bound=max(costs, key=lambda cost: cost.duration_us).bound,
             block_share=max(cost.block_share for cost in costs),
         )
-
-    def transfer_us(self, nbytes: int, source: Device, target: Device) -> float:
-        """As in the original: only tensors between groups are ever transferred."""
-        return self.original.transfer_us(nbytes, source, target)
 
 
 def contract_chains(graph: OperatorGraph) -> Contraction:

@@ -1,90 +1,124 @@
-"""Maximum bipartite matching over sets kept as the bits of Python integers."""
+"""Maximum matching of sources with sinks that paths lead to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+Links = Sequence[Sequence[int]]
+"""For each vertex of a directed acyclic graph its successors."""
 
 
-def maximum_matching(adjacency: Sequence[int]) -> dict[int, int]:
-    """Match as many left vertices with right vertices as possible (Hopcroft and Karp, 1973).
+def maximum_matching(links: Links, sources: Sequence[int], sinks: Sequence[int]) -> dict[int, int]:
+    """Match as many sources as possible, each with another sink that a path leads to.
 
-    Each phase finds shortest augmenting paths breadth first, then takes a maximal disjoint set of
-    them depth first. A phase visits a right vertex once, and looks for the next one with a few
-    operations on whole sets, so it takes O(n^2 / word size) however many edges there are; there
-    are O(sqrt(n)) phases.
+    This is bipartite matching (Hopcroft and Karp, 1973) between the sources and sinks, which may
+    be the same vertices, in the transitive closure, but the closure is never made: paths are
+    followed in the graph itself, where any number may run through a vertex. A phase finds
+    shortest augmenting paths breadth first, then takes a maximal disjoint set of them depth
+    first. There are O(sqrt(n)) phases. One visits a vertex once, an edge twice, and walks every
+    path that it takes: O(n + edges) where a source's sink is near.
 
     Args:
-        adjacency: for each left vertex the set of right vertices it may be matched with.
+        links: The graph.
+        sources: In the order in which they are served.
+        sinks: Those that may be matched.
 
     Returns:
-        The right vertex of each matched left vertex.
+        The sink of each matched source.
     """
-    right_of: dict[int, int] = {}
-    left_of: dict[int, int] = {}
-    while layers := _layers(adjacency, right_of, left_of):
-        for left in range(len(adjacency)):
-            if left not in right_of:
-                _augment(left, adjacency, layers, right_of, left_of)
-    return right_of
+    is_sink = bytearray(len(links))
+    for sink in sinks:
+        is_sink[sink] = 1
+    sink_of: dict[int, int] = {}
+    source_of: dict[int, int] = {}
+    while layers := _layers(links, sources, is_sink, sink_of, source_of):
+        is_open = bytearray(is_sink)
+        position = [0] * len(layers)
+        for source in sources:
+            if source in sink_of:
+                continue
+            if path := _path(source, links, layers, is_open, position, source_of):
+                _flip(path, len(links), sink_of, source_of)
+    return sink_of
 
 
 def _layers(
-    adjacency: Sequence[int], right_of: dict[int, int], left_of: dict[int, int]
+    links: Links,
+    sources: Sequence[int],
+    is_sink: bytearray,
+    sink_of: dict[int, int],
+    source_of: dict[int, int],
 ) -> list[int]:
-    """Right vertices by distance from the unmatched left ones, to the nearest unmatched ones.
+    """How many matched pairs are between the unmatched sources and each vertex, -1 if more.
 
-    The last layer holds unmatched vertices only. Empty when the matching is maximum.
+    A vertex v has two entries, as a way to sinks at v and as a source at n + v. Layers after the
+    first with an unmatched sink are left out. Empty when the matching is maximum.
     """
-    matched = 0
-    for right in left_of:
-        matched |= 1 << right
-    layers: list[int] = []
-    seen = 0
-    frontier = [left for left in range(len(adjacency)) if left not in right_of]
+    size = len(links)
+    layers = [-1] * (2 * size)
+    frontier = [source for source in sources if source not in sink_of]
+    depth = 0
     while frontier:
-        found = 0
-        for left in frontier:
-            found |= adjacency[left]
-        found &= ~seen
-        if found & ~matched:
-            return [*layers, found & ~matched]
-        seen |= found
-        layers.append(found)
-        frontier = [left_of[right] for right in _bits(found)]
+        is_last = False
+        for source in frontier:
+            layers[size + source] = depth
+        pending, frontier = frontier, []
+        while pending:
+            for vertex in links[pending.pop()]:
+                if layers[vertex] >= 0:
+                    continue
+                layers[vertex] = depth
+                pending.append(vertex)
+                if is_sink[vertex]:
+                    if vertex in source_of:
+                        frontier.append(source_of[vertex])
+                    else:
+                        is_last = True
+        if is_last:
+            return layers
+        depth += 1
     return []
 
 
-def _augment(
+def _path(
     root: int,
-    adjacency: Sequence[int],
+    links: Links,
     layers: list[int],
-    right_of: dict[int, int],
-    left_of: dict[int, int],
-) -> None:
-    """Flip one augmenting path from `root` if there is one; visited vertices leave `layers`."""
-    lefts = [root]
-    rights: list[int] = []
-    while lefts:
-        depth = len(lefts) - 1
-        candidates = adjacency[lefts[-1]] & layers[depth]
-        if not candidates:
-            lefts.pop()
-            if rights:
-                rights.pop()
-            continue
-        right = (candidates & -candidates).bit_length() - 1
-        layers[depth] ^= 1 << right
-        rights.append(right)
-        if depth + 1 == len(layers):
-            right_of.update(zip(lefts, rights, strict=True))
-            left_of.update(zip(rights, lefts, strict=True))
-            return
-        lefts.append(left_of[right])
+    is_open: bytearray,
+    position: list[int],
+    source_of: dict[int, int],
+) -> list[int]:
+    """An augmenting path from `root`, in the numbering of `layers`; empty if there is none.
+
+    Sinks that were tried are closed. An entry whose successors lead to no open sink loses its
+    layer; `position` is that of the first successor not yet known to.
+    """
+    size = len(links)
+    path = [size + root]
+    while path:
+        entry = path[-1]
+        if entry < size and is_open[entry]:
+            is_open[entry] = 0
+            if entry not in source_of:
+                return path
+            if layers[size + source_of[entry]] == layers[entry] + 1:
+                path.append(size + source_of[entry])
+                continue
+        successors = links[entry % size]
+        while position[entry] < len(successors):
+            if layers[successors[position[entry]]] == layers[entry]:
+                path.append(successors[position[entry]])
+                break
+            position[entry] += 1
+        else:
+            layers[entry] = -1
+            path.pop()
+    return []
 
 
-def _bits(members: int) -> Iterator[int]:
-    """The members of a set, ascending."""
-    while members:
-        lowest = members & -members
-        yield lowest.bit_length() - 1
-        members ^= lowest
+def _flip(path: list[int], size: int, sink_of: dict[int, int], source_of: dict[int, int]) -> None:
+    """Match each source on an augmenting path with the sink that ends its part of the path."""
+    parts = [index for index, entry in enumerate(path) if entry >= size]
+    for first, end in zip(parts, [*parts[1:], len(path)], strict=True):
+        source, sink = path[first] - size, path[end - 1]
+        sink_of[source], source_of[sink] = sink, source

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
-from onnxsched.reachability import descendants
+from onnxsched.reachability import blocks, reached_targets
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import simulate
 from onnxsched_runtime.device import Device, Placement
@@ -42,29 +42,50 @@ def fold_streams(
     a stream where it comes after the tails of all chains there anyway (of several, the one free
     last), otherwise it opens a new stream; so operators that can run at the same time stay apart.
     Only once `stream_count` streams are open does it share the one that is free first.
-    O((edges + chains * stream_count) * n / word size).
+    O((edges + chains * stream_count) * chains / word size), and about n KiB of memory.
     """
     chains: dict[Placement, list[int]] = {}
     for slot in schedule.slots:
         chains.setdefault(slot.placement, []).append(slot.operator)
+    chain_from = {chain[0]: chain for chain in chains.values()}
     timeline = simulate(graph, cost, schedule)
-    reach = descendants(graph)
-    folded: dict[Placement, Placement] = {}
+    stream_of: dict[int, int] = {}
     free_us: list[float] = []
-    reached_by_all: list[int] = []
-    for placement, chain in chains.items():
-        head, tail = chain[0], chain[-1]
-        lossless = [s for s, reached in enumerate(reached_by_all) if reached >> head & 1]
-        if lossless:
-            stream = max(lossless, key=free_us.__getitem__)
-        elif len(free_us) < stream_count:
-            stream = len(free_us)
-            free_us.append(0.0)
-            reached_by_all.append(-1)
-        else:
-            stream = min(range(stream_count), key=free_us.__getitem__)
-        work_us = sum(timeline.finishes_us[v] - timeline.starts_us[v] for v in chain)
-        free_us[stream] = max(free_us[stream] + work_us, timeline.finishes_us[tail])
-        reached_by_all[stream] &= reach[tail]
-        folded[placement] = Placement(placement.device, stream)
-    return Schedule(tuple(Slot(slot.operator, folded[slot.placement]) for slot in schedule.slots))
+    tails: list[list[int]] = []  # Of each stream those that a chain must follow to reuse it.
+    for heads in blocks(list(chain_from)):
+        reached = reached_targets(graph, heads)
+        reached_by_all = [_intersection(reached, of_stream) for of_stream in tails]
+        for bit, head in enumerate(heads):
+            chain = chain_from[head]
+            lossless = [s for s, found in enumerate(reached_by_all) if found >> bit & 1]
+            if lossless:
+                stream = max(lossless, key=free_us.__getitem__)
+                tails[stream] = []  # They reach whatever the new tail does.
+            elif len(free_us) < stream_count:
+                stream = len(free_us)
+                free_us.append(0.0)
+                tails.append([])
+                reached_by_all.append(-1)
+            else:
+                stream = min(range(stream_count), key=free_us.__getitem__)
+            work_us = sum(timeline.finishes_us[v] - timeline.starts_us[v] for v in chain)
+            free_us[stream] = max(free_us[stream] + work_us, timeline.finishes_us[chain[-1]])
+            tails[stream].append(chain[-1])
+            reached_by_all[stream] &= reached[chain[-1]]
+            stream_of.update(dict.fromkeys(chain, stream))
+    return Schedule(
+        tuple(
+            Slot(slot.operator, Placement(slot.placement.device, stream_of[slot.operator]))
+            for slot in schedule.slots
+        )
+    )
+
+
+def _intersection(reached: Sequence[int], operators: Sequence[int]) -> int:
+    """What all of the operators reach."""
+    common = -1
+    for operator in operators:
+        common &= reached[operator]
+        if not common:
+            break
+    return common

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from math import inf
 
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
-from onnxsched.rank import rank_order, upward_ranks_us
+from onnxsched.rank import durations_us, rank_order, upward_ranks_us
 from onnxsched.schedule import Schedule, Slot
-from onnxsched_runtime.device import Placement
+from onnxsched_runtime.device import Device
 
 Interval = tuple[float, float]
 """Start and finish in microseconds."""
@@ -24,49 +27,93 @@ def heft(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule:
     then rank. This keeps the order of every stream, and is topological: a consumer starts no
     earlier than its producer finishes, and where all times are equal the rank decides.
     Streams not yet in use are all alike, so only the first is tried. O(edges * devices^2 +
-    n log n + n * streams in use), and the busy intervals passed over while looking for a gap.
+    n log n + n * streams in use), and the gaps passed over as too short; gaps too short for
+    anything that is still to come are forgotten.
     """
-    busy: dict[Placement, list[Interval]] = {placement: [] for placement in machine.placements}
+    devices, stream_count = machine.devices, machine.stream_count
+    on_device = [durations_us(graph, cost, device) for device in devices]
+    order = rank_order(upward_ranks_us(graph, cost, *devices))
+    gaps: list[list[Interval]] = [[(0.0, inf)] for _ in range(len(devices) * stream_count)]
     intervals: dict[int, Interval] = {}
-    placement_of: dict[int, Placement] = {}
-    for operator in rank_order(upward_ranks_us(graph, cost, *machine.devices)):
+    stream_of: dict[int, int] = {}  # Numbered as in `machine.placements`.
+    for operator, shortest_us in zip(order, _shortest_after_us(order, on_device), strict=True):
         last = max(graph.predecessors[operator], key=lambda p: intervals[p][1], default=None)
-        favourite = None if last is None else placement_of[last]
         inputs = [
-            (intervals[edge.producer][1], edge.nbytes, placement_of[edge.producer].device)
-            for edge in graph.incoming[operator]
+            (intervals[e.producer][1], e.nbytes, devices[stream_of[e.producer] // stream_count])
+            for e in graph.incoming[operator]
         ]
-        options: list[tuple[float, bool, float, Placement]] = []
-        for device in machine.devices:
-            ready_us = max(
-                (us + cost.transfer_us(nbytes, source, device) for us, nbytes, source in inputs),
-                default=0.0,
-            )
-            duration_us = cost.operator(operator, device).duration_us
-            for stream in range(machine.stream_count):
-                placement = Placement(device, stream)
-                start_us = _earliest_start_us(busy[placement], ready_us, duration_us)
+        ready_us = [_ready_us(cost, inputs, device) for device in devices]
+        finish_us = inf
+        for stream in _options(gaps, stream_count, None if last is None else stream_of[last]):
+            device = stream // stream_count
+            duration_us = on_device[device][operator]
+            start_us = _earliest_start_us(gaps[stream], ready_us[device], duration_us, finish_us)
+            if start_us < inf:
                 finish_us = start_us + duration_us
-                options.append((finish_us, placement != favourite, start_us, placement))
-                if not busy[placement]:
-                    break  # Streams are opened in order, so all further ones are empty as well.
-        finish_us, _, start_us, placement = min(options, key=lambda option: option[:2])
-        insort(busy[placement], (start_us, finish_us))
-        intervals[operator] = (start_us, finish_us)
-        placement_of[operator] = placement
+                intervals[operator] = (start_us, finish_us)
+                stream_of[operator] = stream
+        _occupy(gaps[stream_of[operator]], intervals[operator], shortest_us)
     # Sorting is stable, and `intervals` was filled by rank.
     by_start = sorted(intervals, key=intervals.__getitem__)
-    return Schedule(tuple(Slot(operator, placement_of[operator]) for operator in by_start))
+    placements = machine.placements
+    return Schedule(tuple(Slot(v, placements[stream_of[v]]) for v in by_start))
 
 
-def _earliest_start_us(busy: list[Interval], ready_us: float, duration_us: float) -> float:
-    """The start of the first gap after `ready_us` that is long enough.
+def _shortest_after_us(
+    order: Sequence[int], on_device: Sequence[Sequence[float]]
+) -> tuple[float, ...]:
+    """The shortest duration on any device of those after each in `order`; inf for the last."""
+    shortest = (min(us[operator] for us in on_device) for operator in reversed(order))
+    return tuple(accumulate(shortest, min, initial=inf))[-2::-1]
 
-    `busy` is sorted and its intervals do not overlap.
+
+def _ready_us(
+    cost: CostModel, inputs: Iterable[tuple[float, int, Device]], device: Device
+) -> float:
+    """When tensors, given by when they are made, their bytes and where, are all on `device`."""
+    return max(
+        (made_us + cost.transfer_us(nbytes, source, device) for made_us, nbytes, source in inputs),
+        default=0.0,
+    )
+
+
+def _options(
+    gaps: Sequence[list[Interval]], stream_count: int, favourite: int | None
+) -> Iterator[int]:
+    """Streams to try, those first that win ties; of a device's empty ones only the first."""
+    if favourite is not None:
+        yield favourite
+    for first in range(0, len(gaps), stream_count):
+        for stream in range(first, first + stream_count):
+            yield stream
+            if gaps[stream] == [(0.0, inf)]:
+                break  # Streams are opened in order, so all further ones are empty as well.
+
+
+def _earliest_start_us(
+    gaps: Sequence[Interval], ready_us: float, duration_us: float, before_us: float
+) -> float:
+    """The start in the first gap after `ready_us` that is long enough.
+
+    `gaps` is sorted, the last one has no end. inf where it would not finish before `before_us`.
     """
-    position = bisect_left(busy, (ready_us, ready_us))
-    start_us = max(ready_us, busy[position - 1][1]) if position else ready_us
-    while position < len(busy) and start_us + duration_us > busy[position][0]:
-        start_us = busy[position][1]
+    if ready_us + duration_us >= before_us:
+        return inf
+    position = max(0, bisect_right(gaps, (ready_us, inf)) - 1)
+    while True:
+        free_us, taken_us = gaps[position]
+        start_us = max(ready_us, free_us)
+        if start_us + duration_us >= before_us:
+            return inf
+        if start_us + duration_us <= taken_us:
+            return start_us
         position += 1
-    return start_us
+
+
+def _occupy(gaps: list[Interval], interval: Interval, shortest_us: float) -> None:
+    """Take an interval out of its gap; keep what is long enough for `shortest_us`."""
+    start_us, finish_us = interval
+    position = bisect_right(gaps, (start_us, inf)) - 1
+    free_us, taken_us = gaps[position]
+    sides = ((free_us, start_us), (finish_us, taken_us))
+    gaps[position : position + 1] = [(a, b) for a, b in sides if a + shortest_us <= b]

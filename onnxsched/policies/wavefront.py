@@ -8,6 +8,7 @@ from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.rank import durations_us
+from onnxsched.reachability import levels
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.device import Placement
 
@@ -33,12 +34,8 @@ def wavefront(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedu
 
 
 def _levels(graph: OperatorGraph) -> list[list[int]]:
-    depth_of: list[int] = []
-    levels: list[list[int]] = []
-    for operator, predecessors in enumerate(graph.predecessors):
-        depth = max((depth_of[p] + 1 for p in predecessors), default=0)
-        depth_of.append(depth)
-        if depth == len(levels):
-            levels.append([])
-        levels[depth].append(operator)
-    return levels
+    level_of = levels(graph)
+    members: list[list[int]] = [[] for _ in range(max(level_of, default=-1) + 1)]
+    for operator, level in enumerate(level_of):
+        members[level].append(operator)
+    return members

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from unittest import mock
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxsched import reachability
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
@@ -85,6 +90,18 @@ def test_folding_keeps_the_launch_order_and_every_chain(
     assert folded.stream_count <= machine.stream_count
 
 
+@settings(deadline=None)
+@given(problem=problems(), machine=machines(), block_size=st.integers(1, 4))
+def test_folding_looks_at_blocks_of_chains_as_at_all_together(
+    problem: tuple[OperatorGraph, TableCost], machine: Machine, block_size: int
+) -> None:
+    graph, cost = problem
+    alone = schedule_chains(range(len(graph)), {}, GPU)
+    expected = fold_streams(graph, cost, alone, machine.stream_count)
+    with mock.patch.object(reachability, "_BLOCK_SIZE", block_size):
+        assert fold_streams(graph, cost, alone, machine.stream_count) == expected
+
+
 def folded_streams(graph: OperatorGraph, cost: TableCost, stream_count: int) -> list[int]:
     """The streams of operators that were alone on theirs before folding."""
     alone = schedule_chains(range(len(graph)), {}, GPU)
@@ -101,6 +118,8 @@ def test_folding_reuses_the_stream_that_is_free_last() -> None:
     assert folded_streams(joined, durations(1.0, 2.0, 1.0), 3) == [0, 1, 1]
 
 
-def test_folding_does_not_take_a_shared_stream_for_a_finished_branch() -> None:
-    graph = graph_of(4, [(2, 3)])
-    assert folded_streams(graph, durations(10.0, 12.0, 5.0, 1.0), 2) == [0, 1, 0, 1]
+@pytest.mark.parametrize("block_size", [1, 3, 8192])
+def test_folding_does_not_take_a_shared_stream_for_a_finished_branch(block_size: int) -> None:
+    graph, cost = graph_of(5, [(2, 3), (0, 4)]), durations(10.0, 12.0, 5.0, 1.0, 1.0)
+    with mock.patch.object(reachability, "_BLOCK_SIZE", block_size):
+        assert folded_streams(graph, cost, 2) == [0, 1, 0, 1, 1]

@@ -8,8 +8,10 @@ import networkx as nx
 
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
+from onnxsched.machine import Machine
+from onnxsched.rank import rank_order, upward_ranks_us
 from onnxsched.schedule import Schedule
-from onnxsched_runtime.device import Device
+from onnxsched_runtime.device import Device, Placement
 
 
 def digraph(graph: OperatorGraph) -> nx.DiGraph:
@@ -72,3 +74,33 @@ def is_topological(graph: OperatorGraph, order: list[int]) -> bool:
     return sorted(order) == list(range(len(graph))) and all(
         position_of[edge.producer] < position_of[edge.consumer] for edge in graph.edges
     )
+
+
+def heft(graph: OperatorGraph, cost: CostModel, machine: Machine) -> dict[int, Placement]:
+    """Where HEFT puts each operator, by trying all starts on all streams."""
+    placed: dict[int, tuple[float, float, Placement]] = {}
+    for operator in rank_order(upward_ranks_us(graph, cost, *machine.devices)):
+        inputs = [(placed[e.producer], e.nbytes) for e in graph.incoming[operator]]
+        last = max(graph.predecessors[operator], key=lambda p: placed[p][1], default=None)
+        options = []
+        for placement in machine.placements:
+            ready_us = max(
+                (
+                    finish_us + cost.transfer_us(nbytes, source.device, placement.device)
+                    for (_, finish_us, source), nbytes in inputs
+                ),
+                default=0.0,
+            )
+            length_us = cost.operator(operator, placement.device).duration_us
+            busy = [(a, b) for a, b, where in placed.values() if where == placement]
+            start_us = min(
+                start_us
+                for start_us in (ready_us, *(b for _, b in busy))
+                if start_us >= ready_us
+                and all(start_us + length_us <= a or b <= start_us for a, b in busy)
+            )
+            is_elsewhere = last is None or placement != placed[last][2]
+            options.append((start_us + length_us, is_elsewhere, placement, start_us))
+        finish_us, _, placement, start_us = min(options)
+        placed[operator] = (start_us, finish_us, placement)
+    return {operator: placement for operator, (_, _, placement) in placed.items()}
