@@ -162,6 +162,8 @@ class Session:
         self.device = annotation.devices[0]
         self._inputs = arguments_of(input_values(model), annotation)
         self._outputs = arguments_of(model.graph.output, annotation)
+        self._input_names = {argument.name for argument in self._inputs}
+        self._output_names = [argument.name for argument in self._outputs]
         source = lowered or lowered_source(model, annotation, custom_ops)
         self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
         self._executor = open_executor(source, self.plan, capture=capture, custom_ops=custom_ops)
@@ -204,11 +206,12 @@ class Session:
             UsageError: An input is missing, unknown, or of another shape or type; or the session
                 is closed.
         """
-        names = [argument.name for argument in self._outputs]
-        if unknown := set(output_names or ()) - set(names):
+        names = self._output_names
+        if output_names and (unknown := set(output_names) - set(names)):
             raise UsageError(f"There is no output '{min(unknown)}'; there are {names}.")
         wanted = list(output_names or names)
-        self._check_names(input_feed)
+        if input_feed.keys() != self._input_names:
+            self._refuse_names(input_feed)
         on_device = self._on_device(input_feed.values())
         if not on_device:  # else the executor checks, once it has made tensors of them
             input_feed = {a.name: host_array(a, input_feed[a.name]) for a in self._inputs}
@@ -233,7 +236,7 @@ class Session:
         values = list(values)
         return self.device.kind == "cuda" and bool(values) and all(map(_is_on_gpu, values))
 
-    def _check_names(self, feed: Mapping[str, Any]) -> None:
+    def _refuse_names(self, feed: Mapping[str, Any]) -> None:
         names = [argument.name for argument in self._inputs]
         if missing := [name for name in names if name not in feed]:
             raise UsageError(f"Input '{missing[0]}' is missing; the model takes {names}.")
