@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import onnx
 
+from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.arguments import NodeArg, arguments_of, host_array
 from onnxsched_runtime.device import Device, Placement
@@ -21,7 +22,6 @@ from onnxsched_runtime.lowering import lower, to_lowered
 from onnxsched_runtime.model import ModelSource, input_values, read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
-from onnxsched_runtime.session import keep_blas_workspace
 
 _PRODUCTS = ("MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
 """Parts of the names of operators that call cuBLAS."""
@@ -79,7 +79,7 @@ def lowered_source(
     device = annotation.devices[0]
     if device.kind == "cpu":
         return ModelSource(model, annotation.tensors)
-    keep_blas_workspace("full" if multiplies_matrices(model) else "small")
+    cuda.keep_blas_workspace("full" if multiplies_matrices(model) else "small")
     return lower(ModelSource(model, annotation.tensors, annotation.variant), device, custom_ops)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched_runtime import cuda, load
+from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import segments
@@ -121,7 +121,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
     monkeypatch.setattr(segments, "OrtSession", open_session)
-    monkeypatch.setattr(load, "keep_blas_workspace", lambda kind: None)
+    monkeypatch.setattr(cuda, "keep_blas_workspace", lambda kind: None)
     monkeypatch.setattr(FakeGraph, "refusals", 0)
     monkeypatch.setattr(FakeGraph, "launches", 0)
     return FakeGraph
