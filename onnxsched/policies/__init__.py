@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
@@ -10,6 +11,7 @@ from onnxsched.machine import Machine
 from onnxsched.policies.heft import heft
 from onnxsched.policies.nimble import nimble
 from onnxsched.policies.opara import opara
+from onnxsched.policies.search import search
 from onnxsched.policies.sequential import sequential
 from onnxsched.policies.wavefront import wavefront
 from onnxsched.schedule import Schedule
@@ -24,4 +26,5 @@ POLICIES: Mapping[str, Policy] = {
     "opara": opara,
     "nimble": nimble,
     "heft": heft,
+    "search": partial(search, starts=(heft,)),
 }
