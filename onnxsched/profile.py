@@ -44,7 +44,7 @@ class Kernel:
         """The share of the multiprocessors that get a block, where all blocks fit at once.
 
         How many blocks one multiprocessor could hold does not matter: predictions are as good
-        without it (see `docs/adr/0008-contention-is-linear.md`).
+        without it (see `docs/adr/0008-contention.md`).
         """
         return min(1.0, self.grid[0] * self.grid[1] * self.grid[2] / limits.count)
 

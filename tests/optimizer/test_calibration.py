@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,9 @@ from onnxsched.schedule import Schedule
 from onnxsched.simulate import simulate
 from support.graphs import durations, graph_of, layered_problem
 from support.strategies import GPU, problems
+from tools.contention_report import predictions
+
+MEASUREMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "h200-contention.json"
 
 STRENGTHS = (
     Contention(0.8, 1.0, 0.0, 0.2, 0.0),
@@ -99,3 +104,17 @@ def test_three_hundred_chains_and_ten_schedules_take_no_three_seconds() -> None:
     started = time.perf_counter()
     calibrate(graph, cost, measured)
     assert time.perf_counter() - started < 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "most_error", "least_correlation"),
+    [("googlenet", 0.02, 0.975), ("randwire", 0.03, 0.99), ("deepfm", 0.04, 0.97)],
+)
+def test_schedules_measured_on_an_h200_are_predicted_as_well_as_ever(
+    name: str, most_error: float, least_correlation: float
+) -> None:
+    measurement = json.loads(MEASUREMENT.read_text())
+    model = predictions(measurement | {"models": {name: measurement["models"][name]}})
+    found = model["models"][name]["predictions"]["calibrated"]
+    assert found["mean_absolute_error"] <= most_error
+    assert found["rank_correlation"] >= least_correlation
