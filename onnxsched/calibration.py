@@ -81,7 +81,10 @@ def _prepared(
 
 
 def _least_squares(residuals: Callable[[_Vector], _Vector]) -> _Vector:
-    """The fields, from the typical ones on, where the squares sum to the least."""
+    """The fields, from the typical ones on, where the squares sum to the least.
+
+    A field at its bound that would leave it takes no part in a step.
+    """
     fields = _TYPICAL
     current = residuals(fields)
     for _ in range(_ROUND_COUNT):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
@@ -95,18 +95,28 @@ def _run_together(
                 still.append(task)
                 continue
             finishes_us[task] = now_us
-            for follower, delay_us in followers[task]:
-                can_start_us[follower] = max(can_start_us[follower], now_us + delay_us)
-                missing[follower] -= 1
-                if not missing[follower]:
-                    start_us = can_start_us[follower] + contention.start_us
-                    heappush(waiting, (start_us, follower))
+            for ready in _released(followers[task], now_us, can_start_us, missing):
+                heappush(waiting, (can_start_us[ready] + contention.start_us, ready))
         running = still
         while waiting and waiting[0][0] <= now_us:
             start_us, task = heappop(waiting)
             starts_us[task] = start_us
             running.append(task)
     return starts_us, finishes_us
+
+
+def _released(
+    followers: Iterable[tuple[int, float]],
+    now_us: float,
+    can_start_us: list[float],
+    missing: list[int],
+) -> Iterator[int]:
+    """Tell the followers of a task that it has finished: those that wait for no other."""
+    for follower, delay_us in followers:
+        can_start_us[follower] = max(can_start_us[follower], now_us + delay_us)
+        missing[follower] -= 1
+        if not missing[follower]:
+            yield follower
 
 
 def _followers(

@@ -8,14 +8,14 @@ from dataclasses import replace
 from hypothesis import given, settings
 
 from onnxsched.calibration import TYPICAL
-from onnxsched.cost import Contention, OperatorCost, TableCost
+from onnxsched.cost import Contention, TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
 from onnxsched.policies.search import LARGEST, search
 from onnxsched.schedule import check_schedule
 from onnxsched.simulate import simulate
-from support.graphs import graph_of, layered_problem
+from support.graphs import durations, graph_of, layered_problem
 from support.strategies import GPU, contentions, machines, problems
 
 Problem = tuple[OperatorGraph, TableCost]
@@ -60,11 +60,11 @@ def test_steps_improve_even_on_heft() -> None:
     assert found_us < heft_us
 
 
-def test_streams_that_gain_nothing_stay_unused() -> None:
-    """Only two of these can run at once, whatever the order."""
-    graph = graph_of(7, [(0, 1), (0, 2), (1, 3), (2, 3), (3, 4), (3, 5), (4, 6), (5, 6)])
-    cost = TableCost(tuple(OperatorCost(4.0, sm_share=0.5) for _ in range(7)), contention=TYPICAL)
-    assert search(graph, cost, Machine((GPU,), 16)).stream_count == 2
+def test_streams_that_gain_nothing_are_given_up() -> None:
+    graph = graph_of(12, [])
+    cost = durations(64.0, *[1.0] * 11)
+    assert search(graph, cost, Machine((GPU,), 12)).stream_count <= 4
+    assert simulate(graph, cost, search(graph, cost, Machine((GPU,), 12))).makespan_us == 64.0
 
 
 def test_three_hundred_operators_take_seconds() -> None:
