@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from onnxsched.annotate import portable_schedule
+from onnxsched.calibration import TYPICAL
 from onnxsched.candidates import propose
 from onnxsched.checking import PlainRuns
 from onnxsched.contraction import contract_chains
-from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.decision import Decision, decide
 from onnxsched.loading import Model, graph_from_model, with_refusals
 from onnxsched.policies import POLICIES
@@ -71,6 +72,7 @@ def measured_decision(
         model,
         subjects,
         device,
+        stream_count=request.streams,
         budget_s=request.budget_s / 2,
         is_refined=request.policy in ("auto", "search"),
         custom_ops=libraries,
@@ -92,14 +94,22 @@ def _subject(
     variant = with_refusals(variant, profile.refusals)
     graph = graph_from_model(variant)
     contraction = contract_chains(graph)
-    cost = TableCost(tuple(profile.cost(operator.name) for operator in graph.operators))
+    cost = TableCost(
+        tuple(profile.cost(operator.name) for operator in graph.operators),
+        contention=TYPICAL if device.kind == "cuda" else Contention(),
+    )
     policies = list(POLICIES) if request.policy == "auto" else [request.policy]
     proposed = propose(graph, contraction, cost, device, policies, request.streams)
     candidates = tuple(
         replace(c, schedule=portable_schedule(model, variant, c.schedule)) for c in proposed
     )
     return Subject(
-        variant, contraction, candidates, _solo_times(model, variant, profile), profile.refusals
+        variant,
+        contraction,
+        cost,
+        candidates,
+        _solo_times(model, variant, profile),
+        profile.refusals,
     )
 
 
@@ -109,7 +119,7 @@ def _unscheduled(model: Model, device: Device) -> Subject:
     contraction = contract_chains(graph)
     cost = TableCost(tuple(OperatorCost(0.0) for _ in graph.operators))
     candidates = propose(graph, contraction, cost, device, ["sequential"], 1)
-    return Subject(model, contraction, candidates, {}, {})
+    return Subject(model, contraction, cost, candidates, {}, {})
 
 
 def _solo_times(model: Model, variant: Model, profile: Profile) -> dict[str, tuple[float, str]]:

@@ -21,8 +21,8 @@ def table(report: dict[str, Any]) -> str:
     environment = report["environment"]
     lines = [
         "| model | plain ORT | ORT, its own CUDA graph | one stream | **schedule** | over ORT's "
-        "CUDA graph | policy/streams |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "CUDA graph | policy/streams | variant |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for name, model in report["models"].items():
         arms, ratios = model["bench"]["arms"], model["bench"]["ratios"]
@@ -31,7 +31,8 @@ def table(report: dict[str, Any]) -> str:
         cells = [f"{time:.0f}" for time in times[:-1]]
         lines.append(
             f"| {name} | {' | '.join(cells)} | **{times[-1]:.0f}** | **{ratio['value']:.2f}x** "
-            f"({ratio['low']:.2f}-{ratio['high']:.2f}) | {model['policy']}/{model['streams']} |"
+            f"({ratio['low']:.2f}-{ratio['high']:.2f}) | {model['policy']}/{model['streams']} | "
+            f"{model['variant']} |"
         )
     lines += [
         "",

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 import onnxsched
-from onnxsched import checking, pipeline
+from onnxsched import checking, pipeline, scheduling
 from onnxsched.comparison import Difference, Tolerances
 from onnxsched.environment import describe_environment
 from onnxsched.loading import load_model
@@ -168,7 +168,7 @@ def test_a_second_run_takes_the_decision_from_the_cache(
 ) -> None:
     first = optimized(tiny, tmp_path / "first.onnx", cache_dir=tmp_path / "cache", streams=3)
     for what in ("measure_profile", "tune"):
-        monkeypatch.delattr(pipeline, what)
+        monkeypatch.delattr(scheduling, what)
     second = optimized(tiny, tmp_path / "second.onnx", cache_dir=tmp_path / "cache", streams=3)
     assert (first.from_cache, second.from_cache) == (False, True)
     assert second.alternatives == first.alternatives

@@ -27,19 +27,24 @@ from support.strategies import GPU
 Tuned = tuple[Outcome, ...]
 
 
+def cost_of(model: Model) -> TableCost:
+    count = len(model.proto.graph.node)
+    return TableCost(tuple(OperatorCost(1.0 + index % 3) for index in range(count)))
+
+
 def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tuple[Candidate, ...]]:
     graph = graph_from_model(model)
     contraction = contract_chains(graph)
-    cost = TableCost(tuple(OperatorCost(1.0 + index % 3) for index in range(len(graph))))
-    return contraction, propose(graph, contraction, cost, device, tuple(POLICIES), 3)
+    proposed = propose(graph, contraction, cost_of(model), device, tuple(POLICIES), 3)
+    return contraction, proposed
 
 
 def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> Tuned:
     contraction, candidates = candidates_of(model, device)
-    subject = Subject(model, contraction, candidates, {}, {})
+    subject = Subject(model, contraction, cost_of(model), candidates, {}, {})
     return tune(
         model, [subject], device,
-        budget_s=budget_s, is_refined=False, custom_ops=(),
+        stream_count=3, budget_s=budget_s, is_refined=False, custom_ops=(),
         progress=lambda what, done, total: None,
     ).outcomes  # fmt: skip
 
