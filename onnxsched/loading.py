@@ -15,6 +15,7 @@ from onnx import helper
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
+from onnxsched.simplification import rectify_after_concat
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import (
@@ -101,6 +102,8 @@ def load_model(
     converted = to_float16(baseline) if precision == "fp16" else baseline
     proto, on_cpu = _optimized(converted, device, custom_ops)
     _give_outputs_a_node(proto)
+    name_nodes(proto)
+    rectify_after_concat(proto)
     name_nodes(proto)
     tensors = tensor_types(proto)
     if device.kind == "cpu":
