@@ -28,12 +28,14 @@ class Variant:
     """Allow products of float32 with 10 bits of mantissa, as ORT does by default."""
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote; unknown and missing fields are left at their defaults.
+    def from_json(cls, content: Any) -> Self:
+        """Read what `to_json` wrote; missing fields have their defaults, unknown ones are ignored.
 
         Raises:
-            ValueError: A field has a value of another kind.
+            ValueError: It is no object, or a field has a value of another kind.
         """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{content!r} is no variant")
         given = {f.name: content[f.name] for f in dataclasses.fields(cls) if f.name in content}
         variant = cls(**given)
         if (

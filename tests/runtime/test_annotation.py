@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,12 @@ from onnxsched_runtime.annotation import (
 )
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import AnnotationError
+from onnxsched_runtime.load import Session
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.models import MODELS, annotated, annotation_of, chain, diamond, feeds_for, reference
 
+NHWC = Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic")
 DEVICES = [Device("cpu"), Device("cuda"), Device("cuda", 1)]
 
 
@@ -51,6 +55,7 @@ def schedules(draw: st.DrawFn, model: onnx.ModelProto) -> Annotation:
         placements={name: draw(placements) for name in names},
         tensors=draw(st.dictionaries(st.text(max_size=4), types, max_size=4)),
         host_reasons=draw(st.dictionaries(st.sampled_from(names), st.text(max_size=9))),
+        variant=draw(st.sampled_from([DEFAULT_VARIANT, NHWC, Variant(tf32=False)])),
         details=draw(st.dictionaries(st.sampled_from(["policy", "times", "é"]), _json())),
     )
 
@@ -292,6 +297,50 @@ def _fields(content: Any) -> list[tuple[Any, Any]]:
             *(_fields(content[key]) if isinstance(content[key], dict | list) else ()),
         )
     ]
+
+
+def test_the_variant_is_written_field_by_field_and_survives_a_restoration() -> None:
+    model = diamond()
+    write_annotation(model, replace(annotation_of(model), variant=NHWC))
+    assert json.loads(_schedule(model).value)["variant"] == {
+        "layout": "nhwc", "fuse_conv_bias": True, "conv_search": "heuristic", "tf32": True,
+    }  # fmt: skip
+    _drop_node_keys(model.graph.node[1])
+    assert restore_annotation(model) == 1
+    assert read_annotation(model).variant == NHWC
+
+
+def test_a_file_without_a_variant_has_the_default() -> None:
+    model = annotated(diamond())
+    content = json.loads(_schedule(model).value)
+    del content["variant"]
+    _schedule(model).value = json.dumps(content)
+    assert read_annotation(model).variant == DEFAULT_VARIANT
+
+
+@pytest.mark.parametrize(
+    "variant", [None, [], "", "nhwc", 1, {"layout": "nchwc"}, {"tf32": 0}, {"conv_search": None}]
+)
+def test_a_damaged_variant_is_refused(variant: Any) -> None:
+    model = annotated(diamond())
+    content = json.loads(_schedule(model).value)
+    content["variant"] = variant
+    _schedule(model).value = json.dumps(content)
+    message = _refusal(model)
+    assert message.startswith("The model's schedule is damaged (")
+    assert message.endswith("run `onnxsched optimize` again.")
+
+
+def test_on_the_cpu_the_variant_is_ignored() -> None:
+    model = MODELS["fork_join"]()
+    annotation = annotation_of(model)
+    feeds = feeds_for(model)
+    with (
+        Session(model, replace(annotation, variant=NHWC)) as session,
+        Session(model, annotation) as plain,
+    ):
+        assert session.plan == plain.plan
+        np.testing.assert_array_equal(session.run(None, feeds)[0], plain.run(None, feeds)[0])
 
 
 def test_a_table_that_leaves_a_node_out_is_refused() -> None:

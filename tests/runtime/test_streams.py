@@ -191,3 +191,25 @@ def test_a_model_that_stays_on_the_host_claims_no_capture(
     with Session(model, replace(annotation, host_reasons=reasons)) as session:
         assert session.capture == "none"
         assert executor_of(session).graph_count == 0
+
+
+def test_a_piece_after_the_host_is_warmed_up_on_zeros(
+    graphs: type[fake_cuda.FakeGraph],
+) -> None:
+    model = models.model_of(
+        """(float[4] x) => (float[4,2] y) {
+            a = Exp(x)
+            b = Sub(a, a)
+            index = Cast<to = 7>(b)
+            y = Gather(table, index)
+        }""",
+        table=models.weight(3, 2),
+    )
+    annotation = models.annotation_of(model, device=GPU)
+    annotation = replace(annotation, host_reasons={model.graph.node[2].name: "planted"})
+    with Session(model, annotation) as session:
+        buffers = executor_of(session)._runner.buffers
+        assert buffers["index"].pointer == buffers["a"].pointer, "else it proves nothing"
+        assert session.refusal is None
+        feeds = models.feeds_for(model)
+        models.assert_same(session.run(None, feeds), models.reference(model, feeds))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import numpy as np
+
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import ALIGNMENT_NBYTES, check_arena, plan_arena
 from onnxsched_runtime.device import Placement
@@ -143,6 +145,19 @@ class SegmentRunner:
             for _ in range(_WARM_UP_COUNT):
                 self.bound[index].launch()
                 self.streams[self.plan.segments[index].placement].synchronize()
+
+    def clear(self, piece: Piece) -> None:
+        """Zero what a host piece writes, for warming up what reads it.
+
+        The memory is shared, and what lay there before may be no valid index.
+        """
+        stream = self.streams[piece.main]
+        for index in piece.runs:
+            for name in self.plan.segments[index].outputs:
+                if name in self.buffers:
+                    buffer = self.buffers[name]
+                    buffer.fill(np.zeros_like(buffer.staging), stream)
+        stream.synchronize()
 
     def issue(self, piece: Piece) -> None:
         """Issue the steps of a captured piece on its streams."""

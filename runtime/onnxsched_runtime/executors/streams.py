@@ -72,6 +72,7 @@ class StreamExecutor:
     def _prepare(self, mode: Capture) -> None:
         for piece in self._plan.pieces:
             if not piece.captured:
+                self._runner.clear(piece)
                 self._launch.append(lambda: None)
                 continue
             self._runner.warm_up(piece)
