@@ -129,7 +129,9 @@ def test_convolutions_and_bodies_are_not_shared(name: str) -> None:
     assert seen == {False, True}
 
 
-def outputs_of(template: Template, source: ModelSource, feeds: dict[str, models.Array]) -> dict:
+def outputs_of(
+    template: Template, source: ModelSource, feeds: dict[str, models.Array]
+) -> dict[str, models.Array]:
     """What a session of a template computes, by the names of the model."""
     fed = {short: feeds[name] for short, name in template.inputs.items()}
     for short, name in template.weights.items():
@@ -188,11 +190,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[ModelPart | Path]:
     """What sessions were made of, one entry each."""
     fake_cuda.install(monkeypatch)
     made: list[ModelPart | Path] = []
-    open_one = segments.OrtSession
+    open_one = vars(segments)["OrtSession"]
 
     def counted(source: ModelPart | Path, with_settings: SessionSettings) -> OrtSession:
         made.append(source)
-        return open_one(source, with_settings)
+        session: OrtSession = open_one(source, with_settings)
+        return session
 
     monkeypatch.setattr(segments, "OrtSession", counted)
     return made
