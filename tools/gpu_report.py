@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -172,7 +173,8 @@ def bench_command(source: Path, target: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "onnxsched", "bench", str(target), "--original", str(source),
                "--duration", "0.5", "--iterations", "60", "--warmup", "50",
                "--json", str(found)]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    fresh = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=fresh)
     return dict(json.loads(found.read_text()))
 
 
