@@ -190,7 +190,7 @@ def _measured_decision(
         subjects,
         device,
         budget_s=request.budget_s / 2,
-        is_refined=request.policy in ("auto", "search"),
+        is_refined=request.policy == "auto",
         custom_ops=libraries,
         progress=progress,
     )
