@@ -1,0 +1,188 @@
+"""Variants are tried where they can matter, and those that are wrong or refused are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxsched import variants
+from onnxsched.checking import PlainRuns
+from onnxsched.loading import Model
+from onnxsched.variants import (
+    VariantOutcome,
+    lowered_model,
+    possible_variants,
+    promising,
+    race_variants,
+)
+from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+from support.models import CPU, MODELS
+from support.optimizing import as_it_is, loaded
+from support.strategies import GPU
+
+NHWC, BIAS, BOTH = Variant("nhwc"), Variant(fuse_conv_bias=True), Variant("nhwc", True)
+
+
+def test_only_convolutions_on_a_gpu_have_a_choice() -> None:
+    convolutional = as_it_is(MODELS["fork_join"]())
+    found = possible_variants(convolutional, GPU)
+    assert found[0] == DEFAULT_VARIANT
+    assert len(set(found)) == len(found) > 1
+    assert {variant.layout for variant in found} == {"nchw", "nhwc"}
+    assert all(variant.tf32 for variant in found), "TF32 would change results"
+    assert possible_variants(convolutional, CPU) == (DEFAULT_VARIANT,)
+    assert possible_variants(as_it_is(MODELS["chain"]()), GPU) == (DEFAULT_VARIANT,)
+    name = convolutional.proto.graph.node[0].name
+    with_host = replace(convolutional, host_reasons={name: "a loop"})
+    assert possible_variants(with_host, GPU) == (DEFAULT_VARIANT,)
+
+
+def outcome(variant: Variant, *samples_us: float) -> VariantOutcome:
+    proto = onnx.ModelProto()
+    return VariantOutcome(Model(proto, {}, {}, {}, proto, variant), samples_us)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([], []),
+        ([outcome(NHWC, 111.0)], [NHWC]),
+        ([outcome(NHWC, 90.0, 111.0, 500.0)], [NHWC]),
+        ([outcome(NHWC, 113.0)], []),
+        ([outcome(BIAS, 101.0)], []),
+        ([outcome(BIAS, 101.0), outcome(BOTH, 102.0), outcome(NHWC, 103.0)], [BOTH]),
+    ],
+)
+def test_the_fastest_is_scheduled_and_one_of_another_layout_that_is_near(
+    others: list[VariantOutcome], expected: list[Variant]
+) -> None:
+    fastest = outcome(DEFAULT_VARIANT, 50.0, 100.0, 200.0)
+    found = promising([fastest, *others])
+    assert found[0] == fastest
+    assert [o.model.variant for o in found[1:]] == expected
+
+
+class FakeSession:
+    """Answers what the plan of its variant says."""
+
+    device = GPU
+    planned: dict[Variant, Any]
+    is_open: dict[Variant, bool]
+
+    def __init__(self, proto: Any, annotation: Annotation, lowered: Any, **_: Any) -> None:
+        self.variant = annotation.variant
+        assert lowered.variant == self.variant
+        assert {str(p) for p in annotation.placements.values()} == {"cuda:0/0"}
+        self.plan = self.planned.get(self.variant, 0.0)
+        if self.plan == "session refused":
+            raise OnnxschedError("ONNX Runtime failed: planted.")
+        self.refusal = "whole: no" if self.plan == "not captured" else None
+        self.is_open[self.variant] = True
+
+    def run(self, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        if self.plan == "run fails":
+            raise OnnxschedError("ONNX Runtime failed: planted.")
+        right = feeds["x"] * 2
+        return [right + (0.1 if self.plan == "wrong" else 0)]
+
+    def close(self) -> None:
+        self.is_open[self.variant] = False
+
+
+TIMES_US = {DEFAULT_VARIANT: (30.0, 31.0), NHWC: (10.0, 11.0), BIAS: (20.0, 21.0)}
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Variant, Any]]:
+    """What goes wrong with which variant; all sessions are closed in the end."""
+    plan: dict[Variant, Any] = {}
+    kind: Any = type("Planned", (FakeSession,), {"planned": plan, "is_open": {}})
+
+    def lower(model: Model, variant: Variant, device: Device, _: Any) -> Model:
+        if plan.get(variant) == "refused":
+            raise ModelError("ONNX Runtime refuses the model: planted.")
+        if plan.get(variant) == "no device":
+            raise DeviceError("planted")
+        return replace(model, variant=variant)
+
+    def race(sessions: Sequence[FakeSession], feeds: Any, progress: Any) -> list[Any]:
+        assert all(session.is_open[session.variant] for session in sessions)
+        return [TIMES_US[session.variant] for session in sessions]
+
+    monkeypatch.setattr(variants, "lowered_model", lower)
+    monkeypatch.setattr(variants, "Session", kind)
+    monkeypatch.setattr(variants, "race", race)
+    yield plan
+    assert not any(kind.is_open.values())
+
+
+def raced(*wanted: Variant, budget_s: float = 60.0) -> list[Variant]:
+    feeds = tuple({"x": np.full(3, seed, np.float32)} for seed in range(1, 3))
+    plain = PlainRuns(("y",), feeds, tuple([feed["x"] * 2] for feed in feeds))
+    found = race_variants(
+        as_it_is(MODELS["chain"]()), GPU, wanted, plain,
+        budget_s=budget_s, custom_ops=(), progress=lambda what, done, total: None,
+    )  # fmt: skip
+    assert all(o.samples_us == TIMES_US[o.model.variant] for o in found)
+    return [o.model.variant for o in found]
+
+
+ALL = (DEFAULT_VARIANT, BIAS, NHWC)
+
+
+def test_the_fastest_comes_first(planned: dict[Variant, Any]) -> None:
+    assert raced(*ALL) == [NHWC, BIAS, DEFAULT_VARIANT]
+
+
+@pytest.mark.parametrize(
+    "fault", ["wrong", "refused", "session refused", "run fails", "not captured"]
+)
+@pytest.mark.parametrize(
+    "culprits", [culprits for n in (1, 2) for culprits in combinations((BIAS, NHWC), n)]
+)
+def test_what_is_wrong_or_refused_is_dropped(
+    fault: str, culprits: tuple[Variant, ...], planned: dict[Variant, Any]
+) -> None:
+    planned.update(dict.fromkeys(culprits, fault))
+    expected = [v for v in (NHWC, BIAS, DEFAULT_VARIANT) if v not in culprits]
+    assert raced(*ALL) == expected
+
+
+@pytest.mark.parametrize("fault", ["refused", "session refused"])
+def test_the_first_must_work(fault: str, planned: dict[Variant, Any]) -> None:
+    planned[DEFAULT_VARIANT] = fault
+    with pytest.raises(OnnxschedError, match="planted"):
+        raced(*ALL)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_a_device_that_is_not_there_is_an_error(
+    variant: Variant, planned: dict[Variant, Any]
+) -> None:
+    planned[variant] = "no device"
+    with pytest.raises(DeviceError, match="planted"):
+        raced(*ALL)
+
+
+def test_a_spent_budget_leaves_the_first(planned: dict[Variant, Any]) -> None:
+    assert raced(*ALL, budget_s=-1.0) == [DEFAULT_VARIANT]
+
+
+def test_a_lowered_model_keeps_what_it_is_compared_with(tmp_path: Path) -> None:
+    model = loaded(MODELS["fork_join"](), tmp_path)
+    lowered = lowered_model(model, NHWC, CPU, ())
+    assert lowered.variant == NHWC
+    assert lowered.proto != model.proto
+    assert (lowered.baseline, lowered.bound_shapes) == (model.baseline, model.bound_shapes)
+    same = lowered_model(model, BIAS, CPU, ())
+    assert (same.proto, same.variant) == (model.proto, BIAS)
