@@ -27,7 +27,7 @@ from onnxsched_runtime.tensor import TensorType
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+:\d+ [^)]*\) "
-    r"|ONNX Runtime only \*guarantees\*.*(?=Current official)"
+    r"|ONNX Runtime only \*guarantees\*.*(?=Current official)|\[with [^\]]*\] |\s*; GPU=\d+ ;.*"
 )
 _UNPORTABLE_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
 """Fusions whose result only the CUDA provider runs: made in a session, never in a file."""

@@ -1,0 +1,88 @@
+"""What ONNX Runtime says reaches the user without its codes, its source lines and our files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from onnxsched_runtime import session
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.session import OrtSession, to_float16
+from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.tensor import TensorType
+from sample_models import build
+
+CPU = Device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Error in execution: [with ERRTYPE = cudaError; bool "
+            "THRW = true] CUDA failure 901: operation failed ; GPU=0 ; hostname=vm ; "
+            "file=/onnxruntime_src/x.cc ; line=61 ; expr=cudaStreamEndCapture(stream_, &graph);",
+            "Error in execution: CUDA failure 901: operation failed",
+        ),
+        (
+            "[ONNXRuntimeError] : 10 : INVALID_GRAPH : Load model from /tmp/a/b.onnx failed:This "
+            "is an invalid model.",
+            "This is an invalid model",
+        ),
+    ],
+)
+def test_codes_and_source_lines_are_left_out(said: str, shown: str) -> None:
+    assert session._first_line(RuntimeError(said)) == shown
+
+
+def test_a_model_that_is_refused_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "in.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(ModelError, match=r"^ONNX Runtime refuses the model: [^\n]*\.$"):
+        OrtSession(path, SessionSettings(CPU))
+
+
+def test_the_types_of_outputs_are_what_ort_infers(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Shape", ["x"], ["s"]),
+            helper.make_node("NonZero", ["x"], ["n"]),
+            helper.make_node("SequenceConstruct", ["x"], ["q"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])],
+        [helper.make_empty_tensor_value_info(name) for name in "snq"],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    onnx.save(model, tmp_path / "in.onnx")
+    with OrtSession(tmp_path / "in.onnx", SessionSettings(CPU)) as opened:
+        assert opened.output_types() == {
+            "s": TensorType(TensorProto.INT64, (2,)),
+            "n": TensorType(TensorProto.INT64, None),
+        }
+
+
+def test_half_precision_keeps_inputs_and_outputs_and_comes_near(tmp_path: Path) -> None:
+    model = build("squeezenet", image=48)
+    before = model.SerializeToString()
+    half = to_float16(model)
+    assert model.SerializeToString() == before
+    assert list(half.graph.input) == list(model.graph.input)
+    assert list(half.graph.output) == list(model.graph.output)
+    kinds = {weight.data_type for weight in half.graph.initializer}
+    assert TensorProto.FLOAT16 in kinds
+    assert TensorProto.FLOAT not in kinds
+    image = np.random.default_rng(0).standard_normal((1, 3, 48, 48)).astype(np.float32)
+    results = []
+    for number, proto in enumerate((model, half)):
+        onnx.save(proto, tmp_path / f"{number}.onnx")
+        with OrtSession(tmp_path / f"{number}.onnx", SessionSettings(CPU)) as opened:
+            results.append(opened.run({model.graph.input[0].name: image})[0])
+    gap = np.linalg.norm(results[0] - results[1]) / np.linalg.norm(results[0])
+    assert 0 < gap < 1e-2
