@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 from itertools import chain
 from math import inf
 
-from onnxsched.cost import CostModel
+from onnxsched.cost import Contention, CostModel, OperatorCost, mean_share
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.rank import durations_us, rank_order, upward_ranks_us
@@ -35,6 +35,8 @@ class Group:
     operators: tuple[int, ...]
     """In topological order."""
     work_us: float
+    sm_share: float = 0.0
+    """Of the device's multiprocessors, on average."""
 
 
 Stage = tuple[Group, ...]
@@ -56,12 +58,22 @@ def ios(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule:
     return _on_streams(graph, durations_us(graph, cost, device), stages, machine)
 
 
-def stage_us(groups: Sequence[Group]) -> float:
-    """How long a stage takes: as long as its longest group, as groups do not slow each other.
+def stage_us(groups: Sequence[Group], contention: Contention) -> float:
+    """How long a stage takes: as long as its longest group, slowed down by the others.
 
-    `best_stages` needs of it only that no stage is shorter than its longest group.
+    `best_stages` needs of it that no stage is shorter than its longest group, and that a group
+    alone takes its work and no more: else the blocks could not be searched one by one.
     """
-    return max(group.work_us for group in groups)
+    shares = sum(group.sm_share for group in groups)
+    return max(
+        group.work_us
+        * (
+            1
+            + contention.sm_slowdown * (shares - group.sm_share)
+            + contention.launch_slowdown * (len(groups) - 1)
+        )
+        for group in groups
+    )
 
 
 def best_stages(
@@ -89,14 +101,15 @@ def best_stages(
         group_size: The most operators in a group, r in the paper.
         group_count: The most groups in a stage, s in the paper.
     """
-    duration_us = durations_us(graph, cost, device)
+    costs = [cost.operator(operator, device) for operator in range(len(graph))]
     share = max(ENDINGS_PER_OPERATOR, ENDINGS_PER_GRAPH // max(1, len(graph)))
 
     def stages_of(members: Sequence[int]) -> list[Stage]:
         if len(members) <= PART_SIZE:
-            part = _Part(graph, duration_us, tuple(members))
+            part = _Part(graph, costs, tuple(members))
             for size in range(min(group_size, len(members)), 0, -1):
-                stages = _search(part, size, group_count, share * len(members))
+                limit = share * len(members)
+                stages = _search(part, cost.contention, size, group_count, limit)
                 if stages is not None:
                     return stages
         middle = len(members) // 2
@@ -140,7 +153,8 @@ class _Part:
     """Some operators that are searched together; sets of them are bits, by position."""
 
     graph: OperatorGraph
-    duration_us: Sequence[float]
+    costs: Sequence[OperatorCost]
+    """Of all operators of the graph."""
     members: tuple[int, ...]
     """In topological order."""
 
@@ -162,14 +176,19 @@ class _Part:
         path_us: dict[int, float] = {}
         for operator in self.members:
             before_us = (path_us.get(p, 0.0) for p in self.graph.predecessors[operator])
-            path_us[operator] = max(before_us, default=0.0) + self.duration_us[operator]
+            path_us[operator] = max(before_us, default=0.0) + self.costs[operator].duration_us
         pairs = ((path_us[operator], 1 << i) for i, operator in enumerate(self.members))
         return tuple(sorted(pairs, reverse=True))
 
     def group(self, members: int) -> Group:
         """The group that consists of these members."""
         operators = [v for position, v in enumerate(self.members) if members >> position & 1]
-        return Group(tuple(operators), sum(self.duration_us[v] for v in operators))
+        costs = [self.costs[v] for v in operators]
+        return Group(
+            tuple(operators),
+            sum(cost.duration_us for cost in costs),
+            mean_share((cost.duration_us, cost.sm_share) for cost in costs),
+        )
 
     def groups(self, remaining: int, size: int) -> list[int]:
         """The connected sets of up to `size` members that nothing else that remains reads.
@@ -193,12 +212,14 @@ class _Part:
         return sorted(found)
 
 
-def _search(part: _Part, size: int, count: int, limit: int) -> list[Stage] | None:
+def _search(
+    part: _Part, contention: Contention, size: int, count: int, limit: int
+) -> list[Stage] | None:
     """The best stages of a part; None where that takes more than `limit` endings."""
     everything = (1 << len(part.members)) - 1
     group_of: dict[int, Group] = {}
     spent_us = {everything: 0.0}
-    work_us = {everything: sum(part.duration_us[v] for v in part.members)}
+    work_us = {everything: sum(part.costs[v].duration_us for v in part.members)}
     last_step: dict[int, tuple[int, Stage]] = {}
     queue = [(0.0, len(part.members), everything)]
     visited: set[int] = set()
@@ -219,7 +240,7 @@ def _search(part: _Part, size: int, count: int, limit: int) -> list[Stage] | Non
                 return None
             rest = remaining ^ ending
             stage = tuple(group_of[members] for members in chosen)
-            us = spent_us[remaining] + stage_us(stage)
+            us = spent_us[remaining] + stage_us(stage, contention)
             if us < spent_us.get(rest, inf):
                 spent_us[rest] = us
                 work_us[rest] = work_us[remaining] - sum(group.work_us for group in stage)

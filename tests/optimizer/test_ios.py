@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from itertools import combinations
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxsched.cost import TableCost
+from onnxsched.cost import Contention, TableCost, mean_share
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.policies.ios import (
@@ -24,30 +25,37 @@ from onnxsched.policies.ios import (
     ios,
     stage_us,
 )
-from onnxsched.rank import durations_us
 from onnxsched.simulate import simulate, total_us
 from support.graphs import durations, graph_of, layered_problem
 from support.oracles import digraph
 from support.plans import topological_orders
-from support.strategies import GPU, machines, problems
+from support.strategies import GPU, contentions, machines, problems
 
 Problem = tuple[OperatorGraph, TableCost]
+NONE = Contention()
 
 
-def sum_us(stages: list[Stage]) -> float:
-    return sum(map(stage_us, stages))
+def sum_us(stages: list[Stage], contention: Contention = NONE) -> float:
+    return sum(stage_us(stage, contention) for stage in stages)
+
+
+def in_order(operators: Iterable[int], cost: TableCost) -> Group:
+    """A group of these operators."""
+    costs = [cost.operators[v] for v in sorted(operators)]
+    share = mean_share((c.duration_us, c.sm_share) for c in costs)
+    return Group(tuple(sorted(operators)), sum(c.duration_us for c in costs), share)
 
 
 def least_sum_us(problem: Problem, group_size: int, group_count: int) -> float:
     """The smallest sum of all ways to cut a graph into stages, tried one by one. Exponential."""
     graph, cost = problem
-    mirror, duration_us = digraph(graph), durations_us(graph, cost, GPU)
+    mirror = digraph(graph)
 
     @cache
     def least(remaining: frozenset[int]) -> float:
         sums = [
             least(remaining.difference(chosen))
-            + max(sum(duration_us[v] for v in g) for g in groups)
+            + stage_us([in_order(g, cost) for g in groups], cost.contention)
             for size in range(1, len(remaining) + 1)
             for chosen in combinations(sorted(remaining), size)
             if all(w in chosen for v in chosen for w in graph.successors[v] if w in remaining)
@@ -83,14 +91,36 @@ def check_stages(problem: Problem, stages: list[Stage], group_size: int, group_c
 
 @settings(deadline=None, max_examples=200)
 @given(
-    problem=problems(max_operators=7), group_size=st.integers(1, 7), group_count=st.integers(1, 7)
+    problem=problems(max_operators=7),
+    group_size=st.integers(1, 7),
+    group_count=st.integers(1, 7),
+    contention=contentions(),
+    shares=st.lists(st.floats(0, 1), min_size=7, max_size=7),
 )
 def test_no_stages_within_the_limits_are_faster(
-    problem: Problem, group_size: int, group_count: int
+    problem: Problem,
+    group_size: int,
+    group_count: int,
+    contention: Contention,
+    shares: list[float],
 ) -> None:
-    stages = best_stages(*problem, GPU, group_size, group_count)
-    check_stages(problem, stages, group_size, group_count)
-    assert sum_us(stages) == least_sum_us(problem, group_size, group_count)
+    graph, cost = problem
+    operators = tuple(replace(o, sm_share=s) for o, s in zip(cost.operators, shares, strict=False))
+    cost = TableCost(operators, contention=contention)
+    stages = best_stages(graph, cost, GPU, group_size, group_count)
+    check_stages((graph, cost), stages, group_size, group_count)
+    least = least_sum_us((graph, cost), group_size, group_count)
+    assert sum_us(stages, contention) == pytest.approx(least, rel=1e-9)
+
+
+def test_groups_that_slow_each_other_down_fully_gain_nothing() -> None:
+    graph = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
+    cost = durations(1.0, 4.0, 5.0, 1.0)
+    assert sum_us(best_stages(graph, cost, GPU, 3, 8)) == 7.0
+    slow = replace(cost, contention=Contention(launch_slowdown=1.0))
+    stages = best_stages(graph, slow, GPU, 3, 8)
+    assert sum_us(stages, slow.contention) == 11.0
+    assert {len(stage) for stage in stages} == {1}
 
 
 @settings(deadline=None)
@@ -143,10 +173,10 @@ def test_a_search_that_is_cut_short_ends_in_time_with_right_stages(
     graph, cost = problem
     seen = 0
 
-    def counted(groups: Sequence[Group]) -> float:
+    def counted(groups: Sequence[Group], contention: Contention) -> float:
         nonlocal seen
         seen += 1
-        return stage_us(groups)
+        return stage_us(groups, contention)
 
     module = import_module("onnxsched.policies.ios")  # The package has a function of that name.
     monkeypatch.setattr(module, "stage_us", counted)
