@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,20 +14,20 @@ import pytest
 
 from onnxsched import tuning
 from onnxsched.candidates import Candidate, propose
-from onnxsched.contraction import Contraction, contract_chains
+from onnxsched.contraction import Contraction, contract_chains, contract_cost, expand
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.loading import Model, graph_from_model
+from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
-from onnxsched.schedule import Schedule
-from onnxsched.tuning import Outcome, Subject, tune
+from onnxsched.schedule import Schedule, check_schedule
+from onnxsched.simulate import simulate
+from onnxsched.tuning import Outcome, Subject, Tuned, tune
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from sample_models import build
 from support.models import CPU, MODELS
 from support.optimizing import loaded
 from support.strategies import GPU
-
-Tuned = tuple[Outcome, ...]
 
 
 def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tuple[Candidate, ...]]:
@@ -34,14 +37,22 @@ def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tupl
     return contraction, propose(graph, contraction, cost, device, tuple(POLICIES), 3)
 
 
-def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> Tuned:
+def tune_once(
+    model: Model, device: Device = CPU, *, budget_s: float = 60.0, is_refined: bool = False
+) -> Tuned:
     contraction, candidates = candidates_of(model, device)
     subject = Subject(model, contraction, candidates, {}, {})
     return tune(
         model, [subject], device,
-        budget_s=budget_s, is_refined=False, custom_ops=(),
+        budget_s=budget_s, is_refined=is_refined, custom_ops=(),
         progress=lambda what, done, total: None,
-    ).outcomes  # fmt: skip
+    )  # fmt: skip
+
+
+def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> tuple[Outcome, ...]:
+    found = tune_once(model, device, budget_s=budget_s)
+    assert found.is_complete
+    return found.outcomes
 
 
 @pytest.fixture
@@ -49,7 +60,7 @@ def model(tmp_path: Path) -> Model:
     return loaded(build("tiny"), tmp_path)
 
 
-def assert_ranked(outcomes: Tuned) -> None:
+def assert_ranked(outcomes: tuple[Outcome, ...]) -> None:
     """Finalists first, the fastest of them in front, and sequential one of them."""
     times = [outcome.measured_us for outcome in outcomes]
     finalists = [us for us in times if us is not None]
@@ -164,3 +175,91 @@ def test_a_model_that_is_not_captured_whole_has_no_trials(
     name = model.proto.graph.node[0].name
     assert_ranked(tuned(replace(model, host_reasons={name: "for once"}), GPU))
     assert trials.tried == []
+
+
+class SimulatedTrials(FakeTrials):
+    """Trials that take what `simulate` predicts for other costs, and more on the first stream."""
+
+    def __init__(self, model: Model, contraction: Contraction, *_: Any) -> None:
+        costs = (OperatorCost(1.0 + index % 5) for index in range(len(model.proto.graph.node)))
+        self._graph = contraction.graph
+        self._cost = contract_cost(contraction, TableCost(tuple(costs)))
+
+    def measure_us(self, contracted: Schedule) -> tuple[float, ...]:
+        self.tried.append(contracted)
+        on_first = sum(slot.placement.stream == 0 for slot in contracted.slots)
+        return (simulate(self._graph, self._cost, contracted).makespan_us + 3.0 * on_first,)
+
+
+@pytest.fixture
+def simulated(
+    trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[FakeTrials]]:
+    kind = type("Simulated", (SimulatedTrials,), {"tried": []})
+    monkeypatch.setattr(tuning, "TrialRunner", kind)
+    before = signal.getsignal(signal.SIGINT)
+    yield kind
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_local_search_improves_on_the_best_and_its_finds_are_finalists(
+    model: Model, simulated: type[FakeTrials]
+) -> None:
+    found = tune_once(model, GPU, is_refined=True)
+    assert_ranked(found.outcomes)
+    assert found.is_complete
+    contraction, candidates = candidates_of(model, GPU)
+    count = max(candidate.stream_count for candidate in candidates)
+    searched = [o for o in found.outcomes if o.candidate.policy == "search"]
+    others = [o for o in found.outcomes if o.candidate.policy != "search"]
+    assert (len(searched), len(others)) == (3, len(candidates))
+    best_us = sorted(o.trial_us for o in others if o.trial_us is not None)
+    for outcome in searched:
+        candidate = outcome.candidate
+        check_schedule(contraction.graph, Machine((GPU,), count), candidate.contracted)
+        check_schedule(graph_from_model(model), Machine((GPU,), count), candidate.schedule)
+        assert candidate.schedule == expand(contraction, candidate.contracted)
+        assert outcome.trial_us is not None
+        assert outcome.trial_us <= best_us[2]
+    assert min(o.trial_us for o in searched if o.trial_us is not None) < best_us[0]
+    assert any(outcome.samples_us for outcome in searched)
+
+
+def test_a_policy_that_is_asked_for_is_not_searched_around(
+    model: Model, simulated: type[FakeTrials]
+) -> None:
+    assert "search" not in {o.candidate.policy for o in tune_once(model, GPU).outcomes}
+
+
+@pytest.mark.parametrize("trial_count", [1, 3, 60])
+def test_ctrl_c_keeps_what_was_tried_and_is_told(
+    trial_count: int, model: Model, simulated: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = SimulatedTrials.measure_us
+
+    def interrupted(self: SimulatedTrials, contracted: Schedule) -> tuple[float, ...]:
+        if len(self.tried) + 1 == trial_count:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, contracted)
+
+    monkeypatch.setattr(simulated, "measure_us", interrupted)
+    found = tune_once(model, GPU, is_refined=True)
+    assert not found.is_complete
+    assert_ranked(found.outcomes)
+    _, candidates = candidates_of(model, GPU)
+    proposed = [o for o in found.outcomes if o.candidate.policy != "search"]
+    assert sum(o.trial_us is not None for o in proposed) == min(trial_count, len(candidates))
+    assert trial_count <= len(simulated.tried) <= trial_count + 3, "it went on trying"
+
+
+def test_a_second_ctrl_c_ends_it(
+    model: Model, simulated: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted_twice(self: FakeTrials, contracted: Schedule) -> tuple[float, ...]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one was swallowed")
+
+    monkeypatch.setattr(simulated, "measure_us", interrupted_twice)
+    with pytest.raises(KeyboardInterrupt):
+        tune_once(model, GPU)

@@ -15,7 +15,6 @@ from hypothesis.strategies import DataObject
 
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.executors import segments
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import ModelPart, ModelSource, node_reads
 from onnxsched_runtime.plan import Segment
@@ -129,7 +128,9 @@ def test_convolutions_and_bodies_are_not_shared(name: str) -> None:
     assert seen == {False, True}
 
 
-def outputs_of(template: Template, source: ModelSource, feeds: dict[str, models.Array]) -> dict:
+def outputs_of(
+    template: Template, source: ModelSource, feeds: dict[str, models.Array]
+) -> dict[str, models.Array]:
     """What a session of a template computes, by the names of the model."""
     fed = {short: feeds[name] for short, name in template.inputs.items()}
     for short, name in template.weights.items():
@@ -188,13 +189,15 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[ModelPart | Path]:
     """What sessions were made of, one entry each."""
     fake_cuda.install(monkeypatch)
     made: list[ModelPart | Path] = []
-    open_one = segments.OrtSession
+    create = OrtSession.__init__
 
-    def counted(source: ModelPart | Path, with_settings: SessionSettings) -> OrtSession:
+    def counted(
+        self: OrtSession, source: ModelPart | Path, with_settings: SessionSettings
+    ) -> None:
         made.append(source)
-        return open_one(source, with_settings)
+        create(self, source, with_settings)
 
-    monkeypatch.setattr(segments, "OrtSession", counted)
+    monkeypatch.setattr(OrtSession, "__init__", counted)
     return made
 
 
