@@ -24,8 +24,7 @@ from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
-from onnxsched_runtime.load import Executor, open_executor, plan_lowered, source_of
-from onnxsched_runtime.lowering import lower
+from onnxsched_runtime.load import Executor, lowered_source, open_executor, plan_lowered
 from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.planning import plan_model
 
@@ -54,6 +53,8 @@ class Arm:
     on the host, and on the CPU."""
     latency_us: tuple[tuple[float, ...], ...]
     """Time of a call that takes and returns host arrays, one tuple a round."""
+    memory_nbytes: int | None
+    """What it holds on the device once it has run, libraries not counted; None on the CPU."""
 
     @property
     def device(self) -> Summary | None:
@@ -126,6 +127,7 @@ def _arm_json(arm: Arm) -> dict[str, Any]:
         "latency": dataclasses.asdict(arm.latency),
         "device_us": [[round(s, 3) for s in samples] for samples in arm.device_us],
         "latency_us": [[round(s, 3) for s in samples] for samples in arm.latency_us],
+        "memory_nbytes": arm.memory_nbytes,
     }
 
 
@@ -163,18 +165,22 @@ def bench(
     device = annotation.devices[0]
     names = _arm_names(against, device, bool(annotation.host_reasons))
     libraries = tuple(custom_ops)
+    lowered = lowered_source(model, annotation, libraries)
     baseline = _baseline(model, annotation, original, device, libraries)
-    lowered = lower(source_of(model, annotation), device, libraries)
     feeds = random_inputs(model, annotation.tensors, seed=0)
     outputs = [value.name for value in model.graph.output]
     with ExitStack() as stack:
         runs = []
+        sources = {name: baseline if name.startswith("ort") else lowered for name in names}
+        if device.kind == "cuda":  # the first session loads libraries, which belong to no arm
+            with _open(names[0], sources[names[0]], model, annotation, libraries) as executor:
+                executor.run(feeds, outputs)
         for number, name in enumerate(names):
             progress("preparing", number, len(names))
-            source = baseline if name.startswith("ort") else lowered
-            executor = _open(name, source, model, annotation, libraries)
+            free_nbytes = cuda.free_memory_nbytes(device) if device.kind == "cuda" else None
+            executor = _open(name, sources[name], model, annotation, libraries)
             stack.callback(executor.close)
-            runs.append(_ArmRun(name, executor, feeds, outputs))
+            runs.append(_ArmRun(name, executor, feeds, outputs, device, free_nbytes))
         _measure(runs, warmup_ms, duration_s, iterations, progress)
         arms = tuple(run.result() for run in runs)
     return BenchResult(
@@ -247,10 +253,21 @@ class _ArmRun:
     """An executor being measured."""
 
     def __init__(
-        self, name: str, executor: Executor, feeds: dict[str, Any], outputs: list[str]
+        self,
+        name: str,
+        executor: Executor,
+        feeds: dict[str, Any],
+        outputs: list[str],
+        device: Device,
+        free_nbytes: int | None,
     ) -> None:
+        """Run once, and see what that has taken of the memory that was free before."""
         self._name, self._executor = name, executor
         self._run: Callable[[], list[Any]] = lambda: executor.run(feeds, outputs)
+        self._run()
+        self._memory_nbytes = (
+            None if free_nbytes is None else free_nbytes - cuda.free_memory_nbytes(device)
+        )
         self._device_us: list[tuple[float, ...]] = []
         self._latency_us: list[tuple[float, ...]] = []
 
@@ -274,6 +291,7 @@ class _ArmRun:
             self._executor.refusal,
             tuple(self._device_us),
             tuple(self._latency_us),
+            self._memory_nbytes,
         )
 
 

@@ -65,7 +65,12 @@ def propose(
     counts = sorted({k for k in STREAM_COUNTS if k < max_streams} | {max_streams})
     chain_cost = contract_cost(contraction, cost)
     found: dict[bytes, Candidate] = {}
-    tried = [("sequential", 1), *((p, k) for p in policies if p != "sequential" for k in counts)]
+    tried = [("sequential", 1)]
+    for policy in policies:
+        if policy == "search":  # which gives up streams that gain nothing
+            tried.append((policy, max_streams))
+        elif policy != "sequential":
+            tried += [(policy, count) for count in counts]
     for policy, count in tried:
         machine = Machine((device,), count)
         contracted = POLICIES[policy](contraction.graph, chain_cost, machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from onnxsched.cost import CostModel, OperatorCost
+from onnxsched.cost import Contention, CostModel, OperatorCost, mean_share
 from onnxsched.graph import Operator, OperatorGraph
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.device import Device
@@ -31,8 +31,16 @@ class ContractedCost:
     )
     """Made at the first question about a device: a policy asks for each operator many times."""
 
+    @property
+    def contention(self) -> Contention:
+        """As in the original."""
+        return self.original.contention
+
     def operator(self, operator: int, device: Device) -> OperatorCost:
-        """Sum of the durations, bound of the longest member, largest block share."""
+        """Sum of the durations, bound of the longest member, largest block share, mean SM share.
+
+        Views take time only in a chain of nothing else.
+        """
         if device not in self._on_device:
             self._on_device[device] = tuple(self._sum(group, device) for group in self.groups)
         return self._on_device[device][operator]
@@ -42,11 +50,14 @@ class ContractedCost:
         return self.original.transfer_us(nbytes, source, target)
 
     def _sum(self, group: tuple[int, ...], device: Device) -> OperatorCost:
-        costs = [self.original.operator(member, device) for member in group]
+        members = [self.original.operator(member, device) for member in group]
+        costs = [cost for cost in members if not cost.is_view] or members
         return OperatorCost(
             duration_us=sum(cost.duration_us for cost in costs),
             bound=max(costs, key=lambda cost: cost.duration_us).bound,
             block_share=max(cost.block_share for cost in costs),
+            sm_share=mean_share((cost.duration_us, cost.sm_share) for cost in costs),
+            is_view=costs[0].is_view,
         )
 
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import onnx.inliner
@@ -14,6 +15,7 @@ from onnx import helper
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
+from onnxsched.simplification import rectify_after_concat
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import (
@@ -24,7 +26,7 @@ from onnxsched_runtime.model import (
     read_model,
     write_model,
 )
-from onnxsched_runtime.session import optimize_file
+from onnxsched_runtime.session import optimize_file, to_float16
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
@@ -32,6 +34,9 @@ from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 _MIN_IR, _MAX_IR = 10, 13
 """Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
 _MAX_CONCAT = 32
+
+
+Precision = Literal["keep", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Model:
     """The model as the user gave it, shapes bound: what plain ORT runs."""
     variant: Variant = DEFAULT_VARIANT
     """How sessions execute it; its layout is already in `proto`."""
+    precision: Precision = "keep"
+    """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
 
     @property
     def source(self) -> ModelSource:
@@ -67,8 +74,16 @@ def load_model(
     device: Device,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     custom_ops: tuple[str, ...] = (),
+    precision: Precision = "keep",
 ) -> Model:
     """Read a model, bind its shapes, and let ORT fold constants and fuse operators.
+
+    Args:
+        path: An ONNX model.
+        device: Where it will run.
+        shapes: Shapes of inputs whose dimensions are symbols.
+        custom_ops: Shared libraries with custom operators.
+        precision: `fp16` makes float32 float16 inside; the baseline stays as it is.
 
     Raises:
         UsageError: There is no such file, or a shape does not fit or is missing.
@@ -84,8 +99,11 @@ def load_model(
     _narrow_concats(baseline)
     name_nodes(baseline)
     declare_types(baseline)
-    proto, on_cpu = _optimized(baseline, device, custom_ops)
+    converted = to_float16(baseline) if precision == "fp16" else baseline
+    proto, on_cpu = _optimized(converted, device, custom_ops)
     _give_outputs_a_node(proto)
+    name_nodes(proto)
+    rectify_after_concat(proto)
     name_nodes(proto)
     tensors = tensor_types(proto)
     if device.kind == "cpu":
@@ -96,7 +114,7 @@ def load_model(
         if value.name in tensors
     }
     reasons = host_reasons(proto, tensors, on_cpu)
-    return Model(proto, tensors, reasons, bound, baseline)
+    return Model(proto, tensors, reasons, bound, baseline, precision=precision)
 
 
 def _narrow_concats(model: onnx.ModelProto) -> None:

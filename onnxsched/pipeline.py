@@ -6,33 +6,27 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from onnxsched.annotate import annotation_for, portable_schedule
-from onnxsched.candidates import propose
-from onnxsched.checking import PlainRuns, check_numerics, run_plain
+from onnxsched.annotate import annotation_for
+from onnxsched.checking import check_numerics, run_plain
 from onnxsched.comparison import Difference
-from onnxsched.contraction import contract_chains
-from onnxsched.cost import OperatorCost, TableCost
-from onnxsched.decision import Decision, decide, recall, remember
+from onnxsched.decision import Decision, recall, remember
 from onnxsched.environment import choose_device, describe_environment
-from onnxsched.loading import Model, graph_from_model, load_model, with_refusals
+from onnxsched.loading import Model, Precision, graph_from_model, load_model, with_refusals
 from onnxsched.policies import POLICIES
-from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
-from onnxsched.profiling.measure import Progress, measure_profile
+from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.signature import OperatorSignatures
-from onnxsched.tuning import Subject, tune
-from onnxsched.variants import possible_variants, promising, race_variants
+from onnxsched.scheduling import Request, measured_decision
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.lowering import origins
 from onnxsched_runtime.model import write_model
-from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+from onnxsched_runtime.variant import Variant
 
 _DEFAULT_STREAMS = {"cuda": 16, "cpu": min(4, os.cpu_count() or 1)}
 
@@ -68,18 +62,6 @@ class OptimizeResult:
         return {"schema_version": 1, **content, "path": str(self.path), "device": str(self.device)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What the user asks for, checked."""
-
-    policy: str
-    streams: int
-    """The cap."""
-    budget_s: float
-    variants: bool
-    custom_ops: tuple[str, ...]
-
-
 def optimize(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -90,6 +72,7 @@ def optimize(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     budget_s: float = 60.0,
     variants: bool = True,
+    precision: Precision = "keep",
     cache_dir: str | os.PathLike[str] | None = "",
     seed: int = 0,
     custom_ops: Sequence[str] = (),
@@ -106,6 +89,7 @@ def optimize(
         shapes: Shapes of inputs whose dimensions are symbols.
         budget_s: No more schedules are tried after this many seconds.
         variants: Also try other layouts and kernels of ONNX Runtime's; see `Variant`.
+        precision: `fp16` computes in float16; inputs and outputs keep their types.
         cache_dir: Where measurements are kept; "" for the user's cache, None for nowhere.
         seed: For the inputs that outputs are compared on.
         custom_ops: Shared libraries with custom operators.
@@ -118,24 +102,24 @@ def optimize(
         NumericsError: The scheduled model computes something else than plain ORT.
         OnnxschedError: `target` can't be written.
     """
-    _check_arguments(target, streams, policy)
+    _check_arguments(target, streams, policy, precision)
     chosen = choose_device(device)
     libraries = tuple(custom_ops)
     progress("loading", 0, 1)
-    model = load_model(Path(source), chosen, shapes, libraries)
+    model = load_model(Path(source), chosen, shapes, libraries, precision)
     environment = describe_environment(chosen)
     directory = default_directory() if cache_dir == "" else cache_dir
     cache = MeasurementCache(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
     cap = streams or _DEFAULT_STREAMS[chosen.kind]
-    request = _Request(policy, cap, budget_s, variants, libraries)
+    request = Request(policy, cap, budget_s, variants, libraries)
     progress("checking", 0, 1)
     plain = run_plain(model, chosen, seed, libraries)
     key = _decision_key(model, request)
     decision = kept = recall(cache, key, graph_from_model(model), chosen)
     if decision is None:
-        decision, is_complete = _measured_decision(model, chosen, cache, plain, request, progress)
+        decision, is_complete = measured_decision(model, chosen, cache, plain, request, progress)
         if is_complete:
             remember(cache, key, decision)
     model = with_refusals(model, decision.refusals)
@@ -152,96 +136,11 @@ def optimize(
     return result
 
 
-def _measured_decision(
-    model: Model,
-    device: Device,
-    cache: MeasurementCache,
-    plain: PlainRuns,
-    request: _Request,
-    progress: Progress,
-) -> tuple[Decision, bool]:
-    """Try variants, let policies schedule the promising ones, and measure what they propose.
-
-    Returns:
-        The decision, and whether it was come to without an interruption.
-    """
-    libraries = request.custom_ops
-    wanted = possible_variants(model, device) if request.variants else (DEFAULT_VARIANT,)
-    if len(wanted) > 1:
-        raced = race_variants(
-            model,
-            device,
-            wanted,
-            plain,
-            budget_s=request.budget_s / 4,
-            custom_ops=libraries,
-            progress=progress,
-        )
-        variants = [outcome.model for outcome in promising(raced)]
-    else:
-        variants = [model]
-    subjects = [_subject(model, variant, device, cache, request, progress) for variant in variants]
-    subjects = [s for s in subjects if not (s.refusals and s.model.variant.is_lowered)]
-    if not any(s.model.variant == DEFAULT_VARIANT for s in subjects):
-        subjects.append(_unscheduled(model, device))
-    model = with_refusals(model, subjects[0].refusals)
-    tuned = tune(
-        model,
-        subjects,
-        device,
-        budget_s=request.budget_s / 2,
-        is_refined=request.policy == "auto",
-        custom_ops=libraries,
-        progress=progress,
-    )
-    return decide(tuned.outcomes, subjects, request.policy), tuned.is_complete
-
-
-def _subject(
-    model: Model,
-    variant: Model,
-    device: Device,
-    cache: MeasurementCache,
-    request: _Request,
-    progress: Progress,
-) -> Subject:
-    """Profile a variant's operators, and let policies schedule them."""
-    profile = measure_profile(variant, device, cache, request.custom_ops, progress)
-    variant = with_refusals(variant, profile.refusals)
-    graph = graph_from_model(variant)
-    contraction = contract_chains(graph)
-    cost = TableCost(tuple(profile.cost(operator.name) for operator in graph.operators))
-    policies = list(POLICIES) if request.policy == "auto" else [request.policy]
-    proposed = propose(graph, contraction, cost, device, policies, request.streams)
-    candidates = tuple(
-        replace(c, schedule=portable_schedule(model, variant, c.schedule)) for c in proposed
-    )
-    return Subject(
-        variant, contraction, candidates, _solo_times(model, variant, profile), profile.refusals
-    )
-
-
-def _unscheduled(model: Model, device: Device) -> Subject:
-    """The model as ONNX Runtime runs it by itself: always a candidate."""
-    graph = graph_from_model(model)
-    contraction = contract_chains(graph)
-    cost = TableCost(tuple(OperatorCost(0.0) for _ in graph.operators))
-    candidates = propose(graph, contraction, cost, device, ["sequential"], 1)
-    return Subject(model, contraction, candidates, {}, {})
-
-
-def _solo_times(model: Model, variant: Model, profile: Profile) -> dict[str, tuple[float, str]]:
-    """Solo time and bound of each node of the portable model, from those it became."""
-    origin = origins(model.proto, variant.proto)
-    times: dict[str, tuple[float, str]] = {}
-    for name, operator in profile.operators.items():
-        if name in origin:
-            known_us = times.get(origin[name], (0.0, ""))[0]
-            times[origin[name]] = (known_us + operator.duration_us, profile.bounds[name])
-    return times
-
-
-def _check_arguments(target: str | os.PathLike[str], streams: int | None, policy: str) -> None:
+def _check_arguments(
+    target: str | os.PathLike[str], streams: int | None, policy: str, precision: str
+) -> None:
+    if precision not in get_args(Precision):
+        raise UsageError(f"There is no precision '{precision}'; there are keep and fp16.")
     if policy != "auto" and policy not in POLICIES:
         raise UsageError(f"There is no policy '{policy}'; there are auto, {', '.join(POLICIES)}.")
     if streams is not None and streams < 1:
@@ -253,7 +152,7 @@ def _check_arguments(target: str | os.PathLike[str], streams: int | None, policy
         raise UsageError(f"'{target}' is a folder; give the path of a file to write.")
 
 
-def _decision_key(model: Model, request: _Request) -> str:
+def _decision_key(model: Model, request: Request) -> str:
     signatures = OperatorSignatures(model)
     operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
     asked = [request.policy, request.streams, request.budget_s, request.variants]
@@ -267,6 +166,7 @@ def _details(
     return {
         "policy": decision.policy,
         "streams": decision.schedule.stream_count,
+        "precision": model.precision,
         "bound_shapes": {name: list(shape) for name, shape in model.bound_shapes.items()},
         "device_names": {str(device): environment["device"]},
         "measured_us": decision.measured_us,

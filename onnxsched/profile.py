@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onnxsched.cost import Bound, OperatorCost
+from onnxsched.cost import Bound, OperatorCost, mean_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,23 @@ class Kernel:
             ),
         )
 
+    def sm_share(self, limits: Multiprocessor) -> float:
+        """The share of the multiprocessors that get a block, where all blocks fit at once.
+
+        How many blocks one multiprocessor could hold does not matter: predictions are as good
+        without it (see `docs/adr/0008-contention.md`).
+        """
+        return min(1.0, self.grid[0] * self.grid[1] * self.grid[2] / limits.count)
+
 
 @dataclass(frozen=True, slots=True)
 class Multiprocessor:
-    """What one multiprocessor (SM) of a GPU holds."""
+    """What one multiprocessor (SM) of a GPU holds, and how many there are."""
 
     shared_memory_nbytes: int
     registers: int
     threads: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,17 @@ class Profile:
 
     def cost(self, name: str) -> OperatorCost:
         """The cost of a node for scheduling."""
-        operator = self.operators[name]
+        operator, bound = self.operators[name], self.bounds[name]
         limits = self.multiprocessor
-        shares = [k.block_share(limits) for k in operator.kernels] if limits else []
-        return OperatorCost(operator.duration_us, self.bounds[name], max(shares, default=0.0))
+        if limits is None:
+            return OperatorCost(operator.duration_us, bound)
+        kernels = operator.kernels
+        return OperatorCost(
+            operator.duration_us,
+            bound,
+            block_share=max((k.block_share(limits) for k in kernels), default=0.0),
+            sm_share=mean_share(
+                (kernel.duration_us, kernel.sm_share(limits)) for kernel in kernels
+            ),
+            is_view=not kernels,
+        )

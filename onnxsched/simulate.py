@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from onnxsched.cost import CostModel
-from onnxsched.graph import OperatorGraph
+from onnxsched.fluid import Tasks, run_tasks
+from onnxsched.graph import Edge, OperatorGraph
 from onnxsched.rank import durations_us, upward_ranks_us
 from onnxsched.schedule import Schedule
-from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.device import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +30,41 @@ def simulate(graph: OperatorGraph, cost: CostModel, schedule: Schedule) -> Timel
     """Run a schedule that passes `check_schedule` on the cost model.
 
     An operator starts as soon as the one before it on its stream has finished and all tensors it
-    reads have arrived. Operators on different streams do not slow each other. O(n + edges).
+    reads have arrived, and `cost.contention` says what running beside others costs. O(edges +
+    n * (log n + operators that run at once)), and O(n + edges) without contention.
     """
-    starts_us = [0.0] * len(graph)
-    finishes_us = [0.0] * len(graph)
-    free_us: dict[Placement, float] = {}
-    for slot in schedule.slots:
-        device = slot.placement.device
-        start_us = free_us.get(slot.placement, 0.0)
-        for edge in graph.incoming[slot.operator]:
-            source = schedule.placement_of[edge.producer].device
-            transfer_us = cost.transfer_us(edge.nbytes, source, device)
-            start_us = max(start_us, finishes_us[edge.producer] + transfer_us)
-        finish_us = start_us + cost.operator(slot.operator, device).duration_us
-        starts_us[slot.operator] = start_us
-        finishes_us[slot.operator] = free_us[slot.placement] = finish_us
+    placement_of = schedule.placement_of
+    placements = [placement_of[operator] for operator in range(len(graph))]
+    tasks = tasks_on(graph, cost, [placement.device for placement in placements])
+    order = [slot.operator for slot in schedule.slots]
+    starts_us, finishes_us = run_tasks(tasks, cost.contention, order, placements)
     return Timeline(tuple(starts_us), tuple(finishes_us))
+
+
+def tasks_on(graph: OperatorGraph, cost: CostModel, devices: Sequence[Device]) -> Tasks:
+    """The operators as tasks, given the device of each. O(n + edges)."""
+    costs = [cost.operator(operator, device) for operator, device in enumerate(devices)]
+    number = {device: index for index, device in enumerate(dict.fromkeys(devices))}
+    return Tasks(
+        durations_us=tuple(operator.duration_us for operator in costs),
+        sm_shares=tuple(operator.sm_share for operator in costs),
+        devices=tuple(number[device] for device in devices),
+        incoming=tuple(
+            _arrivals(edges, cost, devices, device)
+            for edges, device in zip(graph.incoming, devices, strict=True)
+        ),
+    )
+
+
+def _arrivals(
+    edges: Iterable[Edge], cost: CostModel, devices: Sequence[Device], device: Device
+) -> tuple[tuple[int, float], ...]:
+    """The producers of tensors, and how long the longest transfer from each to `device` takes."""
+    delay_us: dict[int, float] = {}
+    for edge in edges:
+        transfer_us = cost.transfer_us(edge.nbytes, devices[edge.producer], device)
+        delay_us[edge.producer] = max(delay_us.get(edge.producer, 0.0), transfer_us)
+    return tuple(delay_us.items())
 
 
 def critical_path_us(graph: OperatorGraph, cost: CostModel, device: Device) -> float:

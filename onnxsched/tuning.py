@@ -9,20 +9,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from onnxsched.annotate import annotation_for, portable_schedule
+from onnxsched.calibration import calibrate
 from onnxsched.candidates import Candidate
-from onnxsched.contraction import Contraction, expand
+from onnxsched.contraction import ContractedCost, Contraction, contract_cost, expand
+from onnxsched.cost import TableCost
 from onnxsched.inputs import random_inputs
 from onnxsched.interruption import Interruption
 from onnxsched.loading import Model
+from onnxsched.machine import Machine
+from onnxsched.policies import POLICIES
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import race
 from onnxsched.refinement import refine
+from onnxsched.schedule import Schedule
+from onnxsched.simulate import simulate
 from onnxsched.trial import TrialRunner
-from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
+_CALIBRATION_COUNT = 8
+"""Trials that the contention of the machine is fitted to."""
 _START_COUNT = 3
 """Schedules that local search starts from."""
 _FINALIST_COUNT = 3
@@ -36,6 +44,8 @@ class Subject:
     model: Model
     """Lowered."""
     contraction: Contraction
+    cost: TableCost
+    """Of the lowered model's operators."""
     candidates: tuple[Candidate, ...]
     """Their schedules are of the portable model, the contracted ones of `contraction`."""
     operators: Mapping[str, tuple[float, str]]
@@ -77,6 +87,7 @@ def tune(
     subjects: Sequence[Subject],
     device: Device,
     *,
+    stream_count: int,
     budget_s: float,
     is_refined: bool = True,
     custom_ops: tuple[str, ...],
@@ -93,6 +104,7 @@ def tune(
         model: The portable model.
         subjects: Its variants and what is proposed for each.
         device: Where to measure.
+        stream_count: The cap for schedules that are found here.
         budget_s: Shared evenly between the variants.
         is_refined: Spend what is left of it on local search from the best schedules.
         custom_ops: Libraries of custom operators.
@@ -106,6 +118,7 @@ def tune(
                 model,
                 subject,
                 device,
+                stream_count,
                 custom_ops,
                 lambda deadline=deadline: (  # type: ignore[misc]
                     time.monotonic() < deadline and not interruption.is_requested
@@ -131,6 +144,8 @@ class _Trials:
     """Portable."""
     subject: Subject
     device: Device
+    stream_count: int
+    """The cap."""
     custom_ops: tuple[str, ...]
     is_time_left: Callable[[], bool]
     progress: Progress
@@ -160,38 +175,79 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
                 trials.progress("trying schedules", index, len(tried))
                 samples_us = runner.measure_us(outcome.candidate.contracted)
                 tried[index] = replace(outcome, trial_us=statistics.median(samples_us))
-            if is_refined:
-                tried += _refined(trials, tried, runner)
+            cost = _calibrated(subject, tried)
+            tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
+            if is_refined and trials.is_time_left():
+                tried += _searched(trials, cost, tried, runner)
         except CaptureError:
             pass
     return tried
 
 
-def _refined(trials: _Trials, tried: Sequence[Outcome], runner: TrialRunner) -> list[Outcome]:
-    """What local search makes of the best schedules that were tried."""
+def _calibrated(subject: Subject, tried: Sequence[Outcome]) -> ContractedCost:
+    """The cost of the chains, with the contention that explains a few of the measured times."""
+    ranked = sorted(tried, key=_expected)
+    step = max(1, len(ranked) // _CALIBRATION_COUNT)
+    chosen = [*ranked[::step], *(o for o in ranked if o.candidate.policy == "sequential")]
+    graph = subject.contraction.graph
+    measured = [(o.candidate.contracted, o.trial_us) for o in chosen if o.trial_us is not None]
+    contention = calibrate(graph, contract_cost(subject.contraction, subject.cost), measured)
+    return contract_cost(subject.contraction, replace(subject.cost, contention=contention))
+
+
+def _predicted_again(subject: Subject, cost: ContractedCost, outcome: Outcome) -> Outcome:
+    candidate = outcome.candidate
+    timeline = simulate(subject.contraction.graph, cost, candidate.contracted)
+    return replace(outcome, candidate=replace(candidate, predicted_us=timeline.makespan_us))
+
+
+def _searched(
+    trials: _Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
+) -> list[Outcome]:
+    """What search finds on the calibrated simulator, and then on the machine."""
+    graph = trials.subject.contraction.graph
+    machine = Machine((trials.device,), trials.stream_count)
+    trials.progress("searching", 0, 1)
+    start = POLICIES["search"](graph, cost, machine)
+    samples_us = runner.measure_us(start)
+    found = _outcome(trials, cost, start, statistics.median(samples_us))
+    return [found, *_refined(trials, cost, [found, *tried], runner)]
+
+
+def _outcome(
+    trials: _Trials, cost: ContractedCost, contracted: Schedule, trial_us: float
+) -> Outcome:
+    """A schedule that search came to."""
     subject = trials.subject
+    expanded = expand(subject.contraction, contracted)
+    candidate = Candidate(
+        "search",
+        portable_schedule(trials.model, subject.model, expanded),
+        contracted,
+        simulate(subject.contraction.graph, cost, contracted).makespan_us,
+    )
+    return Outcome(candidate, trial_us, (), subject.model.variant)
+
+
+def _refined(
+    trials: _Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
+) -> list[Outcome]:
+    """What local search on the machine makes of the best schedules that were tried."""
+    graph = trials.subject.contraction.graph
     best = sorted(tried, key=_expected)[:_START_COUNT]
-    streams = max(outcome.candidate.stream_count for outcome in tried)
-    placements = [Placement(trials.device, stream) for stream in range(streams)]
+    placements = Machine((trials.device,), trials.stream_count).placements
     found = []
     for number, outcome in enumerate(best):
         trials.progress("refining schedules", number, len(best))
         refined = refine(
-            subject.contraction.graph,
+            graph,
             outcome.candidate.contracted,
             placements,
             lambda schedule: statistics.median(runner.measure_us(schedule)),
             trials.is_time_left,
             seed=number,
         )
-        expanded = expand(subject.contraction, refined.schedule)
-        candidate = Candidate(
-            "search",
-            portable_schedule(trials.model, subject.model, expanded),
-            refined.schedule,
-            outcome.candidate.predicted_us,
-        )
-        found.append(Outcome(candidate, refined.measured_us, (), outcome.variant))
+        found.append(_outcome(trials, cost, refined.schedule, refined.measured_us))
     return found
 
 

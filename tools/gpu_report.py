@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import sample_models
-from onnxsched import bench, load, optimize
+from onnxsched import load, optimize
 from onnxsched.comparison import Tolerances, compare
 from onnxsched.environment import describe_environment
 from onnxsched.inputs import random_inputs
+from onnxsched.loading import Precision
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.model import read_model, write_model
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--models", default=",".join(sample_models.MODELS), help="comma-separated")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
+    parser.add_argument("--half", default="", help="models to measure in float16 as well")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds a model; 60")
     parser.add_argument("--device", default="cuda:0", help="where to measure")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -50,12 +54,17 @@ def main() -> None:
         sys.exit("Not measuring a build whose tests fail; see the logs.")
     environment = describe_environment(Device.parse(arguments.device))
     results: dict[str, Any] = {}
-    for name in filter(lambda n: n != "tiny", arguments.models.split(",")):
+    jobs: list[tuple[str, Precision]] = [(name, "keep") for name in arguments.models.split(",")]
+    jobs += [(name, "fp16") for name in filter(None, arguments.half.split(","))]
+    for name, precision in jobs:
+        if name in ("", "tiny"):
+            continue
+        title = name if precision == "keep" else f"{name}/{precision}"
         try:
-            results[name] = measure_model(name, arguments.device)
+            results[title] = measure_model(name, arguments.device, precision, arguments.budget)
         except Exception as error:
             traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            results[title] = {"error": f"{type(error).__name__}: {error}"}
         write_report(arguments.out / "zoo.json", tests, environment, results)
     print_table(results)
 
@@ -77,20 +86,30 @@ def run_tests(out: Path) -> str:
     return "; ".join(ends)
 
 
-def measure_model(name: str, device: str) -> dict[str, Any]:
+def measure_model(name: str, device: str, precision: Precision, budget_s: float) -> dict[str, Any]:
     """Build, optimize without and with a cache, and bench one model."""
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch, "in.onnx"), Path(scratch, "out.onnx")
         write_model(sample_models.build(name), source)
         cache = Path(scratch, "cache")
-        command_s = time_command(source, target, device, cache) if name == "googlenet" else None
+        is_timed = name == "googlenet" and precision == "keep"
+        command_s = time_command(source, target, device, cache, budget_s) if is_timed else None
         optimized, optimize_s = timed(
-            lambda: optimize(source, target, device=device, cache_dir=cache)
+            lambda: optimize(
+                source,
+                target,
+                device=device,
+                cache_dir=cache,
+                budget_s=budget_s,
+                precision=precision,
+            )
         )
-        measured = bench(target, original=source, duration_s=0.5, iterations=60, warmup_ms=50)
+        measured = bench_command(source, target)
         on_cpu = difference_on_cpu(target)
     return {
         "policy": optimized.policy,
+        "variant": str(optimized.variant),
+        "precision": precision,
         "streams": optimized.stream_count,
         "operators": optimized.operator_count,
         "segments": optimized.segment_count,
@@ -106,7 +125,7 @@ def measure_model(name: str, device: str) -> dict[str, Any]:
             {k: v for k, v in entry.items() if k != "samples_us"}
             for entry in optimized.alternatives
         ],
-        "bench": without_samples(measured.to_json()),
+        "bench": without_samples(measured),
     }
 
 
@@ -134,15 +153,29 @@ def timed(work: Any) -> tuple[Any, float]:
     return work(), time.monotonic() - start
 
 
-def time_command(source: Path, target: Path, device: str, cache: Path) -> dict[str, float]:
+def time_command(
+    source: Path, target: Path, device: str, cache: Path, budget_s: float
+) -> dict[str, float]:
     """Seconds of the whole command in a fresh process: with an empty cache, then a full one."""
     command = [sys.executable, "-m", "onnxsched", "optimize", str(source), "-o", str(target),
-               "--device", device, "--cache-dir", str(cache)]  # fmt: skip
+               "--device", device, "--cache-dir", str(cache),
+               "--budget", str(budget_s)]  # fmt: skip
 
     def run() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     return {"cold": timed(run)[1], "cached": timed(run)[1]}
+
+
+def bench_command(source: Path, target: Path) -> dict[str, Any]:
+    """What `bench` finds in a fresh process: what one holds depends on what it ran before."""
+    found = target.with_suffix(".json")
+    command = [sys.executable, "-m", "onnxsched", "bench", str(target), "--original", str(source),
+               "--duration", "0.5", "--iterations", "60", "--warmup", "50",
+               "--json", str(found)]  # fmt: skip
+    fresh = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=fresh)
+    return dict(json.loads(found.read_text()))
 
 
 def without_samples(result: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +202,7 @@ def write_report(
 
 def print_table(results: dict[str, Any]) -> None:
     """One line a model: times in microseconds, and how many times faster the schedule is."""
-    print(f"{'model':14}{'schedule':>18}{'us':>9}" + "".join(f"{arm:>14}" for arm in ARMS))
+    print(f"{'model':14}{'schedule':>24}{'us':>9}" + "".join(f"{arm:>14}" for arm in ARMS))
     for name, result in results.items():
         if "error" in result:
             print(f"{name:14}{result['error'][:80]}")
@@ -178,13 +211,20 @@ def print_table(results: dict[str, Any]) -> None:
         arms = result["bench"]["arms"]
         cells = [f"{ratios[arm]['value']:.2f}x" if arm in ratios else "" for arm in ARMS]
         device = arms["schedule"]["device"] or arms["schedule"]["latency"]
-        chosen = f"{result['policy']}/{result['streams']}"
+        chosen = f"{result['policy']}/{result['streams']} {result['variant']}"
         identical = "" if result["is_identical_to_ort"] else f"{result['relative_difference']:.0e}"
         print(
-            f"{name:14}{chosen:>18}{device['median_us']:9.1f}"
+            f"{name:14}{chosen:>24}{device['median_us']:9.1f}"
             + "".join(f"{cell:>14}" for cell in cells)
             + f"  {result['optimize_s']:.0f}s {result['command_s'] or ''} {identical}"
+            + f" {memory_ratio(arms):.2f}x memory"
         )
+
+
+def memory_ratio(arms: dict[str, Any]) -> float:
+    """Device memory of the schedule over that of plain ORT."""
+    held = [arms[name]["memory_nbytes"] or 0 for name in ("schedule", "ort")]
+    return held[0] / held[1] if held[1] else float("nan")
 
 
 if __name__ == "__main__":

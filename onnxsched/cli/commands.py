@@ -37,6 +37,9 @@ def optimize(
     shape: Annotated[
         list[str] | None, typer.Option(help="NAME:1x3x224x224, where it is not fixed.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="keep, or fp16 to compute in half precision.")
+    ] = "keep",
     budget: Annotated[float, typer.Option(help="Seconds to try schedules for.")] = 60.0,
     no_variants: Annotated[
         bool, typer.Option("--no-variants", help="Keep ONNX Runtime's own layout and kernels.")
@@ -71,6 +74,7 @@ def optimize(
             shapes=parse_shapes(shape or []),
             budget_s=budget,
             variants=not no_variants,
+            precision=precision,  # type: ignore[arg-type]
             cache_dir=None if no_cache else cache_dir or "",
             seed=seed,
             custom_ops=[str(path) for path in custom_ops or []],

@@ -150,11 +150,12 @@ def bench_result(result: BenchResult) -> None:
                 _us(arm.device.median_us if arm.device else None),
                 _us(shown.p99_us),
                 _us(arm.latency.median_us),
+                "" if arm.memory_nbytes is None else f"{arm.memory_nbytes / 1e6:.0f}",
                 "" if ratio is None else f"{ratio.value:.2f}",
                 "" if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}",
             )
         )
-    columns = ("arm", "device us", "p99 us", "latency us", "speed-up", "95 %")
+    columns = ("arm", "device us", "p99 us", "latency us", "memory MB", "speed-up", "95 %")
     _table(columns, rows)
     print(
         f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
@@ -11,6 +12,7 @@ from onnxsched.policies.heft import heft
 from onnxsched.policies.ios import ios
 from onnxsched.policies.nimble import nimble
 from onnxsched.policies.opara import opara
+from onnxsched.policies.search import search
 from onnxsched.policies.sequential import sequential
 from onnxsched.policies.wavefront import wavefront
 from onnxsched.schedule import Schedule
@@ -26,4 +28,5 @@ POLICIES: Mapping[str, Policy] = {
     "nimble": nimble,
     "heft": heft,
     "ios": ios,
+    "search": partial(search, starts=(heft,)),
 }

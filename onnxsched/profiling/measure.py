@@ -128,5 +128,8 @@ def _multiprocessor(device: Device) -> Multiprocessor | None:
         return None
     properties = cuda.device_properties(device)
     return Multiprocessor(
-        properties["shared_memory_nbytes"], properties["registers"], properties["threads"]
+        properties["shared_memory_nbytes"],
+        properties["registers"],
+        properties["threads"],
+        properties["multiprocessor_count"],
     )

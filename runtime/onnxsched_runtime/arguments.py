@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ def _ort_type(kind: onnx.TypeProto) -> str:
 
 def host_array(argument: NodeArg, value: Any) -> Any:
     """A host value of the input's type and shape."""
+    if type(value) is np.ndarray and _fits(argument, value):
+        return value
     if not argument.type.startswith("tensor("):
         return value
     if hasattr(value, "detach"):
@@ -56,14 +59,29 @@ def host_array(argument: NodeArg, value: Any) -> Any:
         except TypeError as error:
             raise UsageError(f"Input '{argument.name}' can't be read ({error}).") from error
     array = np.asarray(value)
-    element = onnx.TensorProto.DataType.Value(argument.type[7:-1].upper())
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
-    if array.dtype != dtype and element != onnx.TensorProto.STRING:
+    dtype = _dtype_of(argument.type)
+    if array.dtype != dtype and dtype.kind != "O":
         raise UsageError(
             f"Input '{argument.name}' takes {dtype.name}, got {array.dtype.name}; convert it."
         )
     _check_shape(argument, array.shape)
     return np.ascontiguousarray(array) if array.ndim else array
+
+
+def _fits(argument: NodeArg, array: np.ndarray) -> bool:
+    """Whether an array needs no conversion; quick, since it is asked at every run."""
+    return (
+        list(array.shape) == argument.shape
+        and array.flags.c_contiguous
+        and argument.type.startswith("tensor(")
+        and array.dtype == _dtype_of(argument.type)
+    )
+
+
+@functools.cache
+def _dtype_of(kind: str) -> np.dtype:
+    element = onnx.TensorProto.DataType.Value(kind[7:-1].upper())
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element))
 
 
 def _check_shape(argument: NodeArg, shape: tuple[int, ...]) -> None:

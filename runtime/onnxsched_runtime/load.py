@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import onnx
 
+from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.arguments import NodeArg, arguments_of, host_array
 from onnxsched_runtime.device import Device, Placement
@@ -21,8 +22,6 @@ from onnxsched_runtime.lowering import lower, to_lowered
 from onnxsched_runtime.model import ModelSource, input_values, read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
-from onnxsched_runtime.session import keep_blas_workspace
-from onnxsched_runtime.variant import DEFAULT_VARIANT
 
 _PRODUCTS = ("MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
 """Parts of the names of operators that call cuBLAS."""
@@ -56,8 +55,6 @@ def load(
     """
     model = read_model(path)
     annotation = moved(read_annotation(model), device_map or {})
-    if any(device.kind == "cuda" for device in annotation.devices):
-        keep_blas_workspace("full" if multiplies_matrices(model) else "small")
     return Session(model, annotation, capture=capture, custom_ops=tuple(custom_ops))
 
 
@@ -68,12 +65,22 @@ def multiplies_matrices(model: onnx.ModelProto) -> bool:
     return len(products) > len(convolutions) / 10
 
 
-def source_of(model: onnx.ModelProto, annotation: Annotation) -> ModelSource:
-    """The portable model as its annotation wants it executed; on the CPU there is one way."""
-    on_gpu = all(device.kind == "cuda" for device in annotation.devices)
-    return ModelSource(
-        model, annotation.tensors, annotation.variant if on_gpu else DEFAULT_VARIANT
-    )
+def lowered_source(
+    model: onnx.ModelProto, annotation: Annotation, custom_ops: tuple[str, ...] = ()
+) -> ModelSource:
+    """The model as its annotation wants it executed; on the CPU there is one way.
+
+    The first model that a process executes on a GPU says how much memory cuBLAS keeps.
+
+    Raises:
+        DeviceError: The CUDA provider does not load.
+        ModelError: ORT refuses the model.
+    """
+    device = annotation.devices[0]
+    if device.kind == "cpu":
+        return ModelSource(model, annotation.tensors)
+    cuda.keep_blas_workspace("full" if multiplies_matrices(model) else "small")
+    return lower(ModelSource(model, annotation.tensors, annotation.variant), device, custom_ops)
 
 
 def plan_lowered(
@@ -155,7 +162,9 @@ class Session:
         self.device = annotation.devices[0]
         self._inputs = arguments_of(input_values(model), annotation)
         self._outputs = arguments_of(model.graph.output, annotation)
-        source = lowered or lower(source_of(model, annotation), self.device, custom_ops)
+        self._input_names = {argument.name for argument in self._inputs}
+        self._output_names = [argument.name for argument in self._outputs]
+        source = lowered or lowered_source(model, annotation, custom_ops)
         self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
         self._executor = open_executor(source, self.plan, capture=capture, custom_ops=custom_ops)
         self._one_at_a_time = threading.Lock()
@@ -197,11 +206,12 @@ class Session:
             UsageError: An input is missing, unknown, or of another shape or type; or the session
                 is closed.
         """
-        names = [argument.name for argument in self._outputs]
-        if unknown := set(output_names or ()) - set(names):
+        names = self._output_names
+        if output_names and (unknown := set(output_names) - set(names)):
             raise UsageError(f"There is no output '{min(unknown)}'; there are {names}.")
         wanted = list(output_names or names)
-        self._check_names(input_feed)
+        if input_feed.keys() != self._input_names:
+            self._refuse_names(input_feed)
         on_device = self._on_device(input_feed.values())
         if not on_device:  # else the executor checks, once it has made tensors of them
             input_feed = {a.name: host_array(a, input_feed[a.name]) for a in self._inputs}
@@ -226,7 +236,7 @@ class Session:
         values = list(values)
         return self.device.kind == "cuda" and bool(values) and all(map(_is_on_gpu, values))
 
-    def _check_names(self, feed: Mapping[str, Any]) -> None:
+    def _refuse_names(self, feed: Mapping[str, Any]) -> None:
         names = [argument.name for argument in self._inputs]
         if missing := [name for name in names if name not in feed]:
             raise UsageError(f"Input '{missing[0]}' is missing; the model takes {names}.")

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
+import onnx
 import onnxruntime
 from onnx import TensorProto
 
@@ -24,8 +25,6 @@ from onnxsched_runtime.settings import BufferView, SessionSettings
 from onnxsched_runtime.tensor import TensorType
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-_BLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
-_BLAS_WORKSPACES = {"small": ":16:8", "full": ":32768:1"}
 _NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+:\d+ [^)]*\) "
     r"|ONNX Runtime only \*guarantees\*.*(?=Current official)"
@@ -168,6 +167,23 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
     }
 
 
+def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with float32 made float16 inside; inputs and outputs keep their types.
+
+    By ONNX Runtime's own converter, which leaves operators alone that have no float16 kernel.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with warnings.catch_warnings():  # of weights below the smallest float16, which become that
+        warnings.simplefilter("ignore")
+        converted: onnx.ModelProto = convert_float_to_float16(
+            copy, keep_io_types=True, disable_shape_infer=True
+        )
+    return converted
+
+
 def library_versions() -> dict[str, str]:
     """Versions of ONNX Runtime and how it was built."""
     return {
@@ -184,28 +200,9 @@ def is_cuda_built() -> bool:
 
 
 @functools.cache
-def keep_blas_workspace(kind: Literal["small", "full"]) -> None:
-    """Say how much memory each cuBLAS handle keeps; the first say in a process counts.
-
-    Every session has a handle. By default one keeps 64 MiB on recent GPUs; half of that is as
-    fast, and what multiplies no matrices is as fast with next to none. cuBLAS reads the variable
-    once, so it can't be chosen by session; a value that the user has set is left alone.
-    """
-    wanted = _BLAS_WORKSPACES[kind]
-    kept = os.environ.setdefault(_BLAS_VARIABLE, wanted)
-    if kind == "full" and kept == _BLAS_WORKSPACES["small"]:
-        warnings.warn(
-            "A model without matrix products was loaded first, so this one gets little cuBLAS "
-            f"workspace and may be slower; load it first, or set {_BLAS_VARIABLE}={wanted}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-@functools.cache
 def _load_cuda_libraries() -> None:
     """Load what the CUDA provider links to: from the wheels beside ORT, else as torch finds it."""
-    os.environ.setdefault(_BLAS_VARIABLE, _BLAS_WORKSPACES["full"])
+    cuda.keep_blas_workspace()
     onnxruntime.set_default_logger_severity(3)
     if not (Path(onnxruntime.__file__).parent.parent / "nvidia").is_dir():
         cuda.load_torch()

@@ -48,8 +48,8 @@ def test_results_go_to_stdout_and_errors_to_stderr(tmp_path: Path) -> None:
 def test_an_interrupt_is_130_and_writes_nothing(tmp_path: Path) -> None:
     saved(build("squeezenet"), tmp_path, "in.onnx")
     script = (
-        "import onnxsched.pipeline as p, time, sys\n"
-        "p.tune = lambda *a, **k: (print('tuning', flush=True), time.sleep(60))\n"
+        "import onnxsched.scheduling as s, time, sys\n"
+        "s.tune = lambda *a, **k: (print('tuning', flush=True), time.sleep(60))\n"
         "from onnxsched.cli import main\n"
         "sys.argv = ['onnxsched', 'optimize', 'in.onnx', '-o', 'out.onnx', '--no-cache']\n"
         "main()"

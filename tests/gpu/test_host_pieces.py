@@ -45,7 +45,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> onnxsched.OptimizeResult:
     folder = tmp_path_factory.mktemp("mixed")
     onnx.save(_mixed(), folder / "in.onnx")
     return onnxsched.optimize(
-        folder / "in.onnx", folder / "out.onnx", device="cuda:0", cache_dir=None
+        folder / "in.onnx", folder / "out.onnx", device="cuda:0", cache_dir=None, budget_s=4.0
     )
 
 
@@ -112,7 +112,7 @@ def test_an_operator_that_can_not_be_captured_stays_on_the_host(
     onnx.save(model, tmp_path / "in.onnx")
     monkeypatch.setattr("onnxsched.loading._narrow_concats", lambda model: None)
     result = onnxsched.optimize(
-        tmp_path / "in.onnx", tmp_path / "out.onnx", device="cuda:0", cache_dir=None
+        tmp_path / "in.onnx", tmp_path / "out.onnx", device="cuda:0", cache_dir=None, budget_s=4.0
     )
     assert [("Concat" in name, "captur" in why) for name, why in result.host_reasons.items()] == [
         (True, True)
@@ -123,6 +123,8 @@ def test_an_operator_that_can_not_be_captured_stays_on_the_host(
 def test_a_device_that_is_not_there_is_one_sentence_and_exit_code_4(tmp_path: Path) -> None:
     onnx.save(_mixed(), tmp_path / "in.onnx")
     with pytest.raises(OnnxschedError, match="cuda:7 is not available") as caught:
-        onnxsched.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", device="cuda:7")
+        onnxsched.optimize(
+            tmp_path / "in.onnx", tmp_path / "out.onnx", device="cuda:7", budget_s=4.0
+        )
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out.onnx").exists()

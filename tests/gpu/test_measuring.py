@@ -43,7 +43,7 @@ def test_bench_measures_every_arm_the_same_way(
     zoo: Callable[[str], Path], cache_dir: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "out.onnx"
-    onnxsched.optimize(zoo("squeezenet"), target, cache_dir=cache_dir)
+    onnxsched.optimize(zoo("squeezenet"), target, cache_dir=cache_dir, budget_s=4.0)
     result = onnxsched.bench(
         target, original=zoo("squeezenet"), duration_s=0.5, iterations=40, warmup_ms=50
     )

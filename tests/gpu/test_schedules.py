@@ -42,6 +42,7 @@ def scheduled(zoo: Zoo, cache_dir: Path, tmp_path_factory: pytest.TempPathFactor
                 streams=4,
                 variants=False,
                 cache_dir=cache_dir,
+                budget_s=4.0,
             )
         return done[name]
 
@@ -151,8 +152,8 @@ def test_optimizing_again_from_the_cache_gives_the_same_schedule(
     tmp_path: Path,
 ) -> None:
     cache = tmp_path / "cache"
-    first = onnxsched.optimize(zoo("deepfm"), tmp_path / "a.onnx", cache_dir=cache)
-    second = onnxsched.optimize(zoo("deepfm"), tmp_path / "b.onnx", cache_dir=cache)
+    first = onnxsched.optimize(zoo("deepfm"), tmp_path / "a.onnx", cache_dir=cache, budget_s=4.0)
+    second = onnxsched.optimize(zoo("deepfm"), tmp_path / "b.onnx", cache_dir=cache, budget_s=4.0)
     assert (first.from_cache, second.from_cache) == (False, True)
     annotations = [read_annotation(read_model(r.path)) for r in (first, second)]
     assert list(annotations[0].placements.items()) == list(annotations[1].placements.items())
@@ -163,5 +164,7 @@ def test_auto_is_not_slower_than_one_stream(
     cache_dir: Path,
     tmp_path: Path,
 ) -> None:
-    result = onnxsched.optimize(zoo("googlenet"), tmp_path / "a.onnx", cache_dir=cache_dir)
+    result = onnxsched.optimize(
+        zoo("googlenet"), tmp_path / "a.onnx", cache_dir=cache_dir, budget_s=4.0
+    )
     assert result.measured_us <= result.sequential_us

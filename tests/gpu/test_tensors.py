@@ -20,7 +20,7 @@ def session(
     folder = tmp_path_factory.mktemp("tensors")
     write_model(sample_models.build("squeezenet"), folder / "in.onnx")
     onnxsched.optimize(
-        folder / "in.onnx", folder / "out.onnx", policy="opara", cache_dir=cache_dir
+        folder / "in.onnx", folder / "out.onnx", policy="opara", cache_dir=cache_dir, budget_s=4.0
     )
     with onnxsched.load(folder / "out.onnx") as loaded:
         yield loaded
@@ -100,7 +100,9 @@ def test_closing_gives_the_memory_back(tmp_path: Path, cache_dir: Path) -> None:
     import torch
 
     write_model(sample_models.build("googlenet"), tmp_path / "in.onnx")
-    onnxsched.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", cache_dir=cache_dir)
+    onnxsched.optimize(
+        tmp_path / "in.onnx", tmp_path / "out.onnx", cache_dir=cache_dir, budget_s=4.0
+    )
 
     def used_mebibytes() -> float:
         torch.cuda.synchronize()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from onnxsched.contraction import contract_chains, contract_cost, expand
-from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.graph import Edge, OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
@@ -83,11 +83,22 @@ def test_two_tensors_between_a_pair_do_not_break_a_chain() -> None:
 def test_costs_of_a_chain() -> None:
     graph = graph_of(2, [(0, 1)])
     cost = TableCost(
-        (OperatorCost(1.0, "compute", 0.5), OperatorCost(2.0, "memory", 0.25)), latency_us=3.0
+        (OperatorCost(1.0, "compute", 0.5, 1.0), OperatorCost(3.0, "memory", 0.25, 0.5)),
+        latency_us=3.0,
+        contention=Contention(sm_slowdown=0.5),
     )
     chain = contract_cost(contract_chains(graph), cost)
-    assert chain.operator(0, GPU) == OperatorCost(3.0, "memory", 0.5)
+    assert chain.operator(0, GPU) == OperatorCost(4.0, "memory", 0.5, 0.625)
+    assert chain.contention == cost.contention
     assert chain.transfer_us(0, GPU, Device("cuda", 1)) == 3.0
+
+
+def test_views_take_time_only_in_a_chain_of_nothing_else() -> None:
+    view, product = OperatorCost(1.5, is_view=True), OperatorCost(4.0, "memory", 0.5, 0.25)
+    contraction = contract_chains(graph_of(5, [(0, 1), (1, 2), (3, 4)]))
+    chains = contract_cost(contraction, TableCost((view, product, view, view, view)))
+    assert chains.operator(0, GPU) == product
+    assert chains.operator(1, GPU) == OperatorCost(3.0, is_view=True)
 
 
 def test_chains_without_costs_are_free() -> None:

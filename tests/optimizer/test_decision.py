@@ -12,6 +12,7 @@ import pytest
 
 from onnxsched.candidates import Candidate
 from onnxsched.contraction import Contraction
+from onnxsched.cost import TableCost
 from onnxsched.decision import Decision, decide, recall, remember
 from onnxsched.loading import Model
 from onnxsched.profiling.cache import MeasurementCache
@@ -29,7 +30,12 @@ OPERATORS = {f"operator_{index}": (float(index + 1), "memory") for index in rang
 def subject(variant: Variant = DEFAULT_VARIANT) -> Subject:
     proto = onnx.ModelProto()
     return Subject(
-        Model(proto, {}, {}, {}, proto, variant), Contraction(DIAMOND, ()), (), OPERATORS, {}
+        Model(proto, {}, {}, {}, proto, variant),
+        Contraction(DIAMOND, ()),
+        TableCost(()),
+        (),
+        OPERATORS,
+        {},
     )
 
 

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import onnxsched
-from onnxsched import checking, pipeline
+from onnxsched import checking, pipeline, scheduling
 from onnxsched.comparison import Difference, Tolerances
 from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
@@ -172,7 +172,7 @@ def test_a_second_run_takes_the_decision_from_the_cache(
 ) -> None:
     first = optimized(tiny, tmp_path / "first.onnx", cache_dir=tmp_path / "cache", streams=3)
     for what in ("measure_profile", "tune"):
-        monkeypatch.delattr(pipeline, what)
+        monkeypatch.delattr(scheduling, what)
     second = optimized(tiny, tmp_path / "second.onnx", cache_dir=tmp_path / "cache", streams=3)
     assert (first.from_cache, second.from_cache) == (False, True)
     assert second.alternatives == first.alternatives
@@ -203,27 +203,28 @@ def test_a_decision_that_ctrl_c_cut_short_is_not_remembered(
     target, options = tmp_path / "out.onnx", {"cache_dir": tmp_path / "cache", "streams": 3}
     with monkeypatch.context() as patch:
         real = tune
-        patch.setattr(pipeline, "tune", lambda *a, **k: replace(real(*a, **k), is_complete=False))
+        patch.setattr(
+            scheduling, "tune", lambda *a, **k: replace(real(*a, **k), is_complete=False)
+        )
         assert not optimized(tiny, target, **options).from_cache
         assert_runs_like(target, tiny, feeds_for(build("tiny")))
     assert not optimized(tiny, target, **options).from_cache
     assert optimized(tiny, target, **options).from_cache
 
 
-@pytest.mark.parametrize("policy", ["auto", "nimble"])
-def test_only_auto_searches_on(
+@pytest.mark.parametrize("policy", ["auto", "search", "nimble"])
+def test_a_policy_that_is_asked_for_is_not_searched_around(
     policy: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real = tune
 
     def noted(*arguments: Any, **options: Any) -> Tuned:
         asked.append(options["is_refined"])
-        return real(*arguments, **options)
+        return tune(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "tune", noted)
+    monkeypatch.setattr(scheduling, "tune", noted)
     optimized(tiny, tmp_path / "out.onnx", policy=policy)
-    assert asked == [policy == "auto"]
+    assert asked == [policy != "nimble"]
 
 
 NHWC = Variant("nhwc")
@@ -232,8 +233,8 @@ NHWC = Variant("nhwc")
 @pytest.fixture
 def cpu_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the CPU have variants: its provider has a blocked layout of its own to lower to."""
-    monkeypatch.setattr(pipeline, "possible_variants", lambda *_: (DEFAULT_VARIANT, NHWC))
-    monkeypatch.setattr(pipeline, "promising", lambda outcomes: outcomes)
+    monkeypatch.setattr(scheduling, "possible_variants", lambda *_: (DEFAULT_VARIANT, NHWC))
+    monkeypatch.setattr(scheduling, "promising", lambda outcomes: outcomes)
 
 
 @pytest.mark.parametrize("policy", ["auto", "nimble"])
@@ -243,11 +244,10 @@ def test_schedules_of_a_lowered_model_are_carried_to_the_file(
 ) -> None:
     model = build(name, **SMALL[name])
     source, target = saved(model, tmp_path), tmp_path / "out.onnx"
-    real = decide
     monkeypatch.setattr(  # whichever is faster, the lowered one is to be written
-        pipeline,
+        scheduling,
         "decide",
-        lambda outcomes, *rest: real(
+        lambda outcomes, *rest: decide(
             sorted(outcomes, key=lambda o: (not o.samples_us, o.variant != NHWC)), *rest
         ),
     )
@@ -270,7 +270,7 @@ def test_without_the_default_variant_the_unscheduled_model_is_still_measured(
     cpu_layouts: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        pipeline,
+        scheduling,
         "promising",
         lambda outcomes: [o for o in outcomes if o.model.variant == NHWC],
     )
@@ -282,7 +282,7 @@ def test_without_the_default_variant_the_unscheduled_model_is_still_measured(
 def test_variants_can_be_turned_off(
     cpu_layouts: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(pipeline, "race_variants")
+    monkeypatch.delattr(scheduling, "race_variants")
     result = optimized(tiny, tmp_path / "out.onnx", variants=False)
     assert {a["variant"] for a in result.alternatives} == {"nchw"}
 

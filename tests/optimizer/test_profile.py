@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from onnxsched.cost import OperatorCost
 from onnxsched.profile import Kernel, Multiprocessor, OperatorProfile, Profile, Roofline
 
-LIMITS = Multiprocessor(shared_memory_nbytes=100_000, registers=64_000, threads=2000)
+LIMITS = Multiprocessor(shared_memory_nbytes=100_000, registers=64_000, threads=2000, count=4)
 
 
 def kernel(
-    block: tuple[int, int, int] = (1, 1, 1), registers: int = 0, shared_memory: int = 0
+    block: tuple[int, int, int] = (1, 1, 1),
+    registers: int = 0,
+    shared_memory: int = 0,
+    grid: tuple[int, int, int] = (1, 1, 1),
 ) -> Kernel:
-    return Kernel("k", 1.0, (1, 1, 1), block, registers, shared_memory, 0.5)
+    return Kernel("k", 1.0, grid, block, registers, shared_memory, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -52,15 +55,16 @@ def test_an_operator_takes_its_median_sample() -> None:
     assert OperatorProfile(()).duration_us == 0.0
 
 
-def test_the_cost_has_the_largest_share_of_all_kernels() -> None:
-    kernels = (kernel((200, 1, 1)), kernel((500, 1, 1)), kernel((100, 1, 1)))
+def test_the_cost_has_the_largest_block_and_the_mean_share_of_all_kernels() -> None:
+    kernels = (kernel((200, 1, 1)), kernel((500, 1, 1)), kernel((100, 1, 1), grid=(2, 2, 2)))
     operators = {"conv": OperatorProfile((3.0,), kernels), "host": OperatorProfile(())}
     bounds: Any = {"conv": "compute", "host": "memory"}
     profile = Profile(operators, bounds, LIMITS, measured_count=1)
-    assert profile.cost("conv") == OperatorCost(3.0, "compute", 0.25)
-    assert profile.cost("host") == OperatorCost(0.0, "memory", 0.0)
+    assert profile.cost("conv") == OperatorCost(3.0, "compute", 0.25, sm_share=0.5)
+    assert profile.cost("host") == OperatorCost(0.0, "memory", 0.0, is_view=True)
     on_cpu = dataclasses.replace(profile, multiprocessor=None)
-    assert on_cpu.cost("conv") == OperatorCost(3.0, "compute", 0.0)
+    assert on_cpu.cost("conv") == OperatorCost(3.0, "compute")
+    assert on_cpu.cost("host") == OperatorCost(0.0, "memory")
 
 
 threes = st.tuples(*[st.integers(1, 99)] * 3)

@@ -121,6 +121,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
     monkeypatch.setattr(segments, "OrtSession", open_session)
+    monkeypatch.setattr(cuda, "keep_blas_workspace", lambda kind: None)
     monkeypatch.setattr(FakeGraph, "refusals", 0)
     monkeypatch.setattr(FakeGraph, "launches", 0)
     return FakeGraph

@@ -9,7 +9,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched_runtime.device import Device
@@ -41,7 +41,16 @@ def operator_costs() -> SearchStrategy[OperatorCost]:
         duration_us=st.sampled_from([0.0, 0.0, 0.25, 1.0, 1.0, 2.0, 7.5]),
         bound=st.sampled_from(["compute", "memory"]),
         block_share=st.sampled_from([0.0, 0.0, 0.25, 1.0]),
+        sm_share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     )
+
+
+def contentions() -> SearchStrategy[Contention]:
+    """Contention of every strength, none and the strongest allowed included."""
+    overhead_us = st.sampled_from([0.0, 0.0, 0.25, 2.0])
+    slowdown = st.sampled_from([0.0, 0.125, 0.5])
+    factor = st.sampled_from([1.0, 1.0, 1.5])
+    return st.builds(Contention, factor, overhead_us, overhead_us, slowdown, slowdown)
 
 
 @st.composite

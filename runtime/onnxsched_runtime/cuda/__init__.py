@@ -5,6 +5,7 @@ caller's tensors and for the profiler.
 """
 
 from onnxsched_runtime.cuda.binding import load_torch
+from onnxsched_runtime.cuda.blas import keep_blas_workspace
 from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
 from onnxsched_runtime.cuda.devices import (
     device_count,
@@ -28,6 +29,7 @@ __all__ = [
     "device_properties",
     "free_memory_nbytes",
     "has_peer_access",
+    "keep_blas_workspace",
     "kernel_trace",
     "library_versions",
     "load_torch",

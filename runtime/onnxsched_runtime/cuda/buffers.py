@@ -82,10 +82,18 @@ class Buffer:
 
     def fill(self, array: np.ndarray, stream: Stream) -> None:
         """Copy host values in, on a stream, through pinned memory."""
+        self.stage(array)
+        self.upload(stream)
+
+    def stage(self, array: np.ndarray) -> None:
+        """Copy host values to pinned memory."""
+        staging = self.staging
+        np.copyto(staging, array.reshape(staging.shape).view(staging.dtype))
+
+    def upload(self, stream: Stream) -> None:
+        """Start the copy from pinned memory."""
         if self.kind.nbytes:
-            staging = self.staging
-            np.copyto(staging, array.reshape(staging.shape).view(staging.dtype))
-            self._copy(self.pointer, staging.ctypes.data, stream)
+            self._copy(self.pointer, self.staging.ctypes.data, stream)
 
     def require_fit(self, name: str, tensor: Any) -> None:
         """Check that a torch tensor for input `name` has the buffer's shape and type.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -170,13 +171,31 @@ class SegmentRunner:
                 case Wait(event, placement):
                     self.streams[placement].wait(events[event])
 
-    def capture(self, piece: Piece) -> cuda.Graph:
+    def capture(
+        self, piece: Piece, uploads: Sequence[str] = (), fetches: Sequence[str] = ()
+    ) -> cuda.Graph:
         """Capture a piece into one CUDA graph; the sessions must be warm.
+
+        Args:
+            piece: What the graph runs.
+            uploads: Tensors that it first copies from pinned memory.
+            fetches: Tensors that it copies to pinned memory in the end.
 
         Raises:
             CaptureError: CUDA or ORT refuse, with the reason.
         """
-        return cuda.Graph.capture(self.streams[piece.main], lambda: self.issue(piece))
+        main = self.streams[piece.main]
+        for name in (*uploads, *fetches):
+            _ = self.buffers[name].staging  # allocated now: a capture forbids it
+
+        def issue_all() -> None:
+            for name in uploads:
+                self.buffers[name].upload(main)
+            self.issue(piece)
+            for name in fetches:
+                self.buffers[name].fetch(main)
+
+        return cuda.Graph.capture(main, issue_all)
 
     def close(self) -> None:
         """Free the sessions, then the streams they launch on."""

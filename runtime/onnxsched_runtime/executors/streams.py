@@ -41,6 +41,8 @@ class StreamExecutor:
         self.capture: Capture = "none"
         self._launch: list[Callable[[], None]] = []
         self._graphs: list[cuda.Graph] = []
+        self._with_copies: dict[tuple[tuple[str, ...], tuple[str, ...]], cuda.Graph] = {}
+        """Graphs that copy inputs in and outputs out, by their names."""
         if not any(piece.captured for piece in plan.pieces):
             capture = "none"
         modes: tuple[Capture, ...] = ("whole", "ort", "none")
@@ -108,6 +110,8 @@ class StreamExecutor:
             feeds: Host values of every model input.
             outputs: Names of model outputs.
         """
+        if self.capture == "whole" and self.is_one_piece:
+            return self._run_in_one_graph(feeds, outputs)
         values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
         stream = self._end_stream()
         fetched = [name for name in outputs if name not in values]
@@ -117,6 +121,21 @@ class StreamExecutor:
         return [
             self._runner.buffers[n].staging.copy() if n in fetched else values[n] for n in outputs
         ]
+
+    def _run_in_one_graph(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """Run with the copies in the graph, so that a run is one launch."""
+        buffers = self._runner.buffers
+        names = tuple(name for name in feeds if name in buffers)
+        key = (names, tuple(outputs))
+        if key not in self._with_copies:
+            graph = self._runner.capture(self._plan.pieces[0], names, list(dict.fromkeys(outputs)))
+            self._with_copies[key] = graph
+        for name in names:
+            buffers[name].stage(feeds[name])
+        stream = self.main_stream
+        self._with_copies[key].launch(stream)
+        stream.synchronize()
+        return [buffers[name].staging.copy() for name in outputs]
 
     def run_on_device(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run on device tensors, ordered by torch's current stream, without a host copy.
@@ -192,9 +211,9 @@ class StreamExecutor:
     def close(self) -> None:
         """Free the graphs, then what they launch."""
         cuda.synchronize(self.main_stream.device)
-        for graph in self._graphs:
+        for graph in (*self._graphs, *self._with_copies.values()):
             graph.close()
-        self._graphs = []
+        self._graphs, self._with_copies = [], {}
         self._launch = []
         self._runner.close()
 

@@ -1,0 +1,140 @@
+"""Run tasks on streams, and slow those that run at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf
+
+from onnxsched.cost import Contention
+
+Lanes = Sequence[Hashable]
+"""The stream of each task."""
+Times = tuple[list[float], list[float]]
+"""Start and finish of each task in microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """What is to run, by index: all that does not depend on streams."""
+
+    durations_us: Sequence[float]
+    """Alone."""
+    sm_shares: Sequence[float]
+    devices: Sequence[int]
+    """Only tasks of one device slow each other."""
+    incoming: Sequence[Sequence[tuple[int, float]]]
+    """For each task those that it waits for, and for how long beyond their finish."""
+
+
+def run_tasks(tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes) -> Times:
+    """When each task starts and finishes.
+
+    A task can start once the one before it on its stream has finished and all that it waits for
+    has arrived; see `Contention` for what follows.
+
+    Args:
+        tasks: The tasks.
+        contention: What they cost each other.
+        order: The launch order: every task once, after those that it waits for.
+        lanes: The stream of each.
+    """
+    if contention.slows:
+        return _run_together(tasks, contention, order, lanes)
+    return _run_apart(tasks, contention, order, lanes)
+
+
+def _run_apart(tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes) -> Times:
+    """Without slow-downs the launch order is enough. O(n + edges)."""
+    starts_us = [0.0] * len(order)
+    finishes_us = [0.0] * len(order)
+    free_us: dict[Hashable, float] = {}
+    for task in order:
+        lane = lanes[task]
+        can_start_us = free_us.get(lane, 0.0)
+        for producer, delay_us in tasks.incoming[task]:
+            if lanes[producer] != lane:
+                delay_us += contention.event_us
+            can_start_us = max(can_start_us, finishes_us[producer] + delay_us)
+        starts_us[task] = can_start_us + contention.start_us
+        duration_us = tasks.durations_us[task] * contention.duration_factor
+        finishes_us[task] = free_us[lane] = starts_us[task] + duration_us
+    return starts_us, finishes_us
+
+
+def _run_together(
+    tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes
+) -> Times:
+    """From one start or finish to the next. O(edges + n * (log n + tasks that run at once))."""
+    by_share, by_count = contention.sm_slowdown, contention.launch_slowdown
+    own = [by_share * share for share in tasks.sm_shares]
+    left_us = [us * contention.duration_factor for us in tasks.durations_us]
+    followers, missing = _followers(tasks, contention, order, lanes)
+    can_start_us = [0.0] * len(order)
+    starts_us, finishes_us = [0.0] * len(order), [0.0] * len(order)
+    waiting = [(contention.start_us, task) for task in sorted(order) if not missing[task]]
+    running: list[int] = []
+    devices, idle = tasks.devices, [1.0 - by_count] * (max(tasks.devices, default=0) + 1)
+    now_us = 0.0
+    while running or waiting:
+        crowd = idle.copy()
+        for task in running:
+            crowd[devices[task]] += own[task] + by_count
+        need_us = [left_us[task] * (crowd[devices[task]] - own[task]) for task in running]
+        step_us = min(need_us, default=inf)
+        if waiting and waiting[0][0] <= now_us + step_us:
+            step_us = waiting[0][0] - now_us
+            now_us = waiting[0][0]
+        else:
+            now_us += step_us
+        still: list[int] = []
+        for task, need in zip(running, need_us, strict=True):
+            if need > step_us:
+                left_us[task] *= 1 - step_us / need
+                still.append(task)
+                continue
+            finishes_us[task] = now_us
+            for ready in _released(followers[task], now_us, can_start_us, missing):
+                heappush(waiting, (can_start_us[ready] + contention.start_us, ready))
+        running = still
+        while waiting and waiting[0][0] <= now_us:
+            start_us, task = heappop(waiting)
+            starts_us[task] = start_us
+            running.append(task)
+    return starts_us, finishes_us
+
+
+def _released(
+    followers: Iterable[tuple[int, float]],
+    now_us: float,
+    can_start_us: list[float],
+    missing: list[int],
+) -> Iterator[int]:
+    """Tell the followers of a task that it has finished: those that wait for no other."""
+    for follower, delay_us in followers:
+        can_start_us[follower] = max(can_start_us[follower], now_us + delay_us)
+        missing[follower] -= 1
+        if not missing[follower]:
+            yield follower
+
+
+def _followers(
+    tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes
+) -> tuple[list[list[tuple[int, float]]], list[int]]:
+    """Who waits for each task and for how long beyond it, and for how many each one waits."""
+    followers: list[list[tuple[int, float]]] = [[] for _ in order]
+    missing = [0] * len(order)
+    last_on: dict[Hashable, int] = {}
+    for task in order:
+        lane = lanes[task]
+        if lane in last_on:
+            followers[last_on[lane]].append((task, 0.0))
+            missing[task] += 1
+        last_on[lane] = task
+        missing[task] += len(tasks.incoming[task])
+        for producer, delay_us in tasks.incoming[task]:
+            if lanes[producer] != lane:
+                delay_us += contention.event_us
+            followers[producer].append((task, delay_us))
+    return followers, missing

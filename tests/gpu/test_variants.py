@@ -1,0 +1,131 @@
+"""Other layouts and precisions compute the same within rounding, and are chosen by measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnxsched
+from onnxsched.checking import differences_from, run_plain
+from onnxsched.inputs import random_inputs
+from onnxsched.loading import load_model
+from onnxsched.variants import possible_variants, race_variants
+from onnxsched_runtime.annotation import read_annotation
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.lowering import lower, origins
+from onnxsched_runtime.model import ModelSource, read_model
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+
+Zoo = Callable[[str], Path]
+_CUDA = Device("cuda")
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def nhwc(zoo: Zoo, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GoogLeNet in what is measured to be its fastest variant."""
+    target = tmp_path_factory.mktemp("variants") / "out.onnx"
+    result = onnxsched.optimize(
+        zoo("googlenet"), target, device="cuda:0", cache_dir=cache_dir, budget_s=8.0
+    )
+    assert result.variant.layout == "nhwc"
+    assert result.capture == "whole"
+    assert all(difference.is_within for difference in result.differences)
+    return target
+
+
+def test_the_file_stays_portable_and_loads_on_the_cpu(nhwc: Path) -> None:
+    model = read_model(nhwc)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx", "com.microsoft"}
+    feeds = random_inputs(model, read_annotation(model).tensors, 0)
+    with (
+        onnxsched.load(nhwc, device_map={"cuda:0": "cpu:0"}) as session,
+        OrtSession(nhwc, SessionSettings(Device("cpu"))) as plain,
+    ):
+        np.testing.assert_allclose(
+            session.run(None, feeds)[0], plain.run(feeds)[0], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_two_hundred_replays_with_changing_inputs_stay_right(nhwc: Path) -> None:
+    model = read_model(nhwc)
+    tensors = read_annotation(model).tensors
+    source = ModelSource(model, tensors)
+    with (
+        onnxsched.load(nhwc) as session,
+        OrtSession(source.whole(), SessionSettings(_CUDA)) as plain,
+    ):
+        for seed in range(200):
+            feeds = random_inputs(model, tensors, seed)
+            (actual,), (expected,) = session.run(None, feeds), plain.run(feeds)
+            assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
+def test_lowering_keeps_the_names_of_what_it_does_not_add(zoo: Zoo) -> None:
+    model = load_model(zoo("squeezenet"), _CUDA)
+    source = ModelSource(model.proto, model.tensors, Variant("nhwc"))
+    lowered = lower(source, _CUDA)
+    origin = origins(model.proto, lowered.model)
+    strangers = [n.op_type for n in lowered.model.graph.node if n.name not in origin]
+    assert set(strangers) == {"Transpose"}
+    assert set(origin.values()) == {node.name for node in model.proto.graph.node}
+    assert lower(ModelSource(model.proto, model.tensors), _CUDA).model is model.proto
+
+
+def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
+    model = load_model(zoo("squeezenet"), _CUDA)
+    plain = run_plain(model, _CUDA, 0, ())
+    outcomes = race_variants(
+        model, _CUDA, possible_variants(model, _CUDA), plain,
+        budget_s=60.0, custom_ops=(), progress=_quiet,
+    )  # fmt: skip
+    variants = [outcome.model.variant for outcome in outcomes]
+    assert DEFAULT_VARIANT in variants
+    assert Variant("nhwc", fuse_conv_bias=True) in variants
+    assert list(outcomes) == sorted(outcomes, key=lambda outcome: outcome.median_us)
+
+
+def test_half_precision_is_faster_and_near(zoo: Zoo, nhwc: Path, tmp_path: Path) -> None:
+    target = tmp_path / "half.onnx"
+    result = onnxsched.optimize(
+        zoo("googlenet"), target, device="cuda:0", cache_dir=None, budget_s=8.0, precision="fp16"
+    )
+    assert all(0 < difference.relative < 1e-2 for difference in result.differences)
+    single = read_annotation(read_model(nhwc)).details["measured_us"]
+    assert result.measured_us < single
+    model = load_model(zoo("googlenet"), _CUDA, precision="fp16")
+    plain = run_plain(model, _CUDA, 1, ())
+    with onnxsched.load(target) as session:
+        assert all(found.is_within for found in differences_from(model, session, plain))
+
+
+def test_a_run_costs_the_host_little_more_than_the_launch(nhwc: Path) -> None:
+    model = read_model(nhwc)
+    feeds = random_inputs(model, read_annotation(model).tensors, 0)
+    with onnxsched.load(nhwc) as session:
+        session.run(None, feeds)
+        executor = session.executor
+        stream = executor.main_stream  # type: ignore[union-attr]
+
+        def median_us(work: Callable[[], object]) -> float:
+            samples = []
+            for _ in range(200):
+                start_ns = time.perf_counter_ns()
+                work()
+                samples.append((time.perf_counter_ns() - start_ns) / 1e3)
+            return float(np.median(samples))
+
+        def bare() -> None:
+            executor.launch()  # type: ignore[union-attr]
+            stream.synchronize()
+
+        assert median_us(lambda: session.run(None, feeds)) < median_us(bare) + 100
