@@ -45,12 +45,17 @@ def measured_decision(
 ) -> tuple[Decision, bool]:
     """Try variants, let policies schedule the promising ones, and measure what they propose.
 
+    The model is profiled as it is before anything is captured here: what ends the process when it
+    is captured must end the profiler's.
+
     Returns:
         The decision, and whether it was come to without an interruption.
     """
     libraries = request.custom_ops
-    wanted = possible_variants(model, device) if request.variants else (DEFAULT_VARIANT,)
-    if len(wanted) > 1:
+    profile = measure_profile(model, device, cache, libraries, progress)
+    wanted = possible_variants(with_refusals(model, profile.refusals), device)
+    variants = [model]
+    if request.variants and len(wanted) > 1:
         raced = race_variants(
             model,
             device,
@@ -61,13 +66,17 @@ def measured_decision(
             progress=progress,
         )
         variants = [outcome.model for outcome in promising(raced)]
-    else:
-        variants = [model]
-    subjects = [_subject(model, variant, device, cache, request, progress) for variant in variants]
-    subjects = [s for s in subjects if not (s.refusals and s.model.variant.is_lowered)]
+    subjects = []
+    for variant in variants:
+        own = profile
+        if variant.variant != DEFAULT_VARIANT:
+            own = measure_profile(variant, device, cache, libraries, progress)
+            if own.refusals:
+                continue
+        subjects.append(_subject(model, variant, own, device, request))
     if not any(s.model.variant == DEFAULT_VARIANT for s in subjects):
         subjects.append(_unscheduled(model, device))
-    model = with_refusals(model, subjects[0].refusals)
+    model = with_refusals(model, profile.refusals)
     tuned = tune(
         model,
         subjects,
@@ -84,13 +93,11 @@ def measured_decision(
 def _subject(
     model: Model,
     variant: Model,
+    profile: Profile,
     device: Device,
-    cache: MeasurementCache,
     request: Request,
-    progress: Progress,
 ) -> Subject:
-    """Profile a variant's operators, and let policies schedule them."""
-    profile = measure_profile(variant, device, cache, request.custom_ops, progress)
+    """Let policies schedule a variant."""
     variant = with_refusals(variant, profile.refusals)
     graph = graph_from_model(variant)
     contraction = contract_chains(graph)

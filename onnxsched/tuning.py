@@ -177,7 +177,7 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
                 tried[index] = replace(outcome, trial_us=statistics.median(samples_us))
             cost = _calibrated(subject, tried)
             tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
-            if is_refined:
+            if is_refined and trials.is_time_left():
                 tried += _searched(trials, cost, tried, runner)
         except CaptureError:
             pass

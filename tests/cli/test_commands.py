@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxsched import pipeline
 from onnxsched.cli import run
 from onnxsched.policies import POLICIES
 from onnxsched_runtime.annotation import read_annotation
@@ -71,6 +72,22 @@ def test_optimize_chooses_by_itself_and_remembers(folder: Path, call: Any) -> No
 @pytest.mark.parametrize("policy", POLICIES)
 def test_optimize_obeys_a_policy(policy: str, call: Any) -> None:
     assert f"Chose {policy} on" in optimize(call, "--no-cache", "--policy", policy)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-variants",)])
+def test_optimize_passes_on_whether_to_try_variants(
+    options: tuple[str, ...], call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = pipeline.optimize
+
+    def noted(*arguments: Any, **named: Any) -> pipeline.OptimizeResult:
+        asked.append(named["variants"])
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(pipeline, "optimize", noted)
+    optimize(call, "--no-cache", "--policy", "sequential", *options)
+    assert asked == [not options]
 
 
 def test_optimize_binds_shapes(folder: Path, call: Any) -> None:

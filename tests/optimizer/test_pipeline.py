@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import onnxsched
 from onnxsched import checking, pipeline, scheduling
 from onnxsched.comparison import Difference, Tolerances
+from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
 from onnxsched.loading import load_model
 from onnxsched.policies import POLICIES
+from onnxsched.tuning import Tuned, tune
 from onnxsched.verify import verify
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.errors import (
@@ -26,6 +29,7 @@ from onnxsched_runtime.errors import (
     OnnxschedError,
     UsageError,
 )
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from sample_models import build
 from support.models import CPU, MODELS, Array, feeds_for
 from support.optimizing import assert_close, contents, parsed, plain_outputs, saved
@@ -180,7 +184,9 @@ def test_a_second_run_takes_the_decision_from_the_cache(
 
 
 @pytest.mark.parametrize(
-    "other", [{"policy": "heft"}, {"streams": 2}, {"cache_dir": None}], ids=str
+    "other",
+    [{"policy": "heft"}, {"streams": 2}, {"variants": False}, {"cache_dir": None}],
+    ids=str,
 )
 def test_another_question_is_decided_anew(
     other: dict[str, Any], tiny: Path, tmp_path: Path
@@ -189,6 +195,96 @@ def test_another_question_is_decided_anew(
     optimized(tiny, target, **options)
     assert not optimized(tiny, target, **options | other).from_cache
     assert optimized(tiny, target, **options).from_cache
+
+
+def test_a_decision_that_ctrl_c_cut_short_is_not_remembered(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, options = tmp_path / "out.onnx", {"cache_dir": tmp_path / "cache", "streams": 3}
+    with monkeypatch.context() as patch:
+        real = tune
+        patch.setattr(
+            scheduling, "tune", lambda *a, **k: replace(real(*a, **k), is_complete=False)
+        )
+        assert not optimized(tiny, target, **options).from_cache
+        assert_runs_like(target, tiny, feeds_for(build("tiny")))
+    assert not optimized(tiny, target, **options).from_cache
+    assert optimized(tiny, target, **options).from_cache
+
+
+@pytest.mark.parametrize("policy", ["auto", "search", "nimble"])
+def test_a_policy_that_is_asked_for_is_not_searched_around(
+    policy: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def noted(*arguments: Any, **options: Any) -> Tuned:
+        asked.append(options["is_refined"])
+        return tune(*arguments, **options)
+
+    monkeypatch.setattr(scheduling, "tune", noted)
+    optimized(tiny, tmp_path / "out.onnx", policy=policy)
+    assert asked == [policy != "nimble"]
+
+
+NHWC = Variant("nhwc")
+
+
+@pytest.fixture
+def cpu_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CPU have variants: its provider has a blocked layout of its own to lower to."""
+    monkeypatch.setattr(scheduling, "possible_variants", lambda *_: (DEFAULT_VARIANT, NHWC))
+    monkeypatch.setattr(scheduling, "promising", lambda outcomes: outcomes)
+
+
+@pytest.mark.parametrize("policy", ["auto", "nimble"])
+@pytest.mark.parametrize("name", ["tiny", "googlenet"])
+def test_schedules_of_a_lowered_model_are_carried_to_the_file(
+    name: str, policy: str, cpu_layouts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name, **SMALL[name])
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    monkeypatch.setattr(  # whichever is faster, the lowered one is to be written
+        scheduling,
+        "decide",
+        lambda outcomes, *rest: decide(
+            sorted(outcomes, key=lambda o: (not o.samples_us, o.variant != NHWC)), *rest
+        ),
+    )
+    result = optimized(source, target, policy=policy, streams=3)
+    written = onnx.load(target)
+    annotation = read_annotation(written)
+    assert {a["variant"] for a in result.alternatives} == {"nchw", "nhwc"}
+    assert result.variant == annotation.variant == NHWC
+    assert result.sequential_us == next(
+        a["measured_us"]
+        for a in result.alternatives
+        if (a["policy"], a["variant"]) == ("sequential", "nchw")
+    )
+    assert annotation.details["operators"].keys() <= annotation.placements.keys()
+    assert not any("nchwc" in node.domain for node in written.graph.node)
+    assert_runs_like(target, source, feeds_for(model))
+
+
+def test_without_the_default_variant_the_unscheduled_model_is_still_measured(
+    cpu_layouts: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        scheduling,
+        "promising",
+        lambda outcomes: [o for o in outcomes if o.model.variant == NHWC],
+    )
+    result = optimized(tiny, tmp_path / "out.onnx", streams=2)
+    default = [a["policy"] for a in result.alternatives if a["variant"] == "nchw"]
+    assert default == ["sequential"]
+
+
+def test_variants_can_be_turned_off(
+    cpu_layouts: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(scheduling, "race_variants")
+    result = optimized(tiny, tmp_path / "out.onnx", variants=False)
+    assert {a["variant"] for a in result.alternatives} == {"nchw"}
 
 
 def test_another_model_is_measured_only_where_it_differs(tiny: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +14,14 @@ import pytest
 
 from onnxsched import tuning
 from onnxsched.candidates import Candidate, propose
-from onnxsched.contraction import Contraction, contract_chains
+from onnxsched.contraction import Contraction, contract_chains, contract_cost, expand
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.loading import Model, graph_from_model
+from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
-from onnxsched.schedule import Schedule
-from onnxsched.tuning import Outcome, Subject, tune
+from onnxsched.schedule import Schedule, check_schedule
+from onnxsched.simulate import simulate
+from onnxsched.tuning import Outcome, Subject, Tuned, tune
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from sample_models import build
@@ -24,7 +29,7 @@ from support.models import CPU, MODELS
 from support.optimizing import loaded
 from support.strategies import GPU
 
-Tuned = tuple[Outcome, ...]
+STREAMS = 3
 
 
 def cost_of(model: Model) -> TableCost:
@@ -35,18 +40,26 @@ def cost_of(model: Model) -> TableCost:
 def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tuple[Candidate, ...]]:
     graph = graph_from_model(model)
     contraction = contract_chains(graph)
-    proposed = propose(graph, contraction, cost_of(model), device, tuple(POLICIES), 3)
+    proposed = propose(graph, contraction, cost_of(model), device, tuple(POLICIES), STREAMS)
     return contraction, proposed
 
 
-def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> Tuned:
+def tune_once(
+    model: Model, device: Device = CPU, *, budget_s: float = 60.0, is_refined: bool = False
+) -> Tuned:
     contraction, candidates = candidates_of(model, device)
     subject = Subject(model, contraction, cost_of(model), candidates, {}, {})
     return tune(
         model, [subject], device,
-        stream_count=3, budget_s=budget_s, is_refined=False, custom_ops=(),
+        stream_count=STREAMS, budget_s=budget_s, is_refined=is_refined, custom_ops=(),
         progress=lambda what, done, total: None,
-    ).outcomes  # fmt: skip
+    )  # fmt: skip
+
+
+def tuned(model: Model, device: Device = CPU, budget_s: float = 60.0) -> tuple[Outcome, ...]:
+    found = tune_once(model, device, budget_s=budget_s)
+    assert found.is_complete
+    return found.outcomes
 
 
 @pytest.fixture
@@ -54,7 +67,7 @@ def model(tmp_path: Path) -> Model:
     return loaded(build("tiny"), tmp_path)
 
 
-def assert_ranked(outcomes: Tuned) -> None:
+def assert_ranked(outcomes: tuple[Outcome, ...]) -> None:
     """Finalists first, the fastest of them in front, and sequential one of them."""
     times = [outcome.measured_us for outcome in outcomes]
     finalists = [us for us in times if us is not None]
@@ -169,3 +182,109 @@ def test_a_model_that_is_not_captured_whole_has_no_trials(
     name = model.proto.graph.node[0].name
     assert_ranked(tuned(replace(model, host_reasons={name: "for once"}), GPU))
     assert trials.tried == []
+
+
+class SimulatedTrials(FakeTrials):
+    """Trials that take what `simulate` predicts for other costs, and more on the first stream."""
+
+    def __init__(self, model: Model, contraction: Contraction, *_: Any) -> None:
+        costs = (OperatorCost(1.0 + index % 5) for index in range(len(model.proto.graph.node)))
+        self._graph = contraction.graph
+        self._cost = contract_cost(contraction, TableCost(tuple(costs)))
+
+    def measure_us(self, contracted: Schedule) -> tuple[float, ...]:
+        self.tried.append(contracted)
+        on_first = sum(slot.placement.stream == 0 for slot in contracted.slots)
+        return (simulate(self._graph, self._cost, contracted).makespan_us + 3.0 * on_first,)
+
+
+@pytest.fixture
+def simulated(
+    trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[FakeTrials]]:
+    kind = type("Simulated", (SimulatedTrials,), {"tried": []})
+    monkeypatch.setattr(tuning, "TrialRunner", kind)
+    before = signal.getsignal(signal.SIGINT)
+    yield kind
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_local_search_improves_on_the_best_and_its_finds_are_finalists(
+    model: Model, simulated: type[FakeTrials]
+) -> None:
+    found = tune_once(model, GPU, is_refined=True)
+    assert_ranked(found.outcomes)
+    assert found.is_complete
+    contraction, candidates = candidates_of(model, GPU)
+    machine = Machine((GPU,), STREAMS)
+    proposed = {candidate.contracted for candidate in candidates}
+    searched = [o for o in found.outcomes if o.candidate.contracted not in proposed]
+    others = [o for o in found.outcomes if o.candidate.contracted in proposed]
+    assert len(found.outcomes) == len(candidates) + 4, "one from the simulator, three from trials"
+    best_us = sorted(o.trial_us for o in others if o.trial_us is not None)
+    for outcome in searched:
+        candidate = outcome.candidate
+        assert candidate.policy == "search"
+        check_schedule(contraction.graph, machine, candidate.contracted)
+        check_schedule(graph_from_model(model), machine, candidate.schedule)
+        assert candidate.schedule == expand(contraction, candidate.contracted)
+    assert min(o.trial_us for o in searched if o.trial_us is not None) < best_us[0]
+    assert any(outcome.samples_us for outcome in searched)
+
+
+def test_where_nothing_is_to_be_refined_only_candidates_are_tried(
+    model: Model, simulated: type[FakeTrials]
+) -> None:
+    _, candidates = candidates_of(model, GPU)
+    assert len(tune_once(model, GPU).outcomes) == len(simulated.tried) == len(candidates)
+
+
+@pytest.mark.parametrize("trial_count", [1, 3, 60])
+def test_ctrl_c_keeps_what_was_tried_and_is_told(
+    trial_count: int, model: Model, simulated: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = SimulatedTrials.measure_us
+
+    def interrupted(self: SimulatedTrials, contracted: Schedule) -> tuple[float, ...]:
+        if len(self.tried) + 1 == trial_count:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, contracted)
+
+    monkeypatch.setattr(simulated, "measure_us", interrupted)
+    found = tune_once(model, GPU, is_refined=True)
+    assert not found.is_complete
+    assert_ranked(found.outcomes)
+    _, candidates = candidates_of(model, GPU)
+    tried = sum(outcome.trial_us is not None for outcome in found.outcomes)
+    assert min(trial_count, len(candidates)) <= tried <= len(candidates) + 4
+    assert trial_count <= len(simulated.tried) <= trial_count + 3, "it went on trying"
+
+
+def test_ctrl_c_at_the_last_candidate_leaves_no_time_for_search(
+    model: Model, simulated: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, candidates = candidates_of(model, GPU)
+    measure = SimulatedTrials.measure_us
+
+    def interrupted(self: SimulatedTrials, contracted: Schedule) -> tuple[float, ...]:
+        if len(self.tried) + 1 == len(candidates):
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, contracted)
+
+    monkeypatch.setattr(simulated, "measure_us", interrupted)
+    found = tune_once(model, GPU, is_refined=True)
+    assert not found.is_complete
+    assert len(found.outcomes) == len(simulated.tried) == len(candidates)
+
+
+def test_a_second_ctrl_c_ends_it(
+    model: Model, simulated: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted_twice(self: FakeTrials, contracted: Schedule) -> tuple[float, ...]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one was swallowed")
+
+    monkeypatch.setattr(simulated, "measure_us", interrupted_twice)
+    with pytest.raises(KeyboardInterrupt):
+        tune_once(model, GPU)

@@ -106,7 +106,8 @@ TIMES_US = {DEFAULT_VARIANT: (30.0, 31.0), NHWC: (10.0, 11.0), BIAS: (20.0, 21.0
 def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Variant, Any]]:
     """What goes wrong with which variant; all sessions are closed in the end."""
     plan: dict[Variant, Any] = {}
-    kind: Any = type("Planned", (FakeSession,), {"planned": plan, "is_open": {}})
+    is_open: dict[Variant, bool] = {}
+    kind = type("Planned", (FakeSession,), {"planned": plan, "is_open": is_open})
 
     def lower(model: Model, variant: Variant, device: Device, _: Any) -> Model:
         if plan.get(variant) == "refused":
@@ -123,7 +124,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Variant, Any]]:
     monkeypatch.setattr(variants, "Session", kind)
     monkeypatch.setattr(variants, "race", race)
     yield plan
-    assert not any(kind.is_open.values())
+    assert not any(is_open.values())
 
 
 def raced(*wanted: Variant, budget_s: float = 60.0) -> list[Variant]:

@@ -15,7 +15,6 @@ from hypothesis.strategies import DataObject
 
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.executors import segments
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import ModelPart, ModelSource, node_reads
 from onnxsched_runtime.plan import Segment
@@ -190,14 +189,15 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[ModelPart | Path]:
     """What sessions were made of, one entry each."""
     fake_cuda.install(monkeypatch)
     made: list[ModelPart | Path] = []
-    open_one = vars(segments)["OrtSession"]
+    create = OrtSession.__init__
 
-    def counted(source: ModelPart | Path, with_settings: SessionSettings) -> OrtSession:
+    def counted(
+        self: OrtSession, source: ModelPart | Path, with_settings: SessionSettings
+    ) -> None:
         made.append(source)
-        session: OrtSession = open_one(source, with_settings)
-        return session
+        create(self, source, with_settings)
 
-    monkeypatch.setattr(segments, "OrtSession", counted)
+    monkeypatch.setattr(OrtSession, "__init__", counted)
     return made
 
 
