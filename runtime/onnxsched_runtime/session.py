@@ -49,6 +49,7 @@ class OrtSession:
             options.add_external_initializers(list(source.weights), values)
         self._weights = source.weights if isinstance(source, ModelPart) else None
         self._session = _create(source, options, settings)
+        self._is_fresh = settings.device.kind == "cuda"
         self._run_options = onnxruntime.RunOptions()
         if settings.stream_handle is not None:
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -78,6 +79,7 @@ class OrtSession:
             self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
+        self._has_run()
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Any]:
         """Run on host values and wait for the results.
@@ -86,9 +88,16 @@ class OrtSession:
             OnnxschedError: An operator failed.
         """
         try:
-            return list(self._session.run(outputs, dict(feeds)))
+            results = list(self._session.run(outputs, dict(feeds)))
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
+        self._has_run()
+        return results
+
+    def _has_run(self) -> None:
+        if self._is_fresh:
+            self._is_fresh = False
+            cuda.release_blas_variable()
 
     def output_types(self) -> dict[str, TensorType]:
         """What ORT infers of every output that is a tensor."""

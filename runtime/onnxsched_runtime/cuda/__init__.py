@@ -5,7 +5,7 @@ caller's tensors and for the profiler.
 """
 
 from onnxsched_runtime.cuda.binding import load_torch
-from onnxsched_runtime.cuda.blas import keep_blas_workspace
+from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
 from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
 from onnxsched_runtime.cuda.devices import (
     device_count,
@@ -34,6 +34,7 @@ __all__ = [
     "library_versions",
     "load_torch",
     "named_range",
+    "release_blas_variable",
     "require_device",
     "synchronize",
     "tensor_on_device",
