@@ -11,6 +11,7 @@ from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
+from onnxsched.policies.ios import GROUP_COUNT
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
 from onnxsched_runtime.device import Device, Placement
@@ -62,15 +63,11 @@ def propose(
         policies: Names in `POLICIES`.
         max_streams: The cap.
     """
-    counts = sorted({k for k in STREAM_COUNTS if k < max_streams} | {max_streams})
     chain_cost = contract_cost(contraction, cost)
     found: dict[bytes, Candidate] = {}
     tried = [("sequential", 1)]
     for policy in policies:
-        if policy == "search":  # which gives up streams that gain nothing
-            tried.append((policy, max_streams))
-        elif policy != "sequential":
-            tried += [(policy, count) for count in counts]
+        tried += [(policy, count) for count in _stream_counts(policy, max_streams)]
     for policy, count in tried:
         machine = Machine((device,), count)
         contracted = POLICIES[policy](contraction.graph, chain_cost, machine)
@@ -82,6 +79,17 @@ def propose(
         predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
         found[shape] = Candidate(policy, schedule, contracted, predicted_us)
     return tuple(found.values())
+
+
+def _stream_counts(policy: str, max_streams: int) -> list[int]:
+    """The stream counts that a policy is asked for: those that it may answer differently."""
+    if policy == "sequential":
+        return []
+    if policy == "search":  # which gives up streams that gain nothing
+        return [max_streams]
+    if policy == "ios":  # which has at most so many groups side by side
+        max_streams = min(max_streams, GROUP_COUNT)
+    return sorted({count for count in STREAM_COUNTS if count < max_streams} | {max_streams})
 
 
 def _shape(schedule: Schedule) -> bytes:
