@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from onnxsched.policies import POLICIES
 from onnxsched.policies.ios import GROUP_COUNT
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
-from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.device import Device
 
 STREAM_COUNTS = (2, 3, 4, 6, 8, 12, 16, 32)
 """Tried up to the cap: more is not better, and which count is best depends on the model."""
@@ -71,7 +70,7 @@ def propose(
     for policy, count in tried:
         machine = Machine((device,), count)
         contracted = POLICIES[policy](contraction.graph, chain_cost, machine)
-        shape = _shape(contracted)
+        shape = contracted.shape
         if shape in found:
             continue
         schedule = expand(contraction, contracted)
@@ -90,13 +89,3 @@ def _stream_counts(policy: str, max_streams: int) -> list[int]:
     if policy == "ios":  # which has at most so many groups side by side
         max_streams = min(max_streams, GROUP_COUNT)
     return sorted({count for count in STREAM_COUNTS if count < max_streams} | {max_streams})
-
-
-def _shape(schedule: Schedule) -> bytes:
-    """Equal for schedules that differ only in how streams are numbered."""
-    number: dict[Placement, int] = {}
-    shape = array("q")
-    for slot in schedule.slots:
-        shape.append(slot.operator)
-        shape.append(number.setdefault(slot.placement, len(number)))
-    return shape.tobytes()

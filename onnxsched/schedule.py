@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,6 +40,16 @@ class Schedule:
     def position_of(self) -> dict[int, int]:
         """The launch position of each operator."""
         return {slot.operator: position for position, slot in enumerate(self.slots)}
+
+    @cached_property
+    def shape(self) -> bytes:
+        """Equal for schedules that differ only in how streams are numbered."""
+        number: dict[Placement, int] = {}
+        shape = array("q")
+        for slot in self.slots:
+            shape.append(slot.operator)
+            shape.append(number.setdefault(slot.placement, len(number)))
+        return shape.tobytes()
 
     @property
     def stream_count(self) -> int:

@@ -125,7 +125,8 @@ def test_where_nothing_is_faster_it_gives_up() -> None:
 
     found = refined(graph, start, Machine((GPU,), 3), measure)
     assert (found.schedule, found.measured_us) == (start, 5.0)
-    assert 50 < found.trial_count == len(tried) <= 151
+    assert 10 < found.trial_count == len(tried) <= 151
+    assert len({schedule.shape for schedule in tried}) == len(tried)
     assert start not in tried[1:]
     once = [schedule for schedule, after in pairwise(tried) if schedule != after]
     assert len(once) > 0.9 * len(tried), "what is no faster was measured twice"
