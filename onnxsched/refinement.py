@@ -44,8 +44,8 @@ def refine(
 
     Neighbours move an operator to another stream, exchange two, exchange what two streams do from
     some point on, or launch an operator earlier or later. A neighbour that is measured faster is
-    measured once more, and taken if both times together are. What differs from one that was tried only in
-    how streams are numbered is not measured again. O(operators) beside each measurement.
+    measured once more, and taken if both times together are. What differs from one that was tried
+    only in how streams are numbered is not measured again. O(operators) beside each measurement.
 
     Args:
         graph: What is scheduled.
