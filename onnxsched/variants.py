@@ -23,6 +23,9 @@ from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 _NEAR = 1.12
 """A variant this much slower in one stream may still win in several."""
 _SEARCHED_COUNT = 2
+_PREPARATION_SHARE = 2 / 3
+"""Of the race's budget: what takes longer to prepare once would have to be prepared for trials,
+for each finalist and for the check, and cuDNN may take a second for every convolution."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def race_variants(
 ) -> tuple[VariantOutcome, ...]:
     """Run each variant as one session, drop those that are wrong, and time the rest.
 
-    What ORT refuses is dropped too, except for the first variant, which must work. No more are
-    tried after `budget_s` seconds: cuDNN may take tenths of a second for every convolution.
+    What ORT refuses is dropped too, except for the first variant, which must work; and what takes
+    so long to prepare that scheduling it would. No more are tried after `budget_s` seconds.
 
     Returns:
         The variants that are right, the fastest first.
@@ -82,6 +85,7 @@ def race_variants(
             if number and time.monotonic() > deadline:
                 break
             progress("trying variants", number, len(variants))
+            start = time.monotonic()
             try:
                 lowered = lowered_model(model, variant, device, custom_ops)
                 session = Session(
@@ -96,9 +100,12 @@ def race_variants(
                 if not number:
                     raise
                 continue
-            stack.callback(session.close)
-            if number and not _is_right(model, session, plain):
+            is_right = not number or _is_right(model, session, plain)
+            is_quick = time.monotonic() - start <= _PREPARATION_SHARE * budget_s
+            if number and not (is_right and is_quick):
+                session.close()
                 continue
+            stack.callback(session.close)
             right.append(lowered)
             sessions.append(session)
         samples = race(sessions, plain.feeds[0], progress)

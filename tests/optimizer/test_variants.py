@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -84,6 +85,8 @@ class FakeSession:
         assert lowered.variant == self.variant
         assert {str(p) for p in annotation.placements.values()} == {"cuda:0/0"}
         self.plan = self.planned.get(self.variant, 0.0)
+        if self.plan == "slow":
+            time.sleep(0.7)
         if self.plan == "session refused":
             raise OnnxschedError("ONNX Runtime failed: planted.")
         self.refusal = "whole: no" if self.plan == "not captured" else None
@@ -173,6 +176,16 @@ def test_a_device_that_is_not_there_is_an_error(
     planned[variant] = "no device"
     with pytest.raises(DeviceError, match="planted"):
         raced(*ALL)
+
+
+def test_what_takes_long_to_prepare_is_dropped_but_for_the_first(
+    planned: dict[Variant, Any],
+) -> None:
+    planned[NHWC] = "slow"
+    assert raced(*ALL, budget_s=1.0) == [BIAS, DEFAULT_VARIANT]
+    assert raced(*ALL, budget_s=5.0) == [NHWC, BIAS, DEFAULT_VARIANT]
+    planned[DEFAULT_VARIANT] = "slow"
+    assert raced(*ALL, budget_s=1.0) == [BIAS, DEFAULT_VARIANT]
 
 
 def test_a_spent_budget_leaves_the_first(planned: dict[Variant, Any]) -> None:
