@@ -173,8 +173,8 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
                 if not trials.is_time_left():
                     return tried
                 trials.progress("trying schedules", index, len(tried))
-                samples_us = runner.measure_us(outcome.candidate.contracted)
-                tried[index] = replace(outcome, trial_us=statistics.median(samples_us))
+                trial_us = _median_us(runner, outcome.candidate.contracted)
+                tried[index] = replace(outcome, trial_us=trial_us)
             cost = _calibrated(subject, tried)
             tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
             if is_refined and trials.is_time_left():
@@ -182,6 +182,10 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
         except CaptureError:
             pass
     return tried
+
+
+def _median_us(runner: TrialRunner, contracted: Schedule) -> float:
+    return statistics.median(runner.measure_us(contracted))
 
 
 def _calibrated(subject: Subject, tried: Sequence[Outcome]) -> ContractedCost:
@@ -209,8 +213,7 @@ def _searched(
     machine = Machine((trials.device,), trials.stream_count)
     trials.progress("searching", 0, 1)
     start = POLICIES["search"](graph, cost, machine)
-    samples_us = runner.measure_us(start)
-    found = _outcome(trials, cost, start, statistics.median(samples_us))
+    found = _outcome(trials, cost, start, _median_us(runner, start))
     return [found, *_refined(trials, cost, [found, *tried], runner)]
 
 
@@ -243,7 +246,7 @@ def _refined(
             graph,
             outcome.candidate.contracted,
             placements,
-            lambda schedule: statistics.median(runner.measure_us(schedule)),
+            lambda schedule: _median_us(runner, schedule),
             trials.is_time_left,
             seed=number,
         )

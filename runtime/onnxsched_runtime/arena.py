@@ -79,6 +79,15 @@ def plan_arena(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> Arena:
     return Arena(max(ends, default=0), offsets)
 
 
+def packed(nbytes: Mapping[str, int]) -> Arena:
+    """Places one after another, for what is never dead. O(n log n)."""
+    offsets, end = {}, 0
+    for name in sorted(nbytes):
+        offsets[name] = end
+        end += _aligned(nbytes[name])
+    return Arena(end, offsets)
+
+
 def check_arena(plan: ExecutionPlan, nbytes: Mapping[str, int], arena: Arena) -> None:
     """Check that no two tensors that may live together share bytes.
 

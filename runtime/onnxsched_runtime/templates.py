@@ -1,8 +1,7 @@
 """Segments that compute the same with other weights: one session can run them all.
 
 Each session holds tens of megabytes of cuBLAS workspace, and a transformer is one layer many times
-over. With names made canonical and large weights made inputs, equal
-segments become equal models.
+over. With names made canonical and large weights made inputs, equal segments become equal models.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.arena import ALIGNMENT_NBYTES, check_arena, plan_arena
+from onnxsched_runtime.arena import Arena, check_arena, packed, plan_arena
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.model import ModelPart, ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Segment, Wait
@@ -67,12 +67,18 @@ class SegmentRunner:
         nbytes = {name: self._source.tensors[name].nbytes for name in self.plan.device_tensors}
         arena = plan_arena(self.plan, nbytes)
         check_arena(self.plan, nbytes, arena)
+        self.buffers, _ = self._hold(arena)
+
+    def _hold(self, arena: Arena) -> tuple[dict[str, cuda.Buffer], cuda.DeviceMemory]:
+        """Memory for an arena, and a buffer for each tensor or weight in it."""
         memory = self._resources.enter_context(cuda.DeviceMemory(arena.nbytes, self._device))
-        for name, offset in arena.offsets.items():
-            kind = self._source.tensors[name]
-            buffer = cuda.Buffer(kind, self._device, memory.pointer + offset)
-            self.buffers[name] = buffer
+        buffers = {
+            name: cuda.Buffer(self._source.kind_of(name), self._device, memory.pointer + offset)
+            for name, offset in arena.offsets.items()
+        }
+        for buffer in buffers.values():
             self._resources.callback(buffer.close)
+        return buffers, memory
 
     def _open(self, index: int) -> None:
         """Make the session of one segment."""
@@ -91,18 +97,12 @@ class SegmentRunner:
         """Make one session for each kind of segments that are equal but for their weights."""
         groups = self._equal_segments()
         weights = {w for group in groups for _, t in group for w in t.weights.values()}
-        places, nbytes = {}, 0
-        for name in sorted(weights):
-            places[name] = nbytes
-            nbytes += -(-self._source.kind_of(name).nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
-        memory = self._resources.enter_context(cuda.DeviceMemory(nbytes, self._device))
-        held: dict[str, cuda.Buffer] = {}
-        for name, place in places.items():
+        arena = packed({name: self._source.kind_of(name).nbytes for name in weights})
+        held, memory = self._hold(arena)
+        for name, offset in arena.offsets.items():
             array = self._source.large_weight(name)
             assert array is not None
-            memory.upload(array, place)
-            kind = self._source.kind_of(name)
-            held[name] = cuda.Buffer(kind, self._device, memory.pointer + place)
+            memory.upload(array, offset)
         for group in groups:
             first, template = group[0]
             session = self._session(self.plan.segments[first], template.part)
