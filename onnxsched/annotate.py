@@ -8,7 +8,7 @@ from typing import Any
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.annotation import Annotation
-from onnxsched_runtime.lowering import to_portable
+from onnxsched_runtime.lowering import origins, to_portable
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 
@@ -45,3 +45,17 @@ def portable_schedule(model: Model, lowered: Model, schedule: Schedule) -> Sched
     index = {node.name: number for number, node in enumerate(model.proto.graph.node)}
     carried = to_portable(placements, model.proto, lowered.proto)
     return Schedule(tuple(Slot(index[name], placement) for name, placement in carried.items()))
+
+
+def portable_refusals(model: Model, lowered: Model, refusals: Mapping[str, str]) -> dict[str, str]:
+    """Refusals of a lowered model's nodes as ones of the portable model's.
+
+    A node that stands for several, fused, is named after none: then all that are gone count.
+    """
+    origin = origins(model.proto, lowered.proto)
+    gone = {node.name for node in model.proto.graph.node} - set(origin.values())
+    return {
+        name: why
+        for node, why in refusals.items()
+        for name in ([origin[node]] if node in origin else sorted(gone))
+    }

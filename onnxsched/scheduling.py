@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from onnxsched.annotate import portable_schedule
+from onnxsched.annotate import portable_refusals, portable_schedule
 from onnxsched.calibration import TYPICAL
 from onnxsched.candidates import propose
 from onnxsched.checking import PlainRuns
@@ -17,7 +18,7 @@ from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.measure import Progress, measure_profile
 from onnxsched.tuning import Subject, tune
-from onnxsched.variants import possible_variants, promising, race_variants
+from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.lowering import origins
 from onnxsched_runtime.variant import DEFAULT_VARIANT
@@ -52,9 +53,20 @@ def measured_decision(
         The decision, and whether it was come to without an interruption.
     """
     libraries = request.custom_ops
-    profile = measure_profile(model, device, cache, libraries, progress)
-    wanted = possible_variants(with_refusals(model, profile.refusals), device)
-    variants = [model]
+    default = model
+    if device.kind == "cuda":
+        default = lowered_model(model, DEFAULT_VARIANT, device, libraries)
+    profile = measure_profile(default, device, cache, libraries, progress)
+    refusals: Mapping[str, str] = {}
+    if profile.refusals:
+        refusals = portable_refusals(model, default, profile.refusals)
+        default = lowered_model(with_refusals(model, refusals), DEFAULT_VARIANT, device, libraries)
+        profile = measure_profile(default, device, cache, libraries, progress)
+        refusals = {**refusals, **profile.refusals}
+        default = with_refusals(default, refusals)
+    model = with_refusals(model, refusals)
+    wanted = possible_variants(model, device)
+    variants = [default]
     if request.variants and len(wanted) > 1:
         raced = race_variants(
             model,
@@ -65,7 +77,10 @@ def measured_decision(
             custom_ops=libraries,
             progress=progress,
         )
-        variants = [outcome.model for outcome in promising(raced)]
+        variants = [
+            default if outcome.model.variant == DEFAULT_VARIANT else outcome.model
+            for outcome in promising(raced)
+        ]
     subjects = []
     for variant in variants:
         own = profile
@@ -73,10 +88,9 @@ def measured_decision(
             own = measure_profile(variant, device, cache, libraries, progress)
             if own.refusals:
                 continue
-        subjects.append(_subject(model, variant, own, device, request))
+        subjects.append(_subject(model, variant, own, device, request, refusals))
     if not any(s.model.variant == DEFAULT_VARIANT for s in subjects):
-        subjects.append(_unscheduled(model, device))
-    model = with_refusals(model, profile.refusals)
+        subjects.append(_unscheduled(model, default, device))
     tuned = tune(
         model,
         subjects,
@@ -96,9 +110,9 @@ def _subject(
     profile: Profile,
     device: Device,
     request: Request,
+    refusals: Mapping[str, str],
 ) -> Subject:
     """Let policies schedule a variant."""
-    variant = with_refusals(variant, profile.refusals)
     graph = graph_from_model(variant)
     contraction = contract_chains(graph)
     cost = TableCost(
@@ -116,17 +130,17 @@ def _subject(
         cost,
         candidates,
         _solo_times(model, variant, profile),
-        profile.refusals,
+        refusals,
     )
 
 
-def _unscheduled(model: Model, device: Device) -> Subject:
+def _unscheduled(model: Model, default: Model, device: Device) -> Subject:
     """The model as ONNX Runtime runs it by itself: always a candidate."""
     graph = graph_from_model(model)
     contraction = contract_chains(graph)
     cost = TableCost(tuple(OperatorCost(0.0) for _ in graph.operators))
     candidates = propose(graph, contraction, cost, device, ["sequential"], 1)
-    return Subject(model, contraction, cost, candidates, {}, {})
+    return Subject(default, contraction, cost, candidates, {}, {})
 
 
 def _solo_times(model: Model, variant: Model, profile: Profile) -> dict[str, tuple[float, str]]:

@@ -1,8 +1,8 @@
 """Measure many schedules in milliseconds each, from one set of ORT sessions.
 
-Every chain of operators has a session on a stream of its own, made and warmed up once. A schedule
-is then only a set of events: those that the tensors need, and one between neighbours on each of
-its streams. Capturing that takes no new session.
+Every chain of operators has a session, made, warmed up and captured once. A schedule is then
+only a set of edges between what was captured: those that the tensors need, and one between
+neighbours on each of its streams. Putting that together as a graph takes no new session.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onnxsched.loading import Model
 from onnxsched.schedule import Schedule
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.executors.segments import SegmentRunner
+from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.model import operations_from_model
 from onnxsched_runtime.partition import assemble, readers_of, segment_of
 from onnxsched_runtime.plan import ExecutionPlan
@@ -47,15 +47,15 @@ class TrialRunner:
         ]
         plan = assemble(self._segments, self._inputs, self._outputs)
         source = model.source
-        self._runner = SegmentRunner(source, plan, custom_ops=custom_ops)
+        self._runner = LaneRunner(source, plan, custom_ops)
         try:
-            self._runner.warm_up(plan.pieces[0])
+            self._runner.prepare(plan.pieces[0])
         except BaseException:
             self.close()
             raise
 
     def measure_us(self, contracted: Schedule) -> tuple[float, ...]:
-        """Device time of a schedule of the chains, captured into one CUDA graph.
+        """Device time of a schedule of the chains, as one CUDA graph.
 
         Raises:
             CaptureError: The model can't be captured.

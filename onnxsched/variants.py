@@ -130,9 +130,13 @@ def lowered_model(
 ) -> Model:
     """The model as the sessions of a variant execute it.
 
+    What must stay on the host can't be lowered for a GPU: such a model stays as it is.
+
     Raises:
         ModelError: ORT refuses to lower it.
     """
+    if model.host_reasons:
+        return replace(model, variant=variant)
     source = lower(ModelSource(model.proto, model.tensors, variant), device, custom_ops)
     return replace(model, proto=source.model, tensors=source.tensors, variant=variant)
 

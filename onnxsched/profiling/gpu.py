@@ -78,7 +78,7 @@ def _measure_batch(
         generator = np.random.default_rng(0)
         for name in inputs:
             runner.buffers[name].fill(random_array(model.tensors[name], generator), stream)
-        runner.warm_up(plan.pieces[0])
+        runner.prepare(plan.pieces[0])
         kernels = _kernels(runner)
         for index, node in enumerate(nodes):
             announce(node.name)

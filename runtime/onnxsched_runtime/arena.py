@@ -54,7 +54,7 @@ class Lifetime:
 
 
 def plan_arena(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> Arena:
-    """Give every device tensor of a plan a place.
+    """Give tensors of a plan places.
 
     Greedy by size (Pisarchyk and Lee, "Efficient memory management for deep neural net
     inference", 2020): the largest tensor first, each at the lowest offset where it meets no
@@ -62,7 +62,7 @@ def plan_arena(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> Arena:
 
     Args:
         plan: A plan that passes `check_plan`.
-        nbytes: Size of each of its `device_tensors`.
+        nbytes: Size of each of its tensors that needs a place.
     """
     lives = lifetimes(plan, nbytes)
     order = sorted(lives, key=lambda name: (-lives[name].nbytes, name))
@@ -112,21 +112,21 @@ def check_arena(plan: ExecutionPlan, nbytes: Mapping[str, int], arena: Arena) ->
 
 
 def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifetime]:
-    """When each device tensor of a plan is in use. O((steps + uses) x streams)."""
+    """When each of these tensors of a plan is in use. O((steps + uses) x streams)."""
     kept = {*plan.inputs, *plan.outputs}
     born: dict[str, _Clock] = {}
     uses: dict[str, _Clock] = {}
     for placement, tick, start, index in _runs(plan):
         segment = plan.segments[index]
         for name in (*segment.inputs, *segment.outputs):
-            if name in plan.device_tensors:
+            if name in nbytes:
                 last = uses.setdefault(name, {})
                 last[placement] = max(last.get(placement, 0), tick)
         for name in segment.outputs:
             born[name] = start
     return {
         name: Lifetime(nbytes[name], born.get(name, {}), uses.get(name, {}), name in kept)
-        for name in sorted(plan.device_tensors)
+        for name in sorted(nbytes)
     }
 
 

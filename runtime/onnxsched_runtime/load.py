@@ -68,19 +68,21 @@ def multiplies_matrices(model: onnx.ModelProto) -> bool:
 def lowered_source(
     model: onnx.ModelProto, annotation: Annotation, custom_ops: tuple[str, ...] = ()
 ) -> ModelSource:
-    """The model as its annotation wants it executed; on the CPU there is one way.
+    """The model as its annotation wants it executed.
 
-    The first model that a process executes on a GPU says how much memory cuBLAS keeps.
+    On the CPU there is one way, and what must stay on the host can't be lowered for a GPU. The
+    first model that a process executes on a GPU says how much memory cuBLAS keeps.
 
     Raises:
         DeviceError: The CUDA provider does not load.
         ModelError: ORT refuses the model.
     """
     device = annotation.devices[0]
+    source = ModelSource(model, annotation.tensors, annotation.variant)
     if device.kind == "cpu":
-        return ModelSource(model, annotation.tensors)
+        return source
     cuda.keep_blas_workspace("full" if multiplies_matrices(model) else "small")
-    return lower(ModelSource(model, annotation.tensors, annotation.variant), device, custom_ops)
+    return source if annotation.host_reasons else lower(source, device, custom_ops)
 
 
 def plan_lowered(

@@ -1,6 +1,7 @@
 """From the portable model to the one that sessions hold: ORT lowers it once, before it is cut.
 
-A layout is a property of the whole model: lowered part by part, every cut would transpose.
+A layout is a property of the whole model: lowered part by part, every cut would transpose. And
+what is lowered runs in the order of its nodes, which no optimization changes any more.
 ORT renames what it rewrites (`NAME_token_7`), adds transposes and fuses operators away, so a
 schedule is carried over by the names that are left, and the rest goes where its neighbours are.
 """
@@ -38,14 +39,17 @@ _Key = tuple[int, int, int]
 
 
 def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ()) -> ModelSource:
-    """The model as the sessions of its variant execute it; itself where nothing changes.
+    """The model as the sessions of its variant execute it.
+
+    Args:
+        source: The portable model; all of its operators must run on the device.
+        device: A GPU.
+        custom_ops: Libraries of custom operators.
 
     Raises:
         DeviceError: The CUDA provider does not load.
         ModelError: ORT refuses the model.
     """
-    if not source.variant.is_lowered:
-        return source
     settings = SessionSettings(device, custom_ops=custom_ops, variant=source.variant)
     with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
         portable, lowered = Path(scratch, "portable.onnx"), Path(scratch, "lowered.onnx")
@@ -54,7 +58,14 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
         model = read_model(lowered)
     name_nodes(model)
     untyped = ModelSource(model, _declared(model), source.variant)
-    return replace(untyped, tensors={**untyped.tensors, **_inferred(untyped, settings)})
+    known = dict(untyped.tensors)
+    if source.variant.layout == "nchw":  # else a name may stand for another layout
+        known = {**source.tensors, **known}
+    written = {tensor for node in model.graph.node for tensor in node.output if tensor}
+    if not written <= known.keys():
+        known |= _inferred(untyped, settings)
+    flowing = written.union(value.name for value in model.graph.input)
+    return replace(untyped, tensors={n: kind for n, kind in known.items() if n in flowing})
 
 
 def _declared(model: onnx.ModelProto) -> dict[str, TensorType]:

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,7 +34,12 @@ _UNPORTABLE_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
 
 
 class OrtSession:
-    """One `onnxruntime.InferenceSession`, run by values or bound to fixed buffers."""
+    """One `onnxruntime.InferenceSession`, run by values or bound to fixed buffers.
+
+    On a GPU it always launches on one stream that is given to it: left to itself ORT uses several,
+    and once a process has used more than eight, every kernel of its graphs starts later (see
+    `docs/adr/0013-few-streams.md`).
+    """
 
     def __init__(self, source: ModelPart | Path, settings: SessionSettings) -> None:
         """Create the session.
@@ -48,8 +53,12 @@ class OrtSession:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in source.weights.values()]
             options.add_external_initializers(list(source.weights), values)
         self._weights = source.weights if isinstance(source, ModelPart) else None
-        self._session = _create(source, options, settings)
         self._is_fresh = settings.device.kind == "cuda"
+        self._own_stream: cuda.Stream | None = None
+        if self._is_fresh and settings.stream_handle is None:
+            self._own_stream = cuda.Stream(settings.device)
+        handle = self._own_stream.handle if self._own_stream else settings.stream_handle
+        self._session = _create(source, options, replace(settings, stream_handle=handle))
         self._run_options = onnxruntime.RunOptions()
         if settings.stream_handle is not None:
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -110,8 +119,11 @@ class OrtSession:
         return types
 
     def close(self) -> None:
-        """Free the session, then its weights."""
+        """Free the session, then its stream and weights."""
         self._session = None
+        if self._own_stream:
+            self._own_stream.close()
+            self._own_stream = None
         self._weights = None
 
     def __enter__(self) -> Self:
@@ -243,6 +255,7 @@ def _session_options(settings: SessionSettings) -> Any:
     options.log_severity_level = 3
     if settings.is_lowered:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.intra_op_num_threads = settings.thread_count
     options.inter_op_num_threads = 1
     if settings.thread_count:  # sessions side by side must not spin away each other's cores
@@ -268,11 +281,12 @@ def _create(
     disabled_optimizers: Sequence[str] = (),
 ) -> Any:
     model = source.content if isinstance(source, ModelPart) else str(source)
+    providers = _providers(settings)
     try:
         session = onnxruntime.InferenceSession(
             model,
             options,
-            providers=_providers(settings),
+            providers=providers,
             disabled_optimizers=list(disabled_optimizers),
             enable_fallback=0,
         )

@@ -26,7 +26,7 @@ class SessionSettings:
     variant: Variant = DEFAULT_VARIANT
     """How the CUDA provider executes it."""
     is_lowered: bool = False
-    """The model has all of ORT's optimizations already; make no more."""
+    """The model has all of ORT's optimizations already: make no more, and run it in node order."""
 
 
 @dataclass(frozen=True, slots=True)

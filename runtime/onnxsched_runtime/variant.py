@@ -51,11 +51,6 @@ class Variant:
         """A JSON object."""
         return dataclasses.asdict(self)
 
-    @property
-    def is_lowered(self) -> bool:
-        """Whether ORT rewrites the whole model before it is cut."""
-        return self.layout != "nchw"
-
     def __str__(self) -> str:
         """E.g. `nhwc+bias`."""
         marks = [

@@ -26,8 +26,14 @@ def test_an_arm_computes_what_the_reference_does(name: str, zoo: Callable[[str],
     found = measured(job)
     assert found["relative_difference"] < 1e-2
     assert found["time"]["count"] == found["reference"]["count"] == 20
-    assert found["memory_nbytes"] > 0
     assert (found["compile_s"] is not None) == (name in COMPILED)
+
+
+@pytest.mark.alone  # memory is counted for the whole device
+@pytest.mark.parametrize("name", ["ort", "torch-graph", "torch-reduce-overhead"])
+def test_the_memory_of_an_arm_is_counted(name: str, zoo: Callable[[str], Path]) -> None:
+    job = Job("measure", name, str(zoo("squeezenet")), "", "", "cuda:0", "", 1.0, 5)
+    assert measured(job)["memory_nbytes"] > 0
 
 
 @pytest.mark.parametrize("name", EAGER)

@@ -113,10 +113,10 @@ def test_a_refused_capture_falls_back_and_says_why(
     with onnxsched.load(path) as session:
         expected = session.run(None, feeds)
 
-    def refuse(main: object, issue: object) -> cuda.Graph:
+    def refuse(stream: object, issue: object, marks: object = None) -> cuda.Chain:
         raise CaptureError("The capture was refused (planted).")
 
-    monkeypatch.setattr(cuda.Graph, "capture", refuse)
+    monkeypatch.setattr(cuda.Chain, "capture", refuse)
     with onnxsched.load(path) as session:
         assert session.capture == "ort"
         assert session.refusal is not None

@@ -15,7 +15,7 @@ import pytest
 
 from onnxsched import variants
 from onnxsched.checking import PlainRuns
-from onnxsched.loading import Model
+from onnxsched.loading import Model, with_refusals
 from onnxsched.variants import (
     VariantOutcome,
     lowered_model,
@@ -198,5 +198,6 @@ def test_a_lowered_model_keeps_what_it_is_compared_with(tmp_path: Path) -> None:
     assert lowered.variant == NHWC
     assert lowered.proto != model.proto
     assert (lowered.baseline, lowered.bound_shapes) == (model.baseline, model.bound_shapes)
-    same = lowered_model(model, BIAS, CPU, ())
+    on_host = with_refusals(model, {model.proto.graph.node[0].name: "planted"})
+    same = lowered_model(on_host, BIAS, Device("cuda"), ())
     assert (same.proto, same.variant) == (model.proto, BIAS)

@@ -11,8 +11,10 @@ import onnx
 import pytest
 
 from onnxsched_runtime import cuda
+from onnxsched_runtime.arena import plan_arena
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError, UsageError
+from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.load import Session
@@ -93,7 +95,8 @@ def test_where_nothing_works_the_last_error_is_raised(
     def fail(self: object, piece: object) -> None:
         raise OnnxschedError("ONNX Runtime failed: planted.")
 
-    monkeypatch.setattr("onnxsched_runtime.executors.segments.SegmentRunner.warm_up", fail)
+    for runner in (LaneRunner, SegmentRunner):
+        monkeypatch.setattr(runner, "prepare", fail)
     with pytest.raises(OnnxschedError, match="planted"), opened(models.diamond()):
         pass
 
@@ -143,8 +146,9 @@ def test_closing_closes_every_stream(
     assert not any(stream.is_open for stream in created)
 
 
-def test_each_placement_has_one_stream(
-    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("capture", ["whole", "none"])
+def test_a_graph_needs_one_stream_and_launching_one_for_each_placement(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch, capture: Capture
 ) -> None:
     created: list[Device] = []
 
@@ -155,26 +159,26 @@ def test_each_placement_has_one_stream(
 
     monkeypatch.setattr(cuda, "Stream", Counted)
     model = models.fork_join()
-    with opened(model) as session:
+    with opened(model, capture) as session:
         placements = {segment.placement for segment in session.plan.segments}
-        assert len(session.plan.segments) > len(placements)
-        assert len(created) == len(placements)
+        assert len(session.plan.segments) > len(placements) > 1
+        assert len(created) == (1 if capture == "whole" else len(placements))
 
 
 def test_every_refusal_keeps_its_reason(
     graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs.refusals = 1
-    issue = SegmentRunner.warm_up
+    prepare = SegmentRunner.prepare
     calls: list[int] = []
 
-    def fail_second(self: SegmentRunner, piece: Piece) -> None:
+    def fail_first(self: SegmentRunner, piece: Piece) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 1:
             raise OnnxschedError("ONNX Runtime failed: planted.")
-        issue(self, piece)
+        prepare(self, piece)
 
-    monkeypatch.setattr(SegmentRunner, "warm_up", fail_second)
+    monkeypatch.setattr(SegmentRunner, "prepare", fail_first)
     with opened(models.diamond()) as session:
         assert session.capture == "none"
         assert session.refusal is not None
@@ -194,8 +198,9 @@ def test_a_model_that_stays_on_the_host_claims_no_capture(
 
 
 def test_a_piece_after_the_host_is_warmed_up_on_zeros(
-    graphs: type[fake_cuda.FakeGraph],
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("onnxsched_runtime.executors.runner.plan_arena", plan_arena)
     model = models.model_of(
         """(float[4] x) => (float[4,2] y) {
             a = Exp(x)
@@ -207,7 +212,7 @@ def test_a_piece_after_the_host_is_warmed_up_on_zeros(
     )
     annotation = models.annotation_of(model, device=GPU)
     annotation = replace(annotation, host_reasons={model.graph.node[2].name: "planted"})
-    with Session(model, annotation) as session:
+    with Session(model, annotation, capture="none") as session:
         buffers = executor_of(session)._runner.buffers
         assert buffers["index"].pointer == buffers["a"].pointer, "else it proves nothing"
         assert session.refusal is None

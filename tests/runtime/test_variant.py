@@ -44,11 +44,6 @@ def test_it_is_short_to_read(variant: Variant, text: str) -> None:
     assert str(variant) == text
 
 
-def test_only_another_layout_lowers_the_model() -> None:
-    assert not Variant("nchw", True, "heuristic", False).is_lowered
-    assert Variant("nhwc").is_lowered
-
-
 def test_missing_fields_are_defaults_and_unknown_ones_nothing() -> None:
     assert Variant.from_json({}) == DEFAULT_VARIANT
     assert Variant.from_json({"layout": "nhwc", "later": 1}) == Variant("nhwc")

@@ -7,7 +7,7 @@ which `check_plan` judges, nor for anything that only a GPU can show.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,14 +16,16 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched_runtime import cuda
+from onnxsched_runtime import cuda, load
+from onnxsched_runtime.arena import packed
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
-from onnxsched_runtime.executors import segments
+from onnxsched_runtime.executors import runner
 from onnxsched_runtime.model import ModelPart
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.wiring import ChainNode, WiredNode
 
 
 class FakeStream:
@@ -58,9 +60,6 @@ class FakeMemory(cuda.DeviceMemory):
         self._bytes = np.zeros(nbytes + 1, np.uint8)
         self.pointer = self._bytes.ctypes.data
 
-    def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
-        ctypes.memmove(self.pointer + offset_nbytes, array.ctypes.data, array.nbytes)
-
     def close(self) -> None:
         self.pointer = 0
 
@@ -82,6 +81,33 @@ class FakeBuffer(cuda.Buffer):
         ctypes.memmove(target, source, self.kind.nbytes)
 
 
+class FakeChain:
+    """Holds what was issued, and claims to have seen its marks."""
+
+    workspace_nbytes = 0
+
+    def __init__(self, issue: Callable[[], None], mark_count: int) -> None:
+        self.issue = issue
+        nodes = [ChainNode(())]
+        for mark in range(1, mark_count + 1):
+            nodes += [ChainNode((len(nodes) - 1,), mark, False), ChainNode((len(nodes),))]
+        self.nodes = tuple(nodes)
+
+    @classmethod
+    def capture(
+        cls, stream: FakeStream, issue: Callable[[], None], marks: Mapping[int, int] | None = None
+    ) -> FakeChain:
+        assert stream.is_open
+        FakeGraph.refuse()
+        return cls(issue, len(marks or {}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class FakeGraph:
     """Holds what was issued; refuses as often as `refusals` says."""
 
@@ -93,9 +119,35 @@ class FakeGraph:
 
     @classmethod
     def capture(cls, main: FakeStream, issue: Callable[[], None]) -> FakeGraph:
+        FakeGraph.refuse()
+        return cls(issue)
+
+    @staticmethod
+    def refuse() -> None:
         if FakeGraph.refusals:
             FakeGraph.refusals -= 1
             raise CaptureError("The capture was refused (planted).")
+
+    @classmethod
+    def assemble(
+        cls,
+        chains: Sequence[FakeChain],
+        wired: Iterable[WiredNode],
+        workspaces: Sequence[int],
+        device: Device,
+    ) -> FakeGraph:
+        """A run can't be cut, so all lanes run until nothing changes any more."""
+        *lanes, uploads, fetches = chains
+        round_count = sum(1 for lane in lanes for node in lane.nodes if node.is_work)
+        assert len(list(wired)) == round_count + 2
+
+        def issue() -> None:
+            uploads.issue()
+            for _ in range(round_count):
+                for lane in lanes:
+                    lane.issue()
+            fetches.issue()
+
         return cls(issue)
 
     def launch(self, stream: FakeStream) -> None:
@@ -111,16 +163,25 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     """Put the fakes in the place of CUDA, and sessions of the CPU in that of the GPU's."""
 
     def open_session(source: ModelPart | Path, settings: SessionSettings) -> OrtSession:
-        on_cpu = replace(settings, device=Device("cpu"), stream_handle=None, graph_capture=False)
+        on_cpu = replace(
+            settings,
+            device=Device("cpu"),
+            stream_handle=None,
+            graph_capture=False,
+            is_lowered=False,
+        )
         return OrtSession(source, on_cpu)
 
     monkeypatch.setattr(cuda, "Stream", FakeStream)
     monkeypatch.setattr(cuda, "Buffer", FakeBuffer)
     monkeypatch.setattr(cuda, "DeviceMemory", FakeMemory)
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
+    monkeypatch.setattr(cuda, "Chain", FakeChain)
+    monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes: packed(nbytes))
+    monkeypatch.setattr(load, "lower", lambda source, device, custom_ops: source)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
-    monkeypatch.setattr(segments, "OrtSession", open_session)
+    monkeypatch.setattr(runner, "OrtSession", open_session)
     monkeypatch.setattr(cuda, "keep_blas_workspace", lambda kind: None)
     monkeypatch.setattr(FakeGraph, "refusals", 0)
     monkeypatch.setattr(FakeGraph, "launches", 0)

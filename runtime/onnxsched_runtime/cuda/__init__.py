@@ -16,11 +16,13 @@ from onnxsched_runtime.cuda.devices import (
     require_device,
     synchronize,
 )
+from onnxsched_runtime.cuda.graphs import Chain, Graph
 from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
-from onnxsched_runtime.cuda.streams import Event, Graph, Stream, time_launches_us
+from onnxsched_runtime.cuda.streams import Event, Stream, time_launches_us
 
 __all__ = [
     "Buffer",
+    "Chain",
     "DeviceMemory",
     "Event",
     "Graph",

@@ -55,6 +55,14 @@ def cudart() -> Any:
     return module
 
 
+@functools.cache
+def driver() -> Any:
+    """The module of the CUDA driver's functions."""
+    from cuda.bindings import driver as module
+
+    return module
+
+
 def check(result: tuple[Any, ...]) -> Any:
     """Unpack what a CUDA call returns.
 
@@ -65,6 +73,18 @@ def check(result: tuple[Any, ...]) -> Any:
     if error != cudart().cudaError_t.cudaSuccess:
         _, text = cudart().cudaGetErrorString(error)
         raise OnnxschedError(f"CUDA reports error {int(error)}: {text.decode()}.")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def check_driver(result: tuple[Any, ...]) -> Any:
+    """Unpack what a call of the CUDA driver returns.
+
+    Raises:
+        OnnxschedError: The call failed.
+    """
+    error, *values = result
+    if int(error):
+        raise OnnxschedError(f"CUDA reports {error.name.removeprefix('CUDA_ERROR_')}.")
     return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -1,15 +1,13 @@
-"""CUDA streams, events and graphs, and device time."""
+"""CUDA streams, events, and device time."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 from onnxsched_runtime.cuda.binding import check, cudart, current_device, torch_module
 from onnxsched_runtime.cuda.devices import require_device, synchronize
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import CaptureError, OnnxschedError
 
 _DELAY_CYCLES = 200_000
 """About 100 us at 1.98 GHz: longer than the launch of a graph takes."""
@@ -96,65 +94,6 @@ class Event:
     def __del__(self) -> None:
         if (native := getattr(self, "native", None)) is not None:
             cudart().cudaEventDestroy(native)
-
-
-class Graph:
-    """An instantiated CUDA graph."""
-
-    def __init__(self, native: Any) -> None:
-        runtime = cudart()
-        flag = runtime.cudaGraphInstantiateFlags.cudaGraphInstantiateFlagAutoFreeOnLaunch
-        try:
-            self.node_kinds = _node_kinds(native)
-            self._exec = check(runtime.cudaGraphInstantiate(native, flag))
-        finally:
-            runtime.cudaGraphDestroy(native)
-
-    @classmethod
-    def capture(cls, main: Stream, issue: Callable[[], None]) -> Self:
-        """Capture what `issue` launches on `main` and on streams forked from it.
-
-        Raises:
-            CaptureError: Something that was issued can't be captured, or it left host nodes,
-                which would run callbacks meant to run once at every replay.
-        """
-        runtime = cudart()
-        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-        check(runtime.cudaStreamBeginCapture(main.handle, mode))
-        try:
-            issue()
-        except Exception as error:
-            abandoned = runtime.cudaStreamEndCapture(main.handle)[1]
-            if abandoned is not None and int(abandoned):
-                runtime.cudaGraphDestroy(abandoned)
-            raise CaptureError(f"The capture was refused ({error}).") from error
-        try:
-            graph = cls(check(runtime.cudaStreamEndCapture(main.handle)))
-        except OnnxschedError as error:
-            raise CaptureError(f"The capture was refused ({error})") from error
-        if hosts := graph.node_kinds["Host"]:
-            graph.close()
-            raise CaptureError(f"The captured graph holds {hosts} host nodes, unsafe to replay.")
-        return graph
-
-    def launch(self, stream: Stream) -> None:
-        """Replay on a stream."""
-        check(cudart().cudaGraphLaunch(self._exec, stream.handle))
-
-    def close(self) -> None:
-        """Destroy the graph."""
-        if self._exec is not None:
-            check(cudart().cudaGraphExecDestroy(self._exec))
-            self._exec = None
-
-
-def _node_kinds(graph: Any) -> Counter[str]:
-    """How many nodes of each kind a graph holds."""
-    runtime = cudart()
-    _, count = check(runtime.cudaGraphGetNodes(graph, 0))
-    nodes, _ = check(runtime.cudaGraphGetNodes(graph, count))
-    kinds = (check(runtime.cudaGraphNodeGetType(node)) for node in nodes[:count])
-    return Counter(kind.name.removeprefix("cudaGraphNodeType") for kind in kinds)
 
 
 def time_launches_us(

@@ -10,6 +10,7 @@ import numpy as np
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
+from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
@@ -60,9 +61,13 @@ class StreamExecutor:
         self.refusal = "; ".join(reasons) or None
 
     def _open(self, mode: Capture, source: ModelSource, custom_ops: tuple[str, ...]) -> None:
-        self._runner = SegmentRunner(
-            source, self._plan, graph_capture=mode == "ort", custom_ops=custom_ops
-        )
+        self._runner: LaneRunner | SegmentRunner
+        if mode == "whole":
+            self._runner = LaneRunner(source, self._plan, custom_ops)
+        else:
+            self._runner = SegmentRunner(
+                source, self._plan, graph_capture=mode == "ort", custom_ops=custom_ops
+            )
         try:
             self._prepare(mode)
         except BaseException:
@@ -71,18 +76,17 @@ class StreamExecutor:
 
     def _prepare(self, mode: Capture) -> None:
         for piece in self._plan.pieces:
+            self._runner.prepare(piece)
             if not piece.captured:
-                self._runner.clear(piece)
                 self._launch.append(lambda: None)
-                continue
-            self._runner.warm_up(piece)
-            if mode == "whole":
+            elif isinstance(self._runner, SegmentRunner):
+                issue = self._runner.issue
+                self._launch.append(lambda piece=piece, issue=issue: issue(piece))  # type: ignore[misc]
+            else:
                 graph = self._runner.capture(piece)
                 self._graphs.append(graph)
                 main = self._runner.streams[piece.main]
                 self._launch.append(lambda graph=graph, main=main: graph.launch(main))  # type: ignore[misc]
-            else:
-                self._launch.append(lambda piece=piece: self._runner.issue(piece))  # type: ignore[misc]
 
     @property
     def main_stream(self) -> cuda.Stream:
@@ -128,6 +132,7 @@ class StreamExecutor:
         names = tuple(name for name in feeds if name in buffers)
         key = (names, tuple(outputs))
         if key not in self._with_copies:
+            assert isinstance(self._runner, LaneRunner)
             graph = self._runner.capture(self._plan.pieces[0], names, list(dict.fromkeys(outputs)))
             self._with_copies[key] = graph
         for name in names:

@@ -1,0 +1,169 @@
+"""A session for every stream of a piece, and one graph of what they launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.arena import ALIGNMENT_NBYTES, packed
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.executors.runner import WARM_UP_COUNT, PlanRunner, view
+from onnxsched_runtime.lanes import (
+    MARK,
+    MARK_SOURCE,
+    Lane,
+    LanePlan,
+    lane_tensors,
+    lanes_of,
+    marked_part,
+)
+from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.plan import ExecutionPlan, Piece
+from onnxsched_runtime.session import BoundRun, OrtSession
+from onnxsched_runtime.wiring import Point, wire
+
+
+class LaneRunner(PlanRunner):
+    """Captures each stream of a piece as one run of one session, and wires the runs together.
+
+    Nothing runs at the same time until the graph does, so all sessions launch on one stream.
+    """
+
+    def __init__(
+        self, source: ModelSource, plan: ExecutionPlan, custom_ops: tuple[str, ...] = ()
+    ) -> None:
+        """Create buffers and sessions; nothing runs yet.
+
+        Args:
+            source: The lowered model; its sessions must keep the order of its nodes.
+            plan: Says which segments and on which streams.
+            custom_ops: Libraries of custom operators.
+        """
+        self._chains: dict[Lane, cuda.Chain] = {}
+        self._lanes: dict[Piece, LanePlan] = {
+            p: lanes_of(plan, p) for p in plan.pieces if p.captured
+        }
+        self._opened: dict[Lane, OrtSession] = {}
+        self._runs: dict[Lane, BoundRun] = {}
+        self._workspaces: dict[Lane, cuda.DeviceMemory] = {}
+        super().__init__(source, plan, lane_tensors(plan), custom_ops)
+
+    def _open_streams(self, placements: Sequence[Placement]) -> None:
+        opened: dict[Device, cuda.Stream] = {}
+        for placement in placements:
+            if placement.device not in opened:
+                stream = self._resources.enter_context(cuda.Stream(placement.device))
+                opened[placement.device] = stream
+            self.streams[placement] = opened[placement.device]
+
+    def _open_runs(self) -> None:
+        most = max((len(lane.marks) for p in self._lanes.values() for lane in p.lanes), default=0)
+        memory = cuda.DeviceMemory((1 + most) * ALIGNMENT_NBYTES, self._device)
+        start = self._resources.enter_context(memory).pointer
+        self._marks = [
+            cuda.Buffer(MARK, self._device, start + number * ALIGNMENT_NBYTES)
+            for number in range(1 + most)
+        ]
+        for plan in self._lanes.values():
+            for lane in plan.lanes:
+                part = marked_part(self._source, self.plan, lane)
+                session = self._session(lane.placement, part, on_device=True)
+                self._opened[lane] = session
+                self._runs[lane] = self._bound(lane, self.buffers)
+
+    def _bound(self, lane: Lane, buffers: dict[str, cuda.Buffer]) -> BoundRun:
+        inputs = {name: view(buffers[name]) for name in lane.inputs}
+        outputs = {name: view(buffers[name]) for name in lane.outputs}
+        for number, mark in enumerate(lane.marks, 1):
+            inputs[MARK_SOURCE] = view(self._marks[0])
+            outputs[mark] = view(self._marks[number])
+        return self._opened[lane].bind(inputs, outputs)
+
+    def prepare(self, piece: Piece) -> None:
+        """Run each lane by itself, on memory that nothing shares.
+
+        What others have not computed yet is zero, which is a valid index; in the arena it would
+        be whatever lay there before.
+        """
+        if not piece.captured:
+            return
+        with ExitStack() as scratch:
+            nbytes = {name: buffer.kind.nbytes for name, buffer in self.buffers.items()}
+            buffers = self._buffers_in(packed(nbytes), scratch)
+            for lane in self._lanes[piece].lanes:
+                run = self._bound(lane, buffers)
+                for _ in range(WARM_UP_COUNT):
+                    run.launch()
+                self.streams[lane.placement].synchronize()
+
+    def capture(
+        self, piece: Piece, uploads: Sequence[str] = (), fetches: Sequence[str] = ()
+    ) -> cuda.Graph:
+        """Put a prepared piece together as one CUDA graph.
+
+        Lanes are captured once; putting them together in any order takes milliseconds.
+
+        Args:
+            piece: What the graph runs: a piece of the plan, or one of the same lanes that orders
+                whatever that one orders.
+            uploads: Tensors that it first copies from pinned memory.
+            fetches: Tensors that it copies to pinned memory in the end.
+
+        Raises:
+            CaptureError: CUDA or ORT refuse, with the reason.
+        """
+        stream = self.streams[piece.main]
+        plan = self._lanes.get(piece) or lanes_of(self.plan, piece)
+        into, out = len(plan.lanes), len(plan.lanes) + 1  # the chains of copies, after the lanes
+        ends = [Point(number, len(lane.segments)) for number, lane in enumerate(plan.lanes)]
+        waits = [
+            *plan.waits,
+            *((Point(into, 1), Point(lane, 0)) for lane in plan.starts),
+            *((end, Point(out, 0)) for end in ends),
+        ]
+        positions = [*plan.positions, (-1,), (len(piece.steps),)]
+        uploaded, fetched = ([self.buffers[n] for n in names] for names in (uploads, fetches))
+        with ExitStack() as owner:
+            chains = [self._chain(lane) for lane in plan.lanes]
+            chains.append(owner.enter_context(_copies(stream, uploaded, cuda.Buffer.upload)))
+            chains.append(owner.enter_context(_copies(stream, fetched, cuda.Buffer.fetch)))
+            wired = wire([chain.nodes for chain in chains], positions, waits)
+            workspaces = [
+                self._workspace(lane, chain.workspace_nbytes)
+                for lane, chain in zip(plan.lanes, chains, strict=False)
+            ]
+            return cuda.Graph.assemble(chains, wired, [*workspaces, 0, 0], self._device)
+
+    def _chain(self, lane: Lane) -> cuda.Chain:
+        """What a lane launches, captured when first asked for."""
+        if lane not in self._chains:
+            addresses = {self._marks[n].pointer: n for n in range(1, 1 + len(lane.marks))}
+            stream = self.streams[lane.placement]
+            chain = cuda.Chain.capture(stream, self._runs[lane].launch, addresses)
+            self._chains[lane] = self._resources.enter_context(chain)
+        return self._chains[lane]
+
+    def _workspace(self, lane: Lane, nbytes: int) -> int:
+        """Memory for what a run allocates; runs of one lane never overlap."""
+        held = self._workspaces.get(lane)
+        if held is None or held.nbytes < nbytes:
+            held = self._resources.enter_context(cuda.DeviceMemory(nbytes, self._device))
+            self._workspaces[lane] = held
+        return held.pointer
+
+
+def _copies(
+    stream: cuda.Stream,
+    buffers: Sequence[cuda.Buffer],
+    copy: Callable[[cuda.Buffer, cuda.Stream], None],
+) -> cuda.Chain:
+    """Copies between buffers and their pinned memory, captured."""
+    for buffer in buffers:
+        _ = buffer.staging  # allocated now: a capture forbids it
+
+    def issue() -> None:
+        for buffer in buffers:
+            copy(buffer, stream)
+
+    return cuda.Chain.capture(stream, issue)

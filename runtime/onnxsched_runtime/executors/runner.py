@@ -1,0 +1,123 @@
+"""What every way to run a plan on a GPU holds: streams, buffers, sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.arena import Arena, check_arena, plan_arena
+from onnxsched_runtime.device import Placement
+from onnxsched_runtime.model import ModelPart, ModelSource
+from onnxsched_runtime.plan import ExecutionPlan, Piece
+from onnxsched_runtime.session import BoundRun, OrtSession
+from onnxsched_runtime.settings import BufferView, SessionSettings
+
+WARM_UP_COUNT = 2
+"""Runs before a capture: ORT settles its memory pattern in the second."""
+
+
+class PlanRunner:
+    """The streams, buffers and sessions of a plan on a GPU; what they run is up to its kinds."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: ExecutionPlan,
+        tensors: Collection[str],
+        custom_ops: tuple[str, ...],
+        graph_capture: bool = False,
+    ) -> None:
+        """Create streams, buffers and what runs on the host; sessions on the GPU come after.
+
+        Args:
+            source: The model that sessions are cut out of.
+            plan: Says what runs where.
+            tensors: What needs a fixed address.
+            custom_ops: Libraries of custom operators.
+            graph_capture: Let ORT capture each session by itself.
+        """
+        self.plan = plan
+        self._source = source
+        self._device = plan.segments[0].placement.device
+        self._resources = ExitStack()
+        self._custom_ops, self._graph_capture = custom_ops, graph_capture
+        self.streams: dict[Placement, cuda.Stream] = {}
+        self.buffers: dict[str, cuda.Buffer] = {}
+        self.sessions: dict[int, OrtSession] = {}
+        """Of segments on the host, by their index."""
+        self.bound: dict[int, BoundRun] = {}
+        """What runs on the GPU."""
+        try:
+            used = {piece.main for piece in plan.pieces}
+            used |= {segment.placement for segment in plan.segments}
+            self._open_streams(sorted(used))
+            nbytes = {name: source.tensors[name].nbytes for name in sorted(tensors)}
+            arena = plan_arena(plan, nbytes)
+            check_arena(plan, nbytes, arena)
+            self.buffers = self._buffers_in(arena, self._resources)
+            for index, segment in enumerate(plan.segments):
+                if segment.host_reason is not None:
+                    self.sessions[index] = self._session(
+                        segment.placement, source.extract(segment)
+                    )
+            self._open_runs()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_streams(self, placements: Sequence[Placement]) -> None:
+        """A stream for each placement."""
+        for placement in placements:
+            stream = cuda.Stream(placement.device)
+            self.streams[placement] = self._resources.enter_context(stream)
+
+    def _open_runs(self) -> None:
+        """Make the sessions that run on the GPU."""
+        raise NotImplementedError
+
+    def prepare(self, piece: Piece) -> None:
+        """Make a piece ready to be captured or issued; pieces before it have been."""
+        raise NotImplementedError
+
+    def _buffers_in(self, arena: Arena, owner: ExitStack) -> dict[str, cuda.Buffer]:
+        """Memory for an arena, and a buffer for each tensor in it."""
+        memory = owner.enter_context(cuda.DeviceMemory(arena.nbytes, self._device))
+        buffers = {
+            name: cuda.Buffer(self._source.tensors[name], self._device, memory.pointer + offset)
+            for name, offset in arena.offsets.items()
+        }
+        for buffer in buffers.values():
+            owner.callback(buffer.close)
+        return buffers
+
+    def _session(
+        self, placement: Placement, part: ModelPart, on_device: bool = False
+    ) -> OrtSession:
+        settings = SessionSettings(
+            placement.device,
+            stream_handle=self.streams[placement].handle if on_device else None,
+            graph_capture=self._graph_capture and on_device,
+            host_operators=not on_device,
+            custom_ops=self._custom_ops,
+            variant=self._source.variant,
+            is_lowered=True,
+        )
+        session = OrtSession(part, settings)
+        self._resources.callback(session.close)
+        return session
+
+    def close(self) -> None:
+        """Free the sessions, then the streams they launch on."""
+        try:
+            if self.streams:
+                cuda.synchronize(self._device)
+        finally:
+            self.bound, self.sessions, self.buffers = {}, {}, {}
+            self._resources.close()
+
+
+def view(buffer: cuda.Buffer) -> BufferView:
+    """A buffer as a session sees it."""
+    kind = buffer.kind
+    return BufferView(buffer.pointer, buffer.device, kind.element_type, kind.shape or ())
