@@ -57,6 +57,8 @@ class Model:
     """How sessions execute it; its layout is already in `proto`."""
     precision: Precision = "keep"
     """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
+    rewrite: str = "none"
+    """What has made `proto` of the operators that were loaded; a name in `rewriting.REWRITES`."""
 
     @property
     def source(self) -> ModelSource:
