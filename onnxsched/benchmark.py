@@ -76,6 +76,8 @@ class BenchResult:
     policy: str
     variant: str
     """How the schedule's sessions execute the model, e.g. `nhwc+bias`."""
+    rewrite: str
+    """What was made of the model's operators before, e.g. `merge`; `none` for nothing."""
     arms: tuple[Arm, ...]
     environment: Mapping[str, Any]
 
@@ -108,6 +110,7 @@ class BenchResult:
             "device": str(self.device),
             "policy": self.policy,
             "variant": self.variant,
+            "rewrite": self.rewrite,
             "arms": {arm.name: _arm_json(arm) for arm in self.arms},
             "ratios": {
                 arm.name: dataclasses.asdict(self.ratio_to(arm.name))
@@ -188,6 +191,7 @@ def bench(
         device=device,
         policy=str(annotation.details.get("policy", "")),
         variant=str(annotation.variant),
+        rewrite=str(annotation.details.get("rewrite", "none")),
         arms=arms,
         environment=describe_environment(device),
     )

@@ -16,11 +16,11 @@ from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.measure import Progress, measure_profile
-from onnxsched.tuning import Subject, tune
+from onnxsched.rewriting import possible_rewrites
+from onnxsched.tuning import AS_LOADED, Subject, tune
 from onnxsched.variants import possible_variants, promising, race_variants
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.lowering import origins
-from onnxsched_runtime.variant import DEFAULT_VARIANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def measured_decision(
     request: Request,
     progress: Progress,
 ) -> tuple[Decision, bool]:
-    """Try variants, let policies schedule the promising ones, and measure what they propose.
+    """Try variants and rewrites, let policies schedule the promising, measure what they propose.
 
     The model is profiled as it is before anything is captured here: what ends the process when it
     is captured must end the profiler's.
@@ -53,32 +53,19 @@ def measured_decision(
     """
     libraries = request.custom_ops
     profile = measure_profile(model, device, cache, libraries, progress)
-    wanted = possible_variants(with_refusals(model, profile.refusals), device)
-    variants = [model]
-    if request.variants and len(wanted) > 1:
-        raced = race_variants(
-            model,
-            device,
-            wanted,
-            plain,
-            budget_s=request.budget_s / 4,
-            custom_ops=libraries,
-            progress=progress,
-        )
-        variants = [outcome.model for outcome in promising(raced)]
     subjects = []
-    for variant in variants:
+    for portable, lowered in _raced(
+        model, with_refusals(model, profile.refusals), device, plain, request, progress
+    ):
         own = profile
-        if variant.variant != DEFAULT_VARIANT:
-            own = measure_profile(variant, device, cache, libraries, progress)
+        if (lowered.variant, lowered.rewrite) != AS_LOADED:
+            own = measure_profile(lowered, device, cache, libraries, progress)
             if own.refusals:
                 continue
-        subjects.append(_subject(model, variant, own, device, request))
-    if not any(s.model.variant == DEFAULT_VARIANT for s in subjects):
+        subjects.append(_subject(portable, lowered, own, device, request))
+    if not any(subject.form == AS_LOADED for subject in subjects):
         subjects.append(_unscheduled(model, device))
-    model = with_refusals(model, profile.refusals)
     tuned = tune(
-        model,
         subjects,
         device,
         stream_count=request.streams,
@@ -90,16 +77,50 @@ def measured_decision(
     return decide(tuned.outcomes, subjects, request.policy), tuned.is_complete
 
 
-def _subject(
+def _raced(
     model: Model,
-    variant: Model,
+    profiled: Model,
+    device: Device,
+    plain: PlainRuns,
+    request: Request,
+    progress: Progress,
+) -> list[tuple[Model, Model]]:
+    """What is worth scheduling: portable models, each with what it is lowered to.
+
+    Args:
+        model: As it was loaded.
+        profiled: The same with what profiling has refused.
+        device: Where it will run.
+        plain: What it must compute.
+        request: What is asked for.
+        progress: Told what is being done.
+    """
+    variants, rewrites = possible_variants(profiled, device), possible_rewrites(profiled, device)
+    if not request.variants or (len(variants) == 1 and not rewrites):
+        return [(model, model)]
+    raced = race_variants(
+        model,
+        device,
+        variants,
+        rewrites,
+        plain,
+        budget_s=request.budget_s / 2,
+        custom_ops=request.custom_ops,
+        progress=progress,
+    )
+    return [(outcome.portable, outcome.model) for outcome in promising(*raced)]
+
+
+def _subject(
+    portable: Model,
+    lowered: Model,
     profile: Profile,
     device: Device,
     request: Request,
 ) -> Subject:
     """Let policies schedule a variant."""
-    variant = with_refusals(variant, profile.refusals)
-    graph = graph_from_model(variant)
+    portable, lowered = (with_refusals(model, profile.refusals) for model in (portable, lowered))
+    graph = graph_from_model(lowered)
     contraction = contract_chains(graph)
     cost = TableCost(
         tuple(profile.cost(operator.name) for operator in graph.operators),
@@ -108,14 +129,15 @@ def _subject(
     policies = list(POLICIES) if request.policy == "auto" else [request.policy]
     proposed = propose(graph, contraction, cost, device, policies, request.streams)
     candidates = tuple(
-        replace(c, schedule=portable_schedule(model, variant, c.schedule)) for c in proposed
+        replace(c, schedule=portable_schedule(portable, lowered, c.schedule)) for c in proposed
     )
     return Subject(
-        variant,
+        portable,
+        lowered,
         contraction,
         cost,
         candidates,
-        _solo_times(model, variant, profile),
+        _solo_times(portable, lowered, profile),
         profile.refusals,
     )
 
@@ -126,7 +148,7 @@ def _unscheduled(model: Model, device: Device) -> Subject:
     contraction = contract_chains(graph)
     cost = TableCost(tuple(OperatorCost(0.0) for _ in graph.operators))
     candidates = propose(graph, contraction, cost, device, ["sequential"], 1)
-    return Subject(model, contraction, cost, candidates, {}, {})
+    return Subject(model, model, contraction, cost, candidates, {}, {})
 
 
 def _solo_times(model: Model, variant: Model, profile: Profile) -> dict[str, tuple[float, str]]:

@@ -13,6 +13,7 @@ import onnxsched
 from onnxsched.checking import differences_from, run_plain
 from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
+from onnxsched.rewriting import possible_rewrites
 from onnxsched.variants import possible_variants, race_variants
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
@@ -84,14 +85,17 @@ def test_lowering_keeps_the_names_of_what_it_does_not_add(zoo: Zoo) -> None:
 def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
     model = load_model(zoo("squeezenet"), _CUDA)
     plain = run_plain(model, _CUDA, 0, ())
-    outcomes = race_variants(
-        model, _CUDA, possible_variants(model, _CUDA), plain,
+    outcomes, rewrites = race_variants(
+        model, _CUDA, possible_variants(model, _CUDA), possible_rewrites(model, _CUDA), plain,
         budget_s=60.0, custom_ops=(), progress=_quiet,
     )  # fmt: skip
     variants = [outcome.model.variant for outcome in outcomes]
     assert DEFAULT_VARIANT in variants
     assert Variant("nhwc", fuse_conv_bias=True) in variants
-    assert list(outcomes) == sorted(outcomes, key=lambda outcome: outcome.median_us)
+    for raced in (outcomes, rewrites):
+        assert list(raced) == sorted(raced, key=lambda outcome: outcome.median_us)
+    assert {outcome.model.rewrite for outcome in rewrites} == {"none", "merge-padded"}
+    assert {outcome.model.variant for outcome in rewrites} == {outcomes[0].model.variant}
 
 
 def test_half_precision_is_faster_and_near(zoo: Zoo, nhwc: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_only_a_gpu_and_models_that_are_captured_whole_have_rewrites() -> None:
         rewritten(model, "melt")
 
 
-def of_text(text: str, opset: int = 17, **weights: Array) -> Model:
+def of_text(text: str, weights: Mapping[str, Array], opset: int = 17) -> Model:
     """The model of a text, with the weights that it reads; its outputs need no shapes there."""
     proto = parsed(text, opset=opset)
     read = {name for node in proto.graph.node for name in node.input}
@@ -145,7 +146,7 @@ def of_text(text: str, opset: int = 17, **weights: Array) -> Model:
 def test_a_split_says_its_sizes_as_the_opset_wants(opset: int) -> None:
     model = of_text(
         "(float[2,3] x) => (float[2,4] p, float[2,2] q) { p = MatMul(x, a)  q = MatMul(x, b) }",
-        opset, a=weight(3, 4), b=weight(3, 2),
+        {"a": weight(3, 4), "b": weight(3, 2)}, opset,
     )  # fmt: skip
     result = tried(model)["merge"]
     assert [node.op_type for node in result.proto.graph.node] == ["MatMul", "Split"]
@@ -177,7 +178,7 @@ def test_a_split_says_its_sizes_as_the_opset_wants(opset: int) -> None:
 def test_pieces_that_one_concat_joins_stay_together(text: str, expected: list[str]) -> None:
     model = of_text(
         f"(float[1,2,4,4] x) => (float[1,n,4,4] y) {{ {text} }}",
-        u=weight(2, 2, 1, 1), v=weight(3, 2, 1, 1), w=weight(2, 2, 1, 1) + 1,
+        {"u": weight(2, 2, 1, 1), "v": weight(3, 2, 1, 1), "w": weight(2, 2, 1, 1) + 1},
     )  # fmt: skip
     assert [node.op_type for node in tried(model)["merge"].proto.graph.node] == expected
 
@@ -199,8 +200,8 @@ STAYS = {
 def test_what_are_no_siblings_stays(text: str) -> None:
     model = of_text(
         f"(float[1,2,4,4] x) => (float[n,c,h,w] a, float[n,c,h,w] b) {{ {text} }}",
-        u=weight(2, 2, 1, 1), v=weight(3, 2, 1, 1), k=weight(2, 2, 2, 2), i=weight(2),
-        g=weight(2, 1, 1, 1), h=weight(4, 1, 1, 1),
+        {"u": weight(2, 2, 1, 1), "v": weight(3, 2, 1, 1), "k": weight(2, 2, 2, 2),
+         "i": weight(2), "g": weight(2, 1, 1, 1), "h": weight(4, 1, 1, 1)},
     )  # fmt: skip
     for name in ("merge", "merge-inner"):
         assert rewritten(model, name).proto.graph.node == model.proto.graph.node
@@ -211,7 +212,7 @@ def test_weights_that_others_read_stay_and_the_others_go() -> None:
         """(float[2,3] x) => (float[2,4] p, float[2,4] q, float[3,4] r) {
             p = MatMul(x, a)  q = MatMul(x, b)  r = Neg(b)
         }""",
-        a=weight(3, 4), b=weight(3, 4),
+        {"a": weight(3, 4), "b": weight(3, 4)},
     )  # fmt: skip
     model.proto.graph.input.append(
         onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, [3, 4])
@@ -226,7 +227,7 @@ def test_names_that_are_taken_are_not_used_again() -> None:
         """(float[2,3] x) => (float[2,4] p, float[2,4] q, float[2,3] r) {
             "p/merged" = Neg(x)  p = MatMul(x, a)  q = MatMul(x, b)  r = Relu("p/merged")
         }""".replace('"p/merged"', "taken"),
-        a=weight(3, 4), b=weight(3, 4),
+        {"a": weight(3, 4), "b": weight(3, 4)},
     )  # fmt: skip
     for node in model.proto.graph.node:
         node.input[:] = ["p/merged" if name == "taken" else name for name in node.input]
@@ -241,8 +242,8 @@ def test_products_of_one_tensor_reshaped_several_times_are_siblings() -> None:
             a = Reshape(x, rows)  b = Reshape(x, same)  c = Reshape(x, column)
             p = Gemm(a, u, i)  q = Gemm(b, v)  r = Gemm(c, w)
         }""",
-        rows=np.array([4, 3]), same=np.array([4, 3]), column=np.array([12, 1]),
-        u=weight(3, 5), v=weight(3, 2), w=weight(1, 1), i=weight(5),
+        {"rows": np.array([4, 3]), "same": np.array([4, 3]), "column": np.array([12, 1]),
+         "u": weight(3, 5), "v": weight(3, 2), "w": weight(1, 1), "i": weight(5)},
     )  # fmt: skip
     assert change(model, tried(model)["merge"]) == {"Reshape": -1, "Gemm": -1, "Split": 1}
 
@@ -254,7 +255,7 @@ def test_what_ends_a_branch_stays_in_the_inner_merge() -> None:
             p = Conv<pads = [1,1,1,1]>(b, k)  q = Conv<pads = [1,1,1,1]>(c, k)
             y = Concat<axis = 1>(d, p, q)
         }""",
-        u=weight(3, 2, 1, 1), k=weight(3, 3, 3, 3),
+        {"u": weight(3, 2, 1, 1), "k": weight(3, 3, 3, 3)},
     )  # fmt: skip
     found = tried(model)
     assert change(model, found["merge"]) == {"Conv": -2, "Split": 1}
@@ -285,7 +286,7 @@ def test_zeros_make_kernels_of_one_size(first: str, second: str, kernel: list[in
         y = {first}  z = {second}
     }}"""
     used = {name: weight(3, 2, *shape) for name, shape in shapes.items() if name in text}
-    found = tried(of_text(text, **used))
+    found = tried(of_text(text, used))
     assert op_types(found["merge"])["Conv"] == 2
     merged = found["merge-padded"].proto.graph.node[0]
     if kernel is None:
@@ -390,6 +391,6 @@ def _operator(
 @given(random_siblings(), st.integers(0, 99))
 def test_every_rewrite_keeps_the_outputs(case: tuple[str, dict[str, Array]], seed: int) -> None:
     text, weights = case
-    model = of_text(text, **weights)
+    model = of_text(text, weights)
     for result in tried(model, seed).values():
         assert len(result.proto.graph.node) <= len(model.proto.graph.node)
