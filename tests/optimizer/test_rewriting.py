@@ -173,12 +173,21 @@ def test_a_split_says_its_sizes_as_the_opset_wants(opset: int) -> None:
          ["Conv", "Split", "Relu", "Neg", "Concat"]),
         ("a = Conv(x, u)  b = Conv(x, w)  y = Concat<axis = 1>(a, b)", ["Conv"]),
         ("a = Conv(x, u)  b = Conv(x, u)  y = Sub(a, b)", ["Conv", "Split", "Sub"]),
+        ("a = Conv(x, u)  b = Conv(x, w)  y = Concat<axis = 2>(a, b)",
+         ["Conv", "Split", "Concat"]),
+        ("a = Conv(x, u)  b = Conv(x, v)  c = Add(a, p)  d = Add(q, b)"
+         "  y = Concat<axis = 1>(c, d)", ["Conv", "Add"]),
+        ("a = Conv(x, u)  b = Conv(x, v)  c = Add(a, s)  d = Add(s, b)"
+         "  y = Concat<axis = 1>(c, d)", ["Conv", "Split", "Add", "Add", "Concat"]),
+        ("a = Conv(x, u)  b = Conv(x, v)  c = Concat<axis = 1>(a, b)  d = Concat<axis = 1>(x, b)"
+         "  y = Concat<axis = 1>(c, d)", ["Conv", "Split", "Concat", "Concat", "Concat"]),
     ],
 )  # fmt: skip
 def test_pieces_that_one_concat_joins_stay_together(text: str, expected: list[str]) -> None:
     model = of_text(
         f"(float[1,2,4,4] x) => (float[1,n,4,4] y) {{ {text} }}",
-        {"u": weight(2, 2, 1, 1), "v": weight(3, 2, 1, 1), "w": weight(2, 2, 1, 1) + 1},
+        {"u": weight(2, 2, 1, 1), "v": weight(3, 2, 1, 1), "w": weight(2, 2, 1, 1) + 1,
+         "p": weight(1, 2, 1, 1), "q": weight(3, 1, 1), "s": weight(4, 4)},
     )  # fmt: skip
     assert [node.op_type for node in tried(model)["merge"].proto.graph.node] == expected
 
@@ -275,13 +284,15 @@ def test_what_ends_a_branch_stays_in_the_inner_merge() -> None:
         ("Conv<pads = [1,1,0,0]>(x, k22)", "Conv<pads = [1,1,1,1]>(x, k33)", [3, 3]),
         ("Conv<dilations = [2,2]>(x, k33)", "Conv<dilations = [2,2], pads = [1,1,1,1]>(x, k33)",
          None),
+        ("Conv<dilations = [2,2]>(x, k33)", "Conv<dilations = [2,2], pads = [1,1,1,1]>(x, k44)",
+         None),
         ("Conv(x, k11)", "Conv(x, k33)", None),
         ("Conv(x, k11)", "Conv<auto_pad = \"SAME_UPPER\">(x, k33)", None),
     ],
 )  # fmt: skip
 def test_zeros_make_kernels_of_one_size(first: str, second: str, kernel: list[int] | None) -> None:
     shapes = {"k11": (1, 1), "k13": (1, 3), "k31": (3, 1), "k22": (2, 2), "k33": (3, 3),
-              "k55": (5, 5)}  # fmt: skip
+              "k44": (4, 4),              "k55": (5, 5)}  # fmt: skip
     text = f"""(float[1,2,9,9] x) => (float[1,c,h,w] y, float[1,d,i,j] z) {{
         y = {first}  z = {second}
     }}"""
@@ -353,6 +364,8 @@ def random_siblings(draw: DrawFn) -> tuple[str, dict[str, Array]]:
             shapes[bias] = (count, 1, 1) if kind == "Conv" else (count,)
             lines.append(f"{after} = {step.format(name, bias)}")
             name = after
+        if draw(st.integers(0, 9)) == 0:
+            outputs.append(name)
         ends.setdefault(size, []).append(name)
     for size, names in ends.items():
         joined = draw(st.permutations(names))[: draw(st.integers(0, len(names)))]
