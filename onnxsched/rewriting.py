@@ -12,13 +12,12 @@ from dataclasses import replace
 import onnx
 from onnx import helper
 
-from onnxsched.loading import Model
+from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import Draft, merge
 from onnxsched.siblings import GraphView, find_siblings
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.model import input_values, name_nodes, node_reads
 
-NO_REWRITE = "none"
 REWRITES: Mapping[str, Mapping[str, bool]] = {
     "merge": {},
     "merge-inner": {"is_inner": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from onnxsched.annotate import portable_schedule
@@ -11,13 +12,13 @@ from onnxsched.checking import PlainRuns
 from onnxsched.contraction import contract_chains
 from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.decision import Decision, decide
-from onnxsched.loading import Model, graph_from_model, with_refusals
+from onnxsched.loading import AS_LOADED, Form, Model, graph_from_model, with_refusals
 from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.measure import Progress, measure_profile
 from onnxsched.rewriting import possible_rewrites
-from onnxsched.tuning import AS_LOADED, Subject, tune
+from onnxsched.tuning import Subject, tune
 from onnxsched.variants import possible_variants, promising, race_variants
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.lowering import origins
@@ -45,25 +46,27 @@ def measured_decision(
 ) -> tuple[Decision, bool]:
     """Try variants and rewrites, let policies schedule the promising, measure what they propose.
 
-    The model is profiled as it is before anything is captured here: what ends the process when it
-    is captured must end the profiler's.
+    The model is profiled as it is before anything is captured here, and rewrites before they are:
+    what ends the process when it is captured must end the profiler's.
 
     Returns:
         The decision, and whether it was come to without an interruption.
     """
     libraries = request.custom_ops
     profile = measure_profile(model, device, cache, libraries, progress)
+    profiles: dict[Form, Profile] = {AS_LOADED: profile}
+
+    def profile_of(lowered: Model) -> Profile:
+        if lowered.form not in profiles:
+            profiles[lowered.form] = measure_profile(lowered, device, cache, libraries, progress)
+        return profiles[lowered.form]
+
     subjects = []
-    for portable, lowered in _raced(
-        model, with_refusals(model, profile.refusals), device, plain, request, progress
-    ):
-        own = profile
-        if (lowered.variant, lowered.rewrite) != AS_LOADED:
-            own = measure_profile(lowered, device, cache, libraries, progress)
-            if own.refusals:
-                continue
-        subjects.append(_subject(portable, lowered, own, device, request))
-    if not any(subject.form == AS_LOADED for subject in subjects):
+    for portable, lowered in _raced(model, profile_of, device, plain, request, progress):
+        own = profile_of(lowered)
+        if lowered.form == AS_LOADED or not own.refusals:
+            subjects.append(_subject(portable, lowered, own, device, request))
+    if not any(subject.model.form == AS_LOADED for subject in subjects):
         subjects.append(_unscheduled(model, device))
     tuned = tune(
         subjects,
@@ -79,7 +82,7 @@ def measured_decision(
 
 def _raced(
     model: Model,
-    profiled: Model,
+    profile_of: Callable[[Model], Profile],
     device: Device,
     plain: PlainRuns,
     request: Request,
@@ -89,13 +92,14 @@ def _raced(
 
     Args:
         model: As it was loaded.
-        profiled: The same with what profiling has refused.
+        profile_of: Measures the operators of a lowered model.
         device: Where it will run.
         plain: What it must compute.
         request: What is asked for.
         progress: Told what is being done.
     """
-    variants, rewrites = possible_variants(profiled, device), possible_rewrites(profiled, device)
+    known = with_refusals(model, profile_of(model).refusals)
+    variants, rewrites = possible_variants(known, device), possible_rewrites(known, device)
     if not request.variants or (len(variants) == 1 and not rewrites):
         return [(model, model)]
     raced = race_variants(
@@ -104,6 +108,7 @@ def _raced(
         variants,
         rewrites,
         plain,
+        refusals_of=lambda lowered: profile_of(lowered).refusals,
         budget_s=request.budget_s / 2,
         custom_ops=request.custom_ops,
         progress=progress,

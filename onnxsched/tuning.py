@@ -15,29 +15,23 @@ from onnxsched.contraction import ContractedCost, Contraction, contract_cost, ex
 from onnxsched.cost import TableCost
 from onnxsched.inputs import random_inputs
 from onnxsched.interruption import Interruption
-from onnxsched.loading import Model
+from onnxsched.loading import AS_LOADED, Form, Model
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import race
 from onnxsched.refinement import refine
-from onnxsched.rewriting import NO_REWRITE
 from onnxsched.schedule import Schedule
 from onnxsched.simulate import simulate
 from onnxsched.trial import TrialRunner
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
-Form = tuple[Variant, str]
-"""How sessions execute a model, and what was made of it before; a name in `REWRITES` or `none`."""
 _CALIBRATION_COUNT = 8
 """Trials that the contention of the machine is fitted to."""
 _START_COUNT = 3
 """Schedules that local search starts from."""
-AS_LOADED: Form = (DEFAULT_VARIANT, NO_REWRITE)
-"""What ORT does by itself with the model as it was loaded."""
 _FINALIST_COUNT = 3
 """Candidates that are built as they will run, beside sequential ones."""
 
@@ -59,11 +53,6 @@ class Subject:
     """Median solo time in microseconds and bound, by node name of the portable model."""
     refusals: Mapping[str, str]
     """Why a node can't be captured, for those where the attempt failed."""
-
-    @property
-    def form(self) -> Form:
-        """What tells it from the other subjects."""
-        return (self.model.variant, self.model.rewrite)
 
 
 @dataclass(frozen=True)
@@ -168,7 +157,7 @@ def _expected(outcome: Outcome) -> tuple[bool, float]:
 def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
     """The outcomes of a subject's trials, or its candidates untried where there is no use."""
     subject = trials.subject
-    outcomes = [Outcome(candidate, form=subject.form) for candidate in subject.candidates]
+    outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
     tried = sorted(outcomes, key=_expected)
     if trials.device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
         return tried
@@ -237,7 +226,7 @@ def _found(
         contracted,
         simulate(subject.contraction.graph, cost, contracted).makespan_us,
     )
-    return Outcome(candidate, trial_us, form=subject.form)
+    return Outcome(candidate, trial_us, form=subject.model.form)
 
 
 def _refined(
@@ -264,7 +253,7 @@ def _refined(
 
 def subject_of(outcome: Outcome, subjects: Sequence[Subject]) -> Subject:
     """What a candidate is a schedule of."""
-    return next(subject for subject in subjects if subject.form == outcome.form)
+    return next(subject for subject in subjects if subject.model.form == outcome.form)
 
 
 def _measure_finalists(

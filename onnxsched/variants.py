@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxsched.checking import PlainRuns, differences_from
-from onnxsched.loading import Model
+from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import race
-from onnxsched.rewriting import NO_REWRITE, rewritten
+from onnxsched.rewriting import rewritten
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
@@ -69,6 +69,7 @@ def race_variants(
     rewrites: Sequence[str],
     plain: PlainRuns,
     *,
+    refusals_of: Callable[[Model], Mapping[str, str]],
     budget_s: float,
     custom_ops: tuple[str, ...],
     progress: Progress,
@@ -77,8 +78,9 @@ def race_variants(
 
     What ORT refuses is dropped too, except for the first variant, which must work; and what takes
     so long to prepare that scheduling it would. The rewrites are then raced in the fastest
-    variant, against it. No more variants are tried after half the budget, and no more rewrites
-    after half of it again.
+    variant, against it; not those with an operator that can't be captured, as a Split into pieces
+    of unequal sizes may be. No more variants are tried after half the budget,
+    and no more rewrites after half of it again.
 
     Args:
         model: The portable model.
@@ -86,7 +88,9 @@ def race_variants(
         variants: How to execute it.
         rewrites: What to make of it; names in `REWRITES`.
         plain: What it must compute.
-        budget_s: For all of this.
+        refusals_of: Why operators of a lowered model can't be captured, found out elsewhere: it
+            may end the process.
+        budget_s: For all of this but for finding that out.
         custom_ops: Libraries of custom operators.
         progress: Told what is being done.
 
@@ -99,7 +103,9 @@ def race_variants(
     """
     feeds = plain.feeds[0]
     with ExitStack() as stack:
-        attempts = _Attempts(model, device, plain, budget_s / 2, custom_ops, progress, stack)
+        attempts = _Attempts(
+            model, device, plain, refusals_of, budget_s / 2, custom_ops, progress, stack
+        )
         entrants = attempts.prepare([(NO_REWRITE, variant) for variant in variants])
         found = _timed(entrants, feeds, progress)
         best = found[0].model
@@ -128,6 +134,7 @@ class _Attempts:
     """As it was loaded."""
     device: Device
     plain: PlainRuns
+    refusals_of: Callable[[Model], Mapping[str, str]]
     budget_s: float
     """For all that is prepared together."""
     custom_ops: tuple[str, ...]
@@ -148,9 +155,17 @@ class _Attempts:
             if not is_sure and time.monotonic() > deadline:
                 break
             self.progress("trying variants", number, len(wanted))
+            portable = rewritten(self.model, rewrite)
             start = time.monotonic()
             try:
-                entrant = self._entrant(rewritten(self.model, rewrite), variant)
+                lowered = lowered_model(portable, variant, self.device, self.custom_ops)
+                pause = time.monotonic()
+                is_capturable = rewrite == NO_REWRITE or not self.refusals_of(lowered)
+                pause_s = time.monotonic() - pause
+                start, deadline = start + pause_s, deadline + pause_s
+                if not is_capturable:
+                    continue
+                entrant = self._entrant(portable, lowered)
             except DeviceError:
                 raise
             except OnnxschedError:
@@ -166,11 +181,10 @@ class _Attempts:
                 entrant.session.close()
         return entrants
 
-    def _entrant(self, portable: Model, variant: Variant) -> _Entrant:
-        lowered = lowered_model(portable, variant, self.device, self.custom_ops)
+    def _entrant(self, portable: Model, lowered: Model) -> _Entrant:
         session = Session(
             portable.proto,
-            _one_stream(portable, variant, self.device),
+            _one_stream(portable, lowered.variant, self.device),
             custom_ops=self.custom_ops,
             lowered=lowered.source,
         )

@@ -13,6 +13,8 @@ import onnxsched
 from onnxsched.checking import differences_from, run_plain
 from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
+from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.profiling.measure import measure_profile
 from onnxsched.rewriting import possible_rewrites
 from onnxsched.variants import possible_variants, race_variants
 from onnxsched_runtime.annotation import read_annotation
@@ -83,10 +85,12 @@ def test_lowering_keeps_the_names_of_what_it_does_not_add(zoo: Zoo) -> None:
 
 
 def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
+    cache = MeasurementCache(None, "")
     model = load_model(zoo("squeezenet"), _CUDA)
     plain = run_plain(model, _CUDA, 0, ())
     outcomes, rewrites = race_variants(
         model, _CUDA, possible_variants(model, _CUDA), possible_rewrites(model, _CUDA), plain,
+        refusals_of=lambda lowered: measure_profile(lowered, _CUDA, cache, (), _quiet).refusals,
         budget_s=60.0, custom_ops=(), progress=_quiet,
     )  # fmt: skip
     variants = [outcome.model.variant for outcome in outcomes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -164,14 +164,18 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Form, Any]]:
 
 
 def race_both(
-    wanted: Sequence[Variant], rewrites: Sequence[str], budget_s: float = 60.0
+    wanted: Sequence[Variant],
+    rewrites: Sequence[str],
+    budget_s: float = 60.0,
+    refusals_of: Callable[[Model], Mapping[str, str]] = lambda lowered: {},
 ) -> tuple[list[Variant], list[str]]:
     """The variants that are right and the rewrites that are, the fastest first."""
     feeds = tuple({"x": np.full(3, seed, np.float32)} for seed in range(1, 3))
     plain = PlainRuns(("y",), feeds, tuple([feed["x"] * 2] for feed in feeds))
     variants, rewritten = race_variants(
         as_it_is(MODELS["chain"]()), GPU, wanted, rewrites, plain,
-        budget_s=budget_s, custom_ops=(), progress=lambda what, done, total: None,
+        refusals_of=refusals_of, budget_s=budget_s, custom_ops=(),
+        progress=lambda what, done, total: None,
     )  # fmt: skip
     assert all(o.samples_us == TIMES_US[o.model.variant] for o in variants)
     assert {o.model.variant for o in rewritten} == {variants[0].model.variant}
@@ -257,6 +261,29 @@ def test_a_rewrite_that_is_wrong_or_refused_is_dropped(
     planned["merge-inner"] = fault
     assert race_both(ALL, ("merge", "merge-inner"))[1] == ["none"]
     assert race_both(ALL, ("merge",), budget_s=-1.0) == ([DEFAULT_VARIANT], ["none"])
+
+
+def test_a_rewrite_with_an_operator_that_is_not_captured_is_dropped(
+    planned: dict[Form, Any],
+) -> None:
+    asked = []
+
+    def refusals_of(lowered: Model) -> Mapping[str, str]:
+        asked.append(lowered.form)
+        time.sleep(0.7)  # which is not on the budget
+        return {"split": "ends the process"} if lowered.rewrite == "merge" else {}
+
+    found = race_both(ALL, ("merge", "merge-inner"), 1.0, refusals_of)
+    assert found[1] == ["merge-inner", "none"]
+    assert asked == [(NHWC, "merge"), (NHWC, "merge-inner")]
+
+
+def test_that_is_known_before_a_rewrite_is_captured(planned: dict[Form, Any]) -> None:
+    def refusals_of(lowered: Model) -> Mapping[str, str]:
+        planned["merge"] = "session refused"
+        return {}
+
+    assert race_both(ALL, ("merge",), refusals_of=refusals_of)[1] == ["none"]
 
 
 def test_a_lowered_model_keeps_what_it_is_compared_with(tmp_path: Path) -> None:
