@@ -78,9 +78,9 @@ def race_variants(
 
     What ORT refuses is dropped too, except for the first variant, which must work; and what takes
     so long to prepare that scheduling it would. The rewrites are then raced in the fastest
-    variant, against it; not those with an operator that can't be captured, as a Split into pieces
-    of unequal sizes may be. No more variants are tried after half the budget,
-    and no more rewrites after half of it again.
+    variant, against it; not those with an operator that can't be captured, as a Split into unequal
+    pieces may be. No more variants are tried after half the budget, and no more rewrites after
+    half of it again.
 
     Args:
         model: The portable model.

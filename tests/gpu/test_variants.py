@@ -102,6 +102,28 @@ def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
     assert {outcome.model.variant for outcome in rewrites} == {outcomes[0].model.variant}
 
 
+@pytest.mark.parametrize(
+    ("name", "variant", "captured"),
+    [
+        ("googlenet", Variant("nhwc", fuse_conv_bias=True), {"merge", "merge-inner"}),
+        ("googlenet", DEFAULT_VARIANT, set()),
+        ("t5_encoder", DEFAULT_VARIANT, {"merge"}),
+    ],
+)
+def test_rewrites_are_right_where_they_are_captured(
+    name: str, variant: Variant, captured: set[str], zoo: Zoo, cache_dir: Path
+) -> None:
+    """ORT can't capture a Split into unequal pieces of any axis but the last."""
+    model = load_model(zoo(name), _CUDA)
+    cache = MeasurementCache(cache_dir, "rewrites")
+    _, rewrites = race_variants(
+        model, _CUDA, (variant,), possible_rewrites(model, _CUDA), run_plain(model, _CUDA, 0, ()),
+        refusals_of=lambda lowered: measure_profile(lowered, _CUDA, cache, (), _quiet).refusals,
+        budget_s=120.0, custom_ops=(), progress=_quiet,
+    )  # fmt: skip
+    assert {outcome.model.rewrite for outcome in rewrites} == {"none", *captured}
+
+
 def test_half_precision_is_faster_and_near(zoo: Zoo, nhwc: Path, tmp_path: Path) -> None:
     target = tmp_path / "half.onnx"
     result = onnxsched.optimize(
