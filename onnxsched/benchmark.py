@@ -76,6 +76,8 @@ class BenchResult:
     policy: str
     variant: str
     """How the schedule's sessions execute the model, e.g. `nhwc+bias`."""
+    rewrite: str
+    """What was made of the model's operators before, e.g. `merge`; `none` for nothing."""
     arms: tuple[Arm, ...]
     environment: Mapping[str, Any]
 
@@ -108,6 +110,7 @@ class BenchResult:
             "device": str(self.device),
             "policy": self.policy,
             "variant": self.variant,
+            "rewrite": self.rewrite,
             "arms": {arm.name: _arm_json(arm) for arm in self.arms},
             "ratios": {
                 arm.name: dataclasses.asdict(self.ratio_to(arm.name))
@@ -146,8 +149,8 @@ def bench(
 
     Args:
         path: An annotated model.
-        against: Names in `ARMS`; all that the device allows if empty. `ort` or `ort-graph` and
-            the schedule itself are always measured.
+        against: Names in `ARMS`; all that device and model allow if empty. `ort` or `ort-graph`
+            and the schedule itself are always measured.
         original: What the plain ORT arms run; the annotated model without its schedule if None.
         warmup_ms: Every arm runs at least this long before it is measured.
         duration_s: Measure at least this long in all.
@@ -163,7 +166,7 @@ def bench(
     model = read_model(path)
     annotation = read_annotation(model)
     device = annotation.devices[0]
-    names = _arm_names(against, device, bool(annotation.host_reasons))
+    names = _arm_names(against, device, _needed_by_ort_graph(annotation, original is not None))
     libraries = tuple(custom_ops)
     lowered = lowered_source(model, annotation, libraries)
     baseline = _baseline(model, annotation, original, device, libraries)
@@ -188,21 +191,32 @@ def bench(
         device=device,
         policy=str(annotation.details.get("policy", "")),
         variant=str(annotation.variant),
+        rewrite=str(annotation.details.get("rewrite", "none")),
         arms=arms,
         environment=describe_environment(device),
     )
 
 
-def _arm_names(against: Sequence[str], device: Device, has_host_operators: bool) -> list[str]:
+def _needed_by_ort_graph(annotation: Annotation, has_original: bool) -> str | None:
+    """What is missing for ONNX Runtime's own CUDA graph; None where nothing is."""
+    if annotation.host_reasons:  # ORT captures whole models only
+        return "a model without host operators"
+    if annotation.details.get("rewrite", "none") != "none" and not has_original:
+        # A Split into unequal pieces ends the process when ORT captures it in its own layout.
+        return "the model as it was before its operators were merged; give it with --original"
+    return None
+
+
+def _arm_names(against: Sequence[str], device: Device, needed: str | None) -> list[str]:
     if unknown := set(against) - ARMS.keys():
         raise UsageError(f"There is no arm '{min(unknown)}'; there are {', '.join(ARMS)}.")
     possible = [name for name in ARMS if device.kind == "cuda" or name not in _GPU_ONLY]
     if strangers := set(against) - set(possible):
         raise UsageError(f"Arm '{min(strangers)}' needs a GPU; the schedule is for {device}.")
-    if has_host_operators:  # ORT captures whole models only
+    if needed:
         possible = [name for name in possible if name != "ort-graph"]
         if "ort-graph" in against:
-            raise UsageError("Arm 'ort-graph' needs a model without host operators.")
+            raise UsageError(f"Arm 'ort-graph' needs {needed}.")
     if not against:
         return possible
     plain = [] if {"ort", "ort-graph"} & set(against) else ["ort"]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onnxsched.graph import OperatorGraph
+from onnxsched.loading import AS_LOADED
 from onnxsched.machine import Machine
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.schedule import Schedule, Slot, check_schedule
-from onnxsched.tuning import Outcome, Subject
+from onnxsched.tuning import Outcome, Subject, subject_of
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
-from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+from onnxsched_runtime.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Decision:
     schedule: Schedule
     policy: str
     variant: Variant
+    rewrite: str
+    """What was made of the model before it was scheduled; a name in `REWRITES`, or `none`."""
     measured_us: float
     sequential_us: float
-    """The model as one session of the default variant in the same rounds."""
+    """The model as it was loaded as one session of the default variant, in the same rounds."""
     alternatives: tuple[Mapping[str, Any], ...]
-    """Every candidate: policy, streams, predicted, tried and measured times."""
+    """Every candidate: policy, variant, rewrite, streams, predicted, tried and measured times."""
     operators: Mapping[str, tuple[float, str]]
     """Median solo time in microseconds and bound, by node name."""
     refusals: Mapping[str, str]
@@ -45,13 +48,15 @@ def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str
     measured = [outcome for outcome in outcomes if outcome.measured_us is not None]
     allowed = [o for o in measured if policy in ("auto", o.candidate.policy)] or measured
     chosen = allowed[0]
-    subject = next(s for s in subjects if s.model.variant == chosen.variant)
+    subject = subject_of(chosen, subjects)
     unscheduled = [o for o in measured if o.candidate.policy == "sequential"]
-    plain = next((o for o in unscheduled if o.variant == DEFAULT_VARIANT), unscheduled[0])
+    plain = next((o for o in unscheduled if o.form == AS_LOADED), unscheduled[0])
+    variant, rewrite = chosen.form
     return Decision(
         schedule=chosen.candidate.schedule,
         policy=chosen.candidate.policy,
-        variant=chosen.variant,
+        variant=variant,
+        rewrite=rewrite,
         measured_us=chosen.measured_us or 0.0,
         sequential_us=plain.measured_us or 0.0,
         alternatives=tuple(_alternative(outcome) for outcome in outcomes),
@@ -61,9 +66,11 @@ def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str
 
 
 def _alternative(outcome: Outcome) -> Mapping[str, Any]:
+    variant, rewrite = outcome.form
     return {
         "policy": outcome.candidate.policy,
-        "variant": str(outcome.variant),
+        "variant": str(variant),
+        "rewrite": rewrite,
         "streams": outcome.candidate.stream_count,
         "predicted_us": outcome.candidate.predicted_us,
         "tried_us": outcome.trial_us,
@@ -78,6 +85,7 @@ def remember(cache: MeasurementCache, key: str, decision: Decision) -> None:
         "slots": [[slot.operator, slot.placement.stream] for slot in decision.schedule.slots],
         "policy": decision.policy,
         "variant": decision.variant.to_json(),
+        "rewrite": decision.rewrite,
         "measured_us": decision.measured_us,
         "sequential_us": decision.sequential_us,
         "alternatives": list(decision.alternatives),
@@ -88,19 +96,31 @@ def remember(cache: MeasurementCache, key: str, decision: Decision) -> None:
 
 
 def recall(
-    cache: MeasurementCache, key: str, graph: OperatorGraph, device: Device
+    cache: MeasurementCache,
+    key: str,
+    graph_of: Callable[[str], OperatorGraph],
+    device: Device,
 ) -> Decision | None:
-    """The decision kept for `key`; None where there is none, or it does not fit the graph."""
+    """The decision kept for `key`; None where there is none, or it does not fit the graph.
+
+    Args:
+        cache: Where it is kept.
+        key: What it was kept for.
+        graph_of: The operators as a rewrite leaves them, by its name; KeyError for a stranger.
+        device: Where it is to run.
+    """
     content = cache.read(key)
     try:
+        rewrite = str(content["rewrite"])
         slots = [Slot(int(o), Placement(device, int(stream))) for o, stream in content["slots"]]
         schedule = Schedule(tuple(slots))
         count = 1 + max(slot.placement.stream for slot in slots)
-        check_schedule(graph, Machine((device,), count), schedule)
+        check_schedule(graph_of(rewrite), Machine((device,), count), schedule)
         return Decision(
             schedule=schedule,
             policy=str(content["policy"]),
             variant=Variant.from_json(content["variant"]),
+            rewrite=rewrite,
             measured_us=float(content["measured_us"]),
             sequential_us=float(content["sequential_us"]),
             alternatives=tuple(content["alternatives"]),

@@ -37,6 +37,11 @@ _MAX_CONCAT = 32
 
 
 Precision = Literal["keep", "fp16"]
+NO_REWRITE = "none"
+Form = tuple[Variant, str]
+"""How sessions execute a model, and what was made of its operators before."""
+AS_LOADED: Form = (DEFAULT_VARIANT, NO_REWRITE)
+"""What ORT does by itself."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,13 @@ class Model:
     """How sessions execute it; its layout is already in `proto`."""
     precision: Precision = "keep"
     """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
+    rewrite: str = NO_REWRITE
+    """What has made `proto` of the operators that were loaded; a name in `rewriting.REWRITES`."""
+
+    @property
+    def form(self) -> Form:
+        """What tells it from others that were made of the same model."""
+        return (self.variant, self.rewrite)
 
     @property
     def source(self) -> ModelSource:

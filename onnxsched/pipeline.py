@@ -20,6 +20,7 @@ from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
 from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.signature import OperatorSignatures
+from onnxsched.rewriting import rewritten
 from onnxsched.scheduling import Request, measured_decision
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
@@ -40,6 +41,8 @@ class OptimizeResult:
     policy: str
     variant: Variant
     """How sessions execute the model."""
+    rewrite: str
+    """What was made of its operators before: `merge`, for one; `none` for nothing."""
     stream_count: int
     operator_count: int
     segment_count: int
@@ -53,7 +56,7 @@ class OptimizeResult:
     differences: tuple[Difference, ...]
     """Of each output that no random number reaches, against plain ONNX Runtime."""
     alternatives: tuple[Mapping[str, Any], ...]
-    """Every candidate: policy, streams, predicted, tried and measured times."""
+    """Every candidate: policy, variant, rewrite, streams, predicted, tried and measured times."""
     from_cache: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +91,8 @@ def optimize(
         policy: `auto` measures the best few of all; a policy's name is obeyed.
         shapes: Shapes of inputs whose dimensions are symbols.
         budget_s: No more schedules are tried after this many seconds.
-        variants: Also try other layouts and kernels of ONNX Runtime's; see `Variant`.
+        variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
+            `Variant` and `rewriting`.
         precision: `fp16` computes in float16; inputs and outputs keep their types.
         cache_dir: Where measurements are kept; "" for the user's cache, None for nowhere.
         seed: For the inputs that outputs are compared on.
@@ -117,12 +121,14 @@ def optimize(
     progress("checking", 0, 1)
     plain = run_plain(model, chosen, seed, libraries)
     key = _decision_key(model, request)
-    decision = kept = recall(cache, key, graph_from_model(model), chosen)
+    decision = kept = recall(
+        cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), chosen
+    )
     if decision is None:
         decision, is_complete = measured_decision(model, chosen, cache, plain, request, progress)
         if is_complete:
             remember(cache, key, decision)
-    model = with_refusals(model, decision.refusals)
+    model = with_refusals(rewritten(model, decision.rewrite), decision.refusals)
     details = _details(model, decision, chosen, environment, seed)
     annotation = annotation_for(model, decision.schedule, decision.variant, details)
     progress("checking", 0, 1)
@@ -165,6 +171,7 @@ def _details(
 ) -> dict[str, Any]:
     return {
         "policy": decision.policy,
+        "rewrite": decision.rewrite,
         "streams": decision.schedule.stream_count,
         "precision": model.precision,
         "bound_shapes": {name: list(shape) for name, shape in model.bound_shapes.items()},
@@ -195,6 +202,7 @@ def _result(
         device=device,
         policy=decision.policy,
         variant=decision.variant,
+        rewrite=decision.rewrite,
         stream_count=decision.schedule.stream_count,
         operator_count=len(model.proto.graph.node),
         segment_count=len(session.plan.segments),

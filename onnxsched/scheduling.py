@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from onnxsched.annotate import portable_refusals, portable_schedule
@@ -12,11 +12,12 @@ from onnxsched.checking import PlainRuns
 from onnxsched.contraction import contract_chains
 from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.decision import Decision, decide
-from onnxsched.loading import Model, graph_from_model, with_refusals
+from onnxsched.loading import AS_LOADED, Form, Model, graph_from_model, with_refusals
 from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.measure import Progress, measure_profile
+from onnxsched.rewriting import possible_rewrites
 from onnxsched.tuning import Subject, tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.device import Device
@@ -44,55 +45,31 @@ def measured_decision(
     request: Request,
     progress: Progress,
 ) -> tuple[Decision, bool]:
-    """Try variants, let policies schedule the promising ones, and measure what they propose.
+    """Try variants and rewrites, let policies schedule the promising, measure what they propose.
 
-    The model is profiled as it is before anything is captured here: what ends the process when it
-    is captured must end the profiler's.
+    The model is profiled as it is before anything is captured here, and rewrites before they are:
+    what ends the process when it is captured must end the profiler's.
 
     Returns:
         The decision, and whether it was come to without an interruption.
     """
     libraries = request.custom_ops
-    default = model
-    if device.kind == "cuda":
-        default = lowered_model(model, DEFAULT_VARIANT, device, libraries)
-    profile = measure_profile(default, device, cache, libraries, progress)
-    refusals: Mapping[str, str] = {}
-    if profile.refusals:
-        refusals = portable_refusals(model, default, profile.refusals)
-        default = lowered_model(with_refusals(model, refusals), DEFAULT_VARIANT, device, libraries)
-        profile = measure_profile(default, device, cache, libraries, progress)
-        refusals = {**refusals, **profile.refusals}
-        default = with_refusals(default, refusals)
-    model = with_refusals(model, refusals)
-    wanted = possible_variants(model, device)
-    variants = [default]
-    if request.variants and len(wanted) > 1:
-        raced = race_variants(
-            model,
-            device,
-            wanted,
-            plain,
-            budget_s=request.budget_s / 4,
-            custom_ops=libraries,
-            progress=progress,
-        )
-        variants = [
-            default if outcome.model.variant == DEFAULT_VARIANT else outcome.model
-            for outcome in promising(raced)
-        ]
+    model, default, profile = _profiled(model, device, cache, libraries, progress)
+    profiles: dict[Form, Profile] = {AS_LOADED: profile}
+
+    def profile_of(lowered: Model) -> Profile:
+        if lowered.form not in profiles:
+            profiles[lowered.form] = measure_profile(lowered, device, cache, libraries, progress)
+        return profiles[lowered.form]
+
     subjects = []
-    for variant in variants:
-        own = profile
-        if variant.variant != DEFAULT_VARIANT:
-            own = measure_profile(variant, device, cache, libraries, progress)
-            if own.refusals:
-                continue
-        subjects.append(_subject(model, variant, own, device, request, refusals))
-    if not any(s.model.variant == DEFAULT_VARIANT for s in subjects):
+    for portable, lowered in _raced(model, default, profile_of, device, plain, request, progress):
+        own = profile_of(lowered)
+        if lowered.form == AS_LOADED or not own.refusals:
+            subjects.append(_subject(portable, lowered, own, device, request))
+    if not any(subject.model.form == AS_LOADED for subject in subjects):
         subjects.append(_unscheduled(model, default, device))
     tuned = tune(
-        model,
         subjects,
         device,
         stream_count=request.streams,
@@ -104,16 +81,79 @@ def measured_decision(
     return decide(tuned.outcomes, subjects, request.policy), tuned.is_complete
 
 
-def _subject(
+def _profiled(
     model: Model,
-    variant: Model,
+    device: Device,
+    cache: MeasurementCache,
+    custom_ops: tuple[str, ...],
+    progress: Progress,
+) -> tuple[Model, Model, Profile]:
+    """Profile a model as ONNX Runtime lowers it by itself.
+
+    Returns:
+        The model with what turned out to refuse a capture, what it is lowered to, and the profile
+        of that.
+    """
+    default = model
+    if device.kind == "cuda":
+        default = lowered_model(model, DEFAULT_VARIANT, device, custom_ops)
+    profile = measure_profile(default, device, cache, custom_ops, progress)
+    if profile.refusals:  # what must stay on the host is not lowered
+        model = with_refusals(model, portable_refusals(model, default, profile.refusals))
+        profile = measure_profile(model, device, cache, custom_ops, progress)
+        model = default = with_refusals(model, profile.refusals)
+    return model, default, profile
+
+
+def _raced(
+    model: Model,
+    default: Model,
+    profile_of: Callable[[Model], Profile],
+    device: Device,
+    plain: PlainRuns,
+    request: Request,
+    progress: Progress,
+) -> list[tuple[Model, Model]]:
+    """What is worth scheduling: portable models, each with what it is lowered to.
+
+    Args:
+        model: As it was loaded.
+        default: What it is lowered to by default.
+        profile_of: Measures the operators of a lowered model.
+        device: Where it will run.
+        plain: What it must compute.
+        request: What is asked for.
+        progress: Told what is being done.
+    """
+    variants, rewrites = possible_variants(model, device), possible_rewrites(model, device)
+    if not request.variants or (len(variants) == 1 and not rewrites):
+        return [(model, default)]
+    raced = race_variants(
+        model,
+        device,
+        variants,
+        rewrites,
+        plain,
+        refusals_of=lambda lowered: profile_of(lowered).refusals,
+        budget_s=request.budget_s / 2,
+        custom_ops=request.custom_ops,
+        progress=progress,
+    )
+    return [
+        (outcome.portable, default if outcome.model.form == AS_LOADED else outcome.model)
+        for outcome in promising(*raced)
+    ]
+
+
+def _subject(
+    portable: Model,
+    lowered: Model,
     profile: Profile,
     device: Device,
     request: Request,
-    refusals: Mapping[str, str],
 ) -> Subject:
     """Let policies schedule a variant."""
-    graph = graph_from_model(variant)
+    graph = graph_from_model(lowered)
     contraction = contract_chains(graph)
     cost = TableCost(
         tuple(profile.cost(operator.name) for operator in graph.operators),
@@ -122,15 +162,16 @@ def _subject(
     policies = list(POLICIES) if request.policy == "auto" else [request.policy]
     proposed = propose(graph, contraction, cost, device, policies, request.streams)
     candidates = tuple(
-        replace(c, schedule=portable_schedule(model, variant, c.schedule)) for c in proposed
+        replace(c, schedule=portable_schedule(portable, lowered, c.schedule)) for c in proposed
     )
     return Subject(
-        variant,
+        portable,
+        lowered,
         contraction,
         cost,
         candidates,
-        _solo_times(model, variant, profile),
-        refusals,
+        _solo_times(portable, lowered, profile),
+        portable.host_reasons,
     )
 
 
@@ -140,7 +181,7 @@ def _unscheduled(model: Model, default: Model, device: Device) -> Subject:
     contraction = contract_chains(graph)
     cost = TableCost(tuple(OperatorCost(0.0) for _ in graph.operators))
     candidates = propose(graph, contraction, cost, device, ["sequential"], 1)
-    return Subject(default, contraction, cost, candidates, {}, {})
+    return Subject(model, default, contraction, cost, candidates, {}, {})
 
 
 def _solo_times(model: Model, variant: Model, profile: Profile) -> dict[str, tuple[float, str]]:

@@ -15,7 +15,7 @@ from onnxsched.contraction import ContractedCost, Contraction, contract_cost, ex
 from onnxsched.cost import TableCost
 from onnxsched.inputs import random_inputs
 from onnxsched.interruption import Interruption
-from onnxsched.loading import Model
+from onnxsched.loading import AS_LOADED, Form, Model
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.measure import Progress
@@ -27,7 +27,6 @@ from onnxsched.trial import TrialRunner
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _CALIBRATION_COUNT = 8
 """Trials that the contention of the machine is fitted to."""
@@ -39,10 +38,12 @@ _FINALIST_COUNT = 3
 
 @dataclass(frozen=True)
 class Subject:
-    """A variant of the model, and the schedules proposed for it."""
+    """A variant of a portable model, and the schedules proposed for it."""
 
+    portable: Model
+    """Rewritten or as it was loaded: what is annotated."""
     model: Model
-    """Lowered."""
+    """The same lowered."""
     contraction: Contraction
     cost: TableCost
     """Of the lowered model's operators."""
@@ -63,8 +64,8 @@ class Outcome:
     """Median device time from one session a chain; None where it was not tried so."""
     samples_us: tuple[float, ...] = ()
     """Times as it will run, from rounds interleaved with the other finalists."""
-    variant: Variant = DEFAULT_VARIANT
-    """How its sessions execute the model."""
+    form: Form = AS_LOADED
+    """Of the subject that it is a schedule of."""
 
     @property
     def measured_us(self) -> float | None:
@@ -83,7 +84,6 @@ class Tuned:
 
 
 def tune(
-    model: Model,
     subjects: Sequence[Subject],
     device: Device,
     *,
@@ -101,21 +101,21 @@ def tune(
     kept.
 
     Args:
-        model: The portable model.
-        subjects: Its variants and what is proposed for each.
+        subjects: Variants and rewrites of one model, and what is proposed for each.
         device: Where to measure.
         stream_count: The cap for schedules that are found here.
-        budget_s: Shared evenly between the variants.
+        budget_s: Shared evenly between the subjects; what one leaves goes to those after it.
         is_refined: Spend what is left of it on local search from the best schedules.
         custom_ops: Libraries of custom operators.
         progress: Told what is being done.
     """
     outcomes: list[Outcome] = []
     with Interruption() as interruption:
-        for subject in subjects:
-            deadline = time.monotonic() + budget_s / len(subjects)
+        end = time.monotonic() + budget_s
+        for number, subject in enumerate(subjects):
+            now = time.monotonic()
+            deadline = now + (end - now) / (len(subjects) - number)
             trials = _Trials(
-                model,
                 subject,
                 device,
                 stream_count,
@@ -130,18 +130,15 @@ def tune(
         others = [o for o in ranked if o.candidate.policy != "sequential"]
         sequential = [o for o in ranked if o.candidate.policy == "sequential"]
         finalists = [*sequential, *others[:_FINALIST_COUNT]]
-        lowered = {subject.model.variant: subject.model for subject in subjects}
-        measured = _measure_finalists(model, lowered, finalists, custom_ops, progress)
+        measured = _measure_finalists(subjects, finalists, custom_ops, progress)
         measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
         return Tuned((*measured, *others[_FINALIST_COUNT:]), not interruption.is_requested)
 
 
 @dataclass(frozen=True)
 class _Trials:
-    """What trying the schedules of one variant needs."""
+    """What trying the schedules of one subject needs."""
 
-    model: Model
-    """Portable."""
     subject: Subject
     device: Device
     stream_count: int
@@ -158,9 +155,9 @@ def _expected(outcome: Outcome) -> tuple[bool, float]:
 
 
 def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
-    """The outcomes of a variant's trials, or its candidates untried where there is no use."""
+    """The outcomes of a subject's trials, or its candidates untried where there is no use."""
     subject = trials.subject
-    outcomes = [Outcome(c, variant=subject.model.variant) for c in subject.candidates]
+    outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
     tried = sorted(outcomes, key=_expected)
     if trials.device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
         return tried
@@ -209,27 +206,27 @@ def _searched(
     trials: _Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
 ) -> list[Outcome]:
     """What search finds on the calibrated simulator, and then on the machine."""
-    graph = trials.subject.contraction.graph
+    subject = trials.subject
+    graph = subject.contraction.graph
     machine = Machine((trials.device,), trials.stream_count)
     trials.progress("searching", 0, 1)
     start = POLICIES["search"](graph, cost, machine)
-    found = _outcome(trials, cost, start, _median_us(runner, start))
+    found = _found(subject, cost, start, _median_us(runner, start))
     return [found, *_refined(trials, cost, [found, *tried], runner)]
 
 
-def _outcome(
-    trials: _Trials, cost: ContractedCost, contracted: Schedule, trial_us: float
+def _found(
+    subject: Subject, cost: ContractedCost, contracted: Schedule, trial_us: float
 ) -> Outcome:
     """A schedule that search came to."""
-    subject = trials.subject
     expanded = expand(subject.contraction, contracted)
     candidate = Candidate(
         "search",
-        portable_schedule(trials.model, subject.model, expanded),
+        portable_schedule(subject.portable, subject.model, expanded),
         contracted,
         simulate(subject.contraction.graph, cost, contracted).makespan_us,
     )
-    return Outcome(candidate, trial_us, (), subject.model.variant)
+    return Outcome(candidate, trial_us, form=subject.model.form)
 
 
 def _refined(
@@ -250,25 +247,35 @@ def _refined(
             trials.is_time_left,
             seed=number,
         )
-        found.append(_outcome(trials, cost, refined.schedule, refined.measured_us))
+        found.append(_found(trials.subject, cost, refined.schedule, refined.measured_us))
     return found
 
 
+def subject_of(outcome: Outcome, subjects: Sequence[Subject]) -> Subject:
+    """What a candidate is a schedule of."""
+    return next(subject for subject in subjects if subject.model.form == outcome.form)
+
+
 def _measure_finalists(
-    model: Model,
-    lowered: Mapping[Variant, Model],
+    subjects: Sequence[Subject],
     finalists: Sequence[Outcome],
     custom_ops: tuple[str, ...],
     progress: Progress,
 ) -> list[Outcome]:
-    feeds = random_inputs(model.baseline, model.tensors, seed=0)
+    first = subjects[0].portable
+    feeds = random_inputs(first.baseline, first.tensors, seed=0)
     with ExitStack() as stack:
         sessions = []
         for number, outcome in enumerate(finalists):
             progress("building finalists", number, len(finalists))
-            source = lowered[outcome.variant].source
-            annotation = annotation_for(model, outcome.candidate.schedule, outcome.variant)
-            session = Session(model.proto, annotation, custom_ops=custom_ops, lowered=source)
+            subject = subject_of(outcome, subjects)
+            variant, _ = outcome.form
+            session = Session(
+                subject.portable.proto,
+                annotation_for(subject.portable, outcome.candidate.schedule, variant),
+                custom_ops=custom_ops,
+                lowered=subject.model.source,
+            )
             stack.callback(session.close)
             sessions.append(session)
         samples = race(sessions, feeds, progress)

@@ -1,17 +1,19 @@
-"""Which variants of a model are right, and how fast each is in one stream."""
+"""Which variants and rewrites of a model are right, and how fast each is in one stream."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 from onnxsched.checking import PlainRuns, differences_from
-from onnxsched.loading import Model
+from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import race
+from onnxsched.rewriting import rewritten
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
@@ -23,6 +25,8 @@ from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 _NEAR = 1.12
 """A variant this much slower in one stream may still win in several."""
 _SEARCHED_COUNT = 2
+_REWRITE_COUNT = 2
+"""More would leave too little of the budget to each."""
 _PREPARATION_SHARE = 2 / 3
 """Of the race's budget: what takes longer to prepare once would have to be prepared for trials,
 for each finalist and for the check, and cuDNN may take a second for every convolution."""
@@ -30,10 +34,12 @@ for each finalist and for the check, and cuDNN may take a second for every convo
 
 @dataclass(frozen=True)
 class VariantOutcome:
-    """A variant, its model, and its times in one stream."""
+    """A variant of a portable model, and its times in one stream."""
 
+    portable: Model
+    """Rewritten or as it was loaded."""
     model: Model
-    """Lowered."""
+    """The same lowered."""
     samples_us: tuple[float, ...]
 
     @property
@@ -60,69 +66,166 @@ def race_variants(
     model: Model,
     device: Device,
     variants: Sequence[Variant],
+    rewrites: Sequence[str],
     plain: PlainRuns,
     *,
+    refusals_of: Callable[[Model], Mapping[str, str]],
     budget_s: float,
     custom_ops: tuple[str, ...],
     progress: Progress,
-) -> tuple[VariantOutcome, ...]:
+) -> tuple[tuple[VariantOutcome, ...], tuple[VariantOutcome, ...]]:
     """Run each variant as one session, drop those that are wrong, and time the rest.
 
     What ORT refuses is dropped too, except for the first variant, which must work; and what takes
-    so long to prepare that scheduling it would. No more are tried after `budget_s` seconds.
+    so long to prepare that scheduling it would. The rewrites are then raced in the fastest
+    variant, against it; not those with an operator that can't be captured, as a Split into unequal
+    pieces may be. No more variants are tried after half the budget, and no more rewrites after
+    half of it again.
+
+    Args:
+        model: The portable model.
+        device: Where to measure.
+        variants: How to execute it.
+        rewrites: What to make of it; names in `REWRITES`.
+        plain: What it must compute.
+        refusals_of: Why operators of a lowered model can't be captured, found out elsewhere: it
+            may end the process.
+        budget_s: For all of this but for finding that out.
+        custom_ops: Libraries of custom operators.
+        progress: Told what is being done.
 
     Returns:
-        The variants that are right, the fastest first.
+        The variants that are right, the fastest first; and the fastest variant and its rewrites
+        that are right, the fastest first.
 
     Raises:
         ModelError: ORT refuses the first variant.
     """
-    deadline = time.monotonic() + budget_s
-    right: list[Model] = []
+    feeds = plain.feeds[0]
     with ExitStack() as stack:
-        sessions: list[Session] = []
-        for number, variant in enumerate(variants):
-            if number and time.monotonic() > deadline:
+        attempts = _Attempts(
+            model, device, plain, refusals_of, budget_s / 2, custom_ops, progress, stack
+        )
+        entrants = attempts.prepare([(NO_REWRITE, variant) for variant in variants])
+        found = _timed(entrants, feeds, progress)
+        best = found[0].model
+        others = attempts.prepare([(rewrite, best.variant) for rewrite in rewrites])
+        if not others:
+            return found, found[:1]
+        fastest = next(entrant for entrant in entrants if entrant.model is best)
+        return found, _timed([fastest, *others], feeds, progress)
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    """What takes part in a race."""
+
+    portable: Model
+    model: Model
+    """Lowered."""
+    session: Session
+
+
+@dataclass(frozen=True)
+class _Attempts:
+    """What preparing for a race needs."""
+
+    model: Model
+    """As it was loaded."""
+    device: Device
+    plain: PlainRuns
+    refusals_of: Callable[[Model], Mapping[str, str]]
+    budget_s: float
+    """For all that is prepared together."""
+    custom_ops: tuple[str, ...]
+    progress: Progress
+    stack: ExitStack
+    """Closes the sessions."""
+
+    def prepare(self, wanted: Sequence[tuple[str, Variant]]) -> list[_Entrant]:
+        """Make a session of each rewrite and variant, while the budget lasts.
+
+        Raises:
+            ModelError: ORT refuses the first one, and that is no rewrite.
+        """
+        deadline = time.monotonic() + self.budget_s
+        entrants = []
+        for number, (rewrite, variant) in enumerate(wanted):
+            is_sure = not number and rewrite == NO_REWRITE
+            if not is_sure and time.monotonic() > deadline:
                 break
-            progress("trying variants", number, len(variants))
+            self.progress("trying variants", number, len(wanted))
+            portable = rewritten(self.model, rewrite)
             start = time.monotonic()
             try:
-                lowered = lowered_model(model, variant, device, custom_ops)
-                session = Session(
-                    model.proto,
-                    _one_stream(model, variant, device),
-                    custom_ops=custom_ops,
-                    lowered=lowered.source,
-                )
+                lowered = lowered_model(portable, variant, self.device, self.custom_ops)
+                pause = time.monotonic()
+                is_capturable = rewrite == NO_REWRITE or not self.refusals_of(lowered)
+                pause_s = time.monotonic() - pause
+                start, deadline = start + pause_s, deadline + pause_s
+                if not is_capturable:
+                    continue
+                entrant = self._entrant(portable, lowered)
             except DeviceError:
                 raise
             except OnnxschedError:
-                if not number:
+                if is_sure:
                     raise
                 continue
-            is_right = not number or _is_right(model, session, plain)
-            is_quick = time.monotonic() - start <= _PREPARATION_SHARE * budget_s
-            if number and not (is_right and is_quick):
-                session.close()
-                continue
-            stack.callback(session.close)
-            right.append(lowered)
-            sessions.append(session)
-        samples = race(sessions, plain.feeds[0], progress)
-    outcomes = [VariantOutcome(m, s) for m, s in zip(right, samples, strict=True)]
+            is_right = is_sure or _is_right(self.model, entrant.session, self.plain)
+            is_quick = time.monotonic() - start <= _PREPARATION_SHARE * self.budget_s
+            if is_sure or (is_right and is_quick):
+                self.stack.callback(entrant.session.close)
+                entrants.append(entrant)
+            else:
+                entrant.session.close()
+        return entrants
+
+    def _entrant(self, portable: Model, lowered: Model) -> _Entrant:
+        session = Session(
+            portable.proto,
+            _one_stream(portable, lowered.variant, self.device),
+            custom_ops=self.custom_ops,
+            lowered=lowered.source,
+        )
+        return _Entrant(portable, lowered, session)
+
+
+def _timed(
+    entrants: Sequence[_Entrant], feeds: Mapping[str, Any], progress: Progress
+) -> tuple[VariantOutcome, ...]:
+    """The outcome of each, from the same rounds, the fastest first."""
+    samples = race([entrant.session for entrant in entrants], feeds, progress)
+    outcomes = [
+        VariantOutcome(entrant.portable, entrant.model, kept)
+        for entrant, kept in zip(entrants, samples, strict=True)
+    ]
     return tuple(sorted(outcomes, key=lambda outcome: outcome.median_us))
 
 
-def promising(outcomes: Sequence[VariantOutcome]) -> tuple[VariantOutcome, ...]:
-    """The variants worth scheduling: the fastest, and one near it of another layout."""
-    best = outcomes[0]
-    near = [
+def promising(
+    variants: Sequence[VariantOutcome], rewrites: Sequence[VariantOutcome]
+) -> tuple[VariantOutcome, ...]:
+    """What is worth scheduling: the fastest variant, one of another layout, and rewrites near it.
+
+    Args:
+        variants: Of the model as it was loaded, the fastest first.
+        rewrites: The first of them and its rewrites, the fastest first.
+    """
+    best = variants[0]
+    layouts = [
         outcome
-        for outcome in outcomes[1:]
+        for outcome in variants[1:]
         if outcome.median_us <= _NEAR * best.median_us
         and outcome.model.variant.layout != best.model.variant.layout
     ]
-    return (best, *near[: _SEARCHED_COUNT - 1])
+    merged = [
+        outcome
+        for outcome in rewrites
+        if outcome.median_us <= _NEAR * rewrites[0].median_us
+        and outcome.model.rewrite != NO_REWRITE
+    ]
+    return (best, *merged[:_REWRITE_COUNT], *layouts[: _SEARCHED_COUNT - 1])
 
 
 def lowered_model(

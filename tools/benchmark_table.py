@@ -32,10 +32,12 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         times = [arms[arm]["device"]["median_us"] for arm in ARMS]
         ratio = ratios["ort-graph"]
         cells = [f"{time:.0f}" for time in times[:-1]]
+        rewrite = model.get("rewrite", "none")  # which older results do not have
+        variant = model["variant"] if rewrite == "none" else f"{model['variant']}, {rewrite}"
         lines.append(
             f"| {name} | {' | '.join(cells)} | **{times[-1]:.0f}** | **{ratio['value']:.2f}x** "
             f"({ratio['low']:.2f}-{ratio['high']:.2f}) | {model['policy']}/{model['streams']} | "
-            f"{model['variant']} |"
+            f"{variant} |"
         )
     lines += [
         "",

@@ -108,6 +108,7 @@ def measure_model(name: str, device: str, precision: Precision, budget_s: float)
     return {
         "policy": optimized.policy,
         "variant": str(optimized.variant),
+        "rewrite": optimized.rewrite,
         "precision": precision,
         "streams": optimized.stream_count,
         "operators": optimized.operator_count,
@@ -209,7 +210,8 @@ def print_table(results: dict[str, Any]) -> None:
         arms = result["bench"]["arms"]
         cells = [f"{ratios[arm]['value']:.2f}x" if arm in ratios else "" for arm in ARMS]
         device = arms["schedule"]["device"] or arms["schedule"]["latency"]
-        chosen = f"{result['policy']}/{result['streams']} {result['variant']}"
+        rewrite = "" if result["rewrite"] == "none" else f" {result['rewrite']}"
+        chosen = f"{result['policy']}/{result['streams']} {result['variant']}{rewrite}"
         identical = "" if result["is_identical_to_ort"] else f"{result['relative_difference']:.0e}"
         print(
             f"{name:14}{chosen:>24}{device['median_us']:9.1f}"

@@ -42,7 +42,10 @@ def optimize(
     ] = "keep",
     budget: Annotated[float, typer.Option(help="Seconds to try schedules for.")] = 60.0,
     no_variants: Annotated[
-        bool, typer.Option("--no-variants", help="Keep ONNX Runtime's own layout and kernels.")
+        bool,
+        typer.Option(
+            "--no-variants", help="Keep ONNX Runtime's own layout, kernels and operators."
+        ),
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,

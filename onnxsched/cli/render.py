@@ -89,12 +89,18 @@ def _us(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
+def _form(variant: object, rewrite: object) -> str:
+    """E.g. `nhwc+bias`, or `nhwc+bias after merge`."""
+    return str(variant) if rewrite == "none" else f"{variant} after {rewrite}"
+
+
 def optimize_result(result: OptimizeResult) -> None:
     """What was tried, what was chosen, what it brings."""
     rows = [
         (
             f"{entry['policy']}/{entry['streams']}",
             entry["variant"],
+            entry["rewrite"],
             _us(entry["predicted_us"]),
             _us(entry["tried_us"]),
             _us(entry["measured_us"]),
@@ -102,12 +108,13 @@ def optimize_result(result: OptimizeResult) -> None:
         for entry in result.alternatives
         if entry["measured_us"] is not None or entry["tried_us"] is not None
     ]
-    _table(("policy/streams", "variant", "predicted us", "tried us", "measured us"), rows)
+    columns = ("policy/streams", "variant", "rewrite", "predicted us", "tried us", "measured us")
+    _table(columns, rows)
     gain = result.sequential_us / result.measured_us if result.measured_us else 1.0
     print(
         f"\nChose {result.policy} on {result.stream_count} stream(s) of {result.device}, "
-        f"{result.variant}: {result.measured_us:.1f} us, {gain:.2f} times the speed of the model "
-        "unscheduled" + (" (from the cache)." if result.from_cache else ".")
+        f"{_form(result.variant, result.rewrite)}: {result.measured_us:.1f} us, {gain:.2f} times "
+        "the speed of the model unscheduled" + (" (from the cache)." if result.from_cache else ".")
     )
     if gain < 1:
         print("One stream is faster on this machine; --policy auto would have chosen it.")
@@ -159,7 +166,7 @@ def bench_result(result: BenchResult) -> None:
     _table(columns, rows)
     print(
         f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}, "
-        f"{result.variant}."
+        f"{_form(result.variant, result.rewrite)}."
     )
     for arm in result.arms:
         if arm.refusal:
@@ -197,7 +204,8 @@ def inspection(found: Inspection) -> None:
     """Streams, segments, and what stays on the host."""
     details = found.annotation.details
     print(
-        f"policy {details.get('policy', 'unknown')}, {found.annotation.variant}, "
+        f"policy {details.get('policy', 'unknown')}, "
+        f"{_form(found.annotation.variant, details.get('rewrite', 'none'))}, "
         f"{len(found.plan.segments)} segments, ",
         end="",
     )

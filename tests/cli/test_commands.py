@@ -53,7 +53,7 @@ def test_optimize_writes_the_model_and_says_what_it_chose(folder: Path, call: An
     before = contents(folder)
     text = optimize(call, "--no-cache", "--policy", "nimble", "--streams", "2")
     assert text.splitlines()[0].split() == [
-        "policy/streams", "variant", "predicted", "us", "tried", "us", "measured", "us",
+        "policy/streams", "variant", "rewrite", "predicted", "us", "tried", "us", "measured", "us",
     ]  # fmt: skip
     assert "Chose nimble on 2 stream(s) of cpu:0, nchw:" in text
     assert "plain ONNX Runtime's. Wrote new.onnx." in text

@@ -13,6 +13,9 @@ import onnxsched
 from onnxsched.checking import differences_from, run_plain
 from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
+from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.profiling.measure import measure_profile
+from onnxsched.rewriting import possible_rewrites
 from onnxsched.variants import possible_variants, race_variants
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
@@ -84,16 +87,43 @@ def test_lowering_keeps_the_names_of_what_it_does_not_add(zoo: Zoo) -> None:
 
 
 def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
+    cache = MeasurementCache(None, "")
     model = load_model(zoo("squeezenet"), _CUDA)
     plain = run_plain(model, _CUDA, 0, ())
-    outcomes = race_variants(
-        model, _CUDA, possible_variants(model, _CUDA), plain,
+    outcomes, rewrites = race_variants(
+        model, _CUDA, possible_variants(model, _CUDA), possible_rewrites(model, _CUDA), plain,
+        refusals_of=lambda lowered: measure_profile(lowered, _CUDA, cache, (), _quiet).refusals,
         budget_s=60.0, custom_ops=(), progress=_quiet,
     )  # fmt: skip
     variants = [outcome.model.variant for outcome in outcomes]
     assert DEFAULT_VARIANT in variants
     assert Variant("nhwc", fuse_conv_bias=True) in variants
-    assert list(outcomes) == sorted(outcomes, key=lambda outcome: outcome.median_us)
+    for raced in (outcomes, rewrites):
+        assert list(raced) == sorted(raced, key=lambda outcome: outcome.median_us)
+    assert {outcome.model.rewrite for outcome in rewrites} == {"none", "merge-padded"}
+    assert {outcome.model.variant for outcome in rewrites} == {outcomes[0].model.variant}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "captured"),
+    [
+        ("googlenet", Variant("nhwc", fuse_conv_bias=True), {"merge", "merge-inner"}),
+        ("googlenet", DEFAULT_VARIANT, set()),
+        ("t5_encoder", DEFAULT_VARIANT, {"merge"}),
+    ],
+)
+def test_rewrites_are_right_where_they_are_captured(
+    name: str, variant: Variant, captured: set[str], zoo: Zoo, cache_dir: Path
+) -> None:
+    """ORT can't capture a Split into unequal pieces of any axis but the last."""
+    model = load_model(zoo(name), _CUDA)
+    cache = MeasurementCache(cache_dir, "rewrites")
+    _, rewrites = race_variants(
+        model, _CUDA, (variant,), possible_rewrites(model, _CUDA), run_plain(model, _CUDA, 0, ()),
+        refusals_of=lambda lowered: measure_profile(lowered, _CUDA, cache, (), _quiet).refusals,
+        budget_s=120.0, custom_ops=(), progress=_quiet,
+    )  # fmt: skip
+    assert {outcome.model.rewrite for outcome in rewrites} == {"none", *captured}
 
 
 @pytest.mark.alone

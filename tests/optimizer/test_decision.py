@@ -27,10 +27,12 @@ DIAMOND = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
 OPERATORS = {f"operator_{index}": (float(index + 1), "memory") for index in range(4)}
 
 
-def subject(variant: Variant = DEFAULT_VARIANT) -> Subject:
+def subject(variant: Variant = DEFAULT_VARIANT, rewrite: str = "none") -> Subject:
     proto = onnx.ModelProto()
+    model = Model(proto, {}, {}, {}, proto, variant, rewrite=rewrite)
     return Subject(
-        Model(proto, {}, {}, {}, proto, variant),
+        model,
+        model,
         Contraction(DIAMOND, ()),
         TableCost(()),
         (),
@@ -75,13 +77,25 @@ def test_a_policy_is_obeyed_even_where_it_is_slower() -> None:
 
 def test_a_variant_brings_its_own_operators_and_the_default_is_what_it_is_compared_with() -> None:
     nhwc = Variant("nhwc")
-    fast = replace(FAST, variant=nhwc)
+    fast = replace(FAST, form=(nhwc, "none"))
     other = replace(subject(nhwc), operators={"operator_0": (0.5, "compute")})
-    slow_in_nhwc = replace(outcome("sequential", 11.0), variant=nhwc)
+    slow_in_nhwc = replace(outcome("sequential", 11.0), form=(nhwc, "none"))
     decision = decide([fast, slow_in_nhwc, SEQUENTIAL], [other, subject()], "auto")
     assert decision.variant == nhwc
     assert decision.operators == {"operator_0": (0.5, "compute")}
     assert decision.sequential_us == 12.0
+
+
+def test_a_rewrite_is_a_form_of_its_own_and_the_model_as_loaded_the_measure() -> None:
+    merged = (DEFAULT_VARIANT, "merge")
+    fast = replace(FAST, form=merged)
+    other = replace(subject(rewrite="merge"), operators={"operator_1": (0.5, "compute")})
+    one_stream = replace(outcome("sequential", 11.0), form=merged)
+    decision = decide([fast, one_stream, SEQUENTIAL], [subject(), other], "auto")
+    assert (decision.rewrite, decision.variant) == ("merge", DEFAULT_VARIANT)
+    assert decision.operators == {"operator_1": (0.5, "compute")}
+    assert decision.sequential_us == 12.0
+    assert [a["rewrite"] for a in decision.alternatives] == ["merge", "merge", "none"]
 
 
 def test_a_policy_that_proposes_only_the_sequential_schedule_gets_that() -> None:
@@ -111,15 +125,28 @@ def decision() -> Decision:
 
 def test_a_decision_is_remembered(cache: MeasurementCache, decision: Decision) -> None:
     remember(cache, "key", decision)
-    assert recall(cache, "key", DIAMOND, CPU) == decision
-    assert recall(cache, "another", DIAMOND, CPU) is None
+    assert recall(cache, "key", lambda _: DIAMOND, CPU) == decision
+    assert recall(cache, "another", lambda _: DIAMOND, CPU) is None
+
+
+def test_it_is_recalled_for_the_graph_that_its_rewrite_makes(
+    cache: MeasurementCache, decision: Decision
+) -> None:
+    kept = replace(decision, rewrite="merge")
+    remember(cache, "key", kept)
+    graphs = {"merge": DIAMOND, "none": graph_of(3, [])}
+    assert recall(cache, "key", graphs.__getitem__, CPU) == kept
+    remember(cache, "key", decision)
+    assert recall(cache, "key", graphs.__getitem__, CPU) is None
+    remember(cache, "key", replace(decision, rewrite="melt"))
+    assert recall(cache, "key", graphs.__getitem__, CPU) is None
 
 
 def test_it_is_recalled_for_the_device_that_is_asked_for(
     cache: MeasurementCache, decision: Decision
 ) -> None:
     remember(cache, "key", decision)
-    recalled = recall(cache, "key", DIAMOND, Device("cuda", 1))
+    recalled = recall(cache, "key", lambda _: DIAMOND, Device("cuda", 1))
     assert recalled is not None
     devices = {placement.device for placement in recalled.schedule.placement_of.values()}
     assert devices == {Device("cuda", 1)}
@@ -138,7 +165,7 @@ def test_a_decision_for_another_graph_is_ignored(
     cache: MeasurementCache, decision: Decision, graph: Any
 ) -> None:
     remember(cache, "key", decision)
-    assert recall(cache, "key", graph, CPU) is None
+    assert recall(cache, "key", lambda _: graph, CPU) is None
 
 
 @pytest.mark.parametrize(
@@ -154,6 +181,7 @@ def test_a_decision_for_another_graph_is_ignored(
         lambda content: content.update(operators=[]),
         lambda content: content.update(alternatives=None),
         lambda content: content.pop("policy"),
+        lambda content: content.pop("rewrite"),
     ],
 )
 def test_a_damaged_decision_is_ignored(
@@ -163,4 +191,4 @@ def test_a_damaged_decision_is_ignored(
     content = cache.read("key")
     damage(content)
     cache.write("key", content)
-    assert recall(cache, "key", DIAMOND, CPU) is None
+    assert recall(cache, "key", lambda _: DIAMOND, CPU) is None

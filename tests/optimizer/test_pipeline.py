@@ -17,6 +17,7 @@ from onnxsched import checking, pipeline, scheduling
 from onnxsched.comparison import Difference, Tolerances
 from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
+from onnxsched.inspection import inspect_model
 from onnxsched.loading import load_model
 from onnxsched.policies import POLICIES
 from onnxsched.tuning import Tuned, tune
@@ -234,7 +235,7 @@ NHWC = Variant("nhwc")
 def cpu_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the CPU have variants: its provider has a blocked layout of its own to lower to."""
     monkeypatch.setattr(scheduling, "possible_variants", lambda *_: (DEFAULT_VARIANT, NHWC))
-    monkeypatch.setattr(scheduling, "promising", lambda outcomes: outcomes)
+    monkeypatch.setattr(scheduling, "promising", lambda variants, rewrites: variants)
 
 
 @pytest.mark.parametrize("policy", ["auto", "nimble"])
@@ -248,7 +249,7 @@ def test_schedules_of_a_lowered_model_are_carried_to_the_file(
         scheduling,
         "decide",
         lambda outcomes, *rest: decide(
-            sorted(outcomes, key=lambda o: (not o.samples_us, o.variant != NHWC)), *rest
+            sorted(outcomes, key=lambda o: (not o.samples_us, o.form[0] != NHWC)), *rest
         ),
     )
     result = optimized(source, target, policy=policy, streams=3)
@@ -272,7 +273,7 @@ def test_without_the_default_variant_the_unscheduled_model_is_still_measured(
     monkeypatch.setattr(
         scheduling,
         "promising",
-        lambda outcomes: [o for o in outcomes if o.model.variant == NHWC],
+        lambda variants, rewrites: [o for o in variants if o.model.variant == NHWC],
     )
     result = optimized(tiny, tmp_path / "out.onnx", streams=2)
     default = [a["policy"] for a in result.alternatives if a["variant"] == "nchw"]
@@ -285,6 +286,63 @@ def test_variants_can_be_turned_off(
     monkeypatch.delattr(scheduling, "race_variants")
     result = optimized(tiny, tmp_path / "out.onnx", variants=False)
     assert {a["variant"] for a in result.alternatives} == {"nchw"}
+
+
+@pytest.fixture
+def merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CPU have a rewrite, and whichever is faster chooses it."""
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ("merge-inner", "merge"))
+    monkeypatch.setattr(
+        scheduling, "promising", lambda variants, rewrites: (variants[0], *reversed(rewrites))
+    )
+    monkeypatch.setattr(
+        scheduling,
+        "decide",
+        lambda outcomes, *rest: decide(
+            sorted(outcomes, key=lambda o: (not o.samples_us, o.form[1] != "merge")), *rest
+        ),
+    )
+
+
+@pytest.mark.parametrize("variant", [DEFAULT_VARIANT, NHWC], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "googlenet"])
+def test_a_rewrite_is_written_recalled_and_loaded(
+    name: str, variant: Variant, merged: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "possible_variants", lambda *_: (variant,))
+    model = build(name, **SMALL[name])
+    source, target, again = saved(model, tmp_path), tmp_path / "out.onnx", tmp_path / "again.onnx"
+    options = {"streams": 3, "cache_dir": tmp_path / "cache"}
+    result = optimized(source, target, **options)
+    assert (result.rewrite, result.variant) == ("merge", variant)
+    assert {a["rewrite"] for a in result.alternatives} == {"none", "merge-inner", "merge"}
+    assert result.sequential_us == next(
+        a["measured_us"]
+        for a in result.alternatives
+        if (a["policy"], a["variant"], a["rewrite"]) == ("sequential", "nchw", "none")
+    )
+    written = onnx.load(target)
+    names = [node.name for node in written.graph.node]
+    assert any(node_name.endswith("/merged") for node_name in names)
+    annotation = read_annotation(written)
+    assert annotation.details["rewrite"] == inspect_model(target).to_json()["rewrite"] == "merge"
+    assert annotation.placements.keys() == set(names) >= annotation.details["operators"].keys()
+    assert not any("nchwc" in node.domain for node in written.graph.node)
+    assert_runs_like(target, source, feeds_for(model, seed=4))
+    monkeypatch.delattr(scheduling, "tune")
+    second = optimized(source, again, **options)
+    assert (second.from_cache, second.rewrite) == (True, "merge")
+    assert again.read_bytes() == target.read_bytes()
+
+
+def test_a_cpu_has_no_rewrites_and_without_variants_there_are_none(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = optimized(tiny, tmp_path / "out.onnx")
+    assert {a["rewrite"] for a in result.alternatives} == {"none"}
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ("merge",))
+    monkeypatch.delattr(scheduling, "race_variants")
+    assert optimized(tiny, tmp_path / "out.onnx", variants=False).rewrite == "none"
 
 
 def test_another_model_is_measured_only_where_it_differs(tiny: Path, tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def tune_once(
     model: Model, device: Device = CPU, *, budget_s: float = 60.0, is_refined: bool = False
 ) -> Tuned:
     contraction, candidates = candidates_of(model, device)
-    subject = Subject(model, contraction, cost_of(model), candidates, {}, {})
+    subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
     return tune(
-        model, [subject], device,
+        [subject], device,
         stream_count=STREAMS, budget_s=budget_s, is_refined=is_refined, custom_ops=(),
         progress=lambda what, done, total: None,
     )  # fmt: skip

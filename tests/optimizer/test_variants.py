@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -31,6 +31,7 @@ from support.models import CPU, MODELS
 from support.optimizing import as_it_is, loaded
 from support.strategies import GPU
 
+Form = Variant | str
 NHWC, BIAS, BOTH = Variant("nhwc"), Variant(fuse_conv_bias=True), Variant("nhwc", True)
 
 
@@ -48,9 +49,10 @@ def test_only_convolutions_on_a_gpu_have_a_choice() -> None:
     assert possible_variants(with_host, GPU) == (DEFAULT_VARIANT,)
 
 
-def outcome(variant: Variant, *samples_us: float) -> VariantOutcome:
+def outcome(variant: Variant, *samples_us: float, rewrite: str = "none") -> VariantOutcome:
     proto = onnx.ModelProto()
-    return VariantOutcome(Model(proto, {}, {}, {}, proto, variant), samples_us)
+    model = Model(proto, {}, {}, {}, proto, variant, rewrite=rewrite)
+    return VariantOutcome(model, model, samples_us)
 
 
 @pytest.mark.parametrize(
@@ -68,29 +70,53 @@ def test_the_fastest_is_scheduled_and_one_of_another_layout_that_is_near(
     others: list[VariantOutcome], expected: list[Variant]
 ) -> None:
     fastest = outcome(DEFAULT_VARIANT, 50.0, 100.0, 200.0)
-    found = promising([fastest, *others])
+    found = promising([fastest, *others], [fastest])
     assert found[0] == fastest
     assert [o.model.variant for o in found[1:]] == expected
 
 
+@pytest.mark.parametrize(
+    ("times_us", "expected"),
+    [
+        ({"none": 100.0}, []),
+        ({"none": 100.0, "merge": 111.0}, ["merge"]),
+        ({"none": 100.0, "merge": 113.0}, []),
+        ({"merge": 50.0, "none": 100.0}, ["merge"]),
+        ({"merge": 50.0, "merge-inner": 57.0, "none": 100.0}, ["merge"]),
+        ({"a": 97.0, "b": 98.0, "c": 99.0, "none": 100.0}, ["a", "b"]),
+    ],
+)
+def test_rewrites_are_scheduled_that_are_the_fastest_or_near_beside_the_model_as_it_is(
+    times_us: dict[str, float], expected: list[str]
+) -> None:
+    rewrites = [outcome(NHWC, us, rewrite=name) for name, us in times_us.items()]
+    variants = [outcome(NHWC, 101.0), outcome(DEFAULT_VARIANT, 105.0)]
+    found = promising(variants, rewrites)
+    assert (found[0], found[-1]) == (variants[0], variants[1])
+    assert [o.model.rewrite for o in found[1:-1]] == expected
+
+
 class FakeSession:
-    """Answers what the plan of its variant says."""
+    """Answers what the plan of its variant says, or that of its rewrite."""
 
     device = GPU
-    planned: dict[Variant, Any]
-    is_open: dict[Variant, bool]
+    planned: dict[Form, Any]
+    is_open: dict[Form, bool]
+    rewrites: dict[int, str]
 
     def __init__(self, proto: Any, annotation: Annotation, lowered: Any, **_: Any) -> None:
-        self.variant = annotation.variant
-        assert lowered.variant == self.variant
+        assert lowered.variant == annotation.variant
         assert {str(p) for p in annotation.placements.values()} == {"cuda:0/0"}
-        self.plan = self.planned.get(self.variant, 0.0)
+        self.variant = annotation.variant
+        rewrite = self.rewrites[id(proto)]
+        self.form = self.variant if rewrite == "none" else rewrite
+        self.plan = self.planned.get(self.form, 0.0)
         if self.plan == "slow":
             time.sleep(0.7)
         if self.plan == "session refused":
             raise OnnxschedError("ONNX Runtime failed: planted.")
         self.refusal = "whole: no" if self.plan == "not captured" else None
-        self.is_open[self.variant] = True
+        self.is_open[self.form] = True
 
     def run(self, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         if self.plan == "run fails":
@@ -99,29 +125,36 @@ class FakeSession:
         return [right + (0.1 if self.plan == "wrong" else 0)]
 
     def close(self) -> None:
-        self.is_open[self.variant] = False
+        self.is_open[self.form] = False
 
 
-TIMES_US = {DEFAULT_VARIANT: (30.0, 31.0), NHWC: (10.0, 11.0), BIAS: (20.0, 21.0)}
+TIMES_US: dict[Form, tuple[float, ...]] = {
+    DEFAULT_VARIANT: (30.0, 31.0), NHWC: (10.0, 11.0), BIAS: (20.0, 21.0),
+    "merge": (15.0, 16.0), "merge-inner": (5.0, 6.0),
+}  # fmt: skip
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Variant, Any]]:
-    """What goes wrong with which variant; all sessions are closed in the end."""
-    plan: dict[Variant, Any] = {}
-    is_open: dict[Variant, bool] = {}
-    kind = type("Planned", (FakeSession,), {"planned": plan, "is_open": is_open})
+def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Form, Any]]:
+    """What goes wrong with which variant or rewrite; all sessions are closed in the end."""
+    plan: dict[Form, Any] = {}
+    is_open: dict[Form, bool] = {}
+    rewrites: dict[int, str] = {}
+    members = {"planned": plan, "is_open": is_open, "rewrites": rewrites}
+    kind = type("Planned", (FakeSession,), members)
 
     def lower(model: Model, variant: Variant, device: Device, _: Any) -> Model:
-        if plan.get(variant) == "refused":
+        rewrites[id(model.proto)] = model.rewrite
+        fault = plan.get(variant if model.rewrite == "none" else model.rewrite)
+        if fault == "refused":
             raise ModelError("ONNX Runtime refuses the model: planted.")
-        if plan.get(variant) == "no device":
+        if fault == "no device":
             raise DeviceError("planted")
         return replace(model, variant=variant)
 
     def race(sessions: Sequence[FakeSession], feeds: Any, progress: Any) -> list[Any]:
-        assert all(session.is_open[session.variant] for session in sessions)
-        return [TIMES_US[session.variant] for session in sessions]
+        assert all(session.is_open[session.form] for session in sessions)
+        return [TIMES_US[session.form] for session in sessions]
 
     monkeypatch.setattr(variants, "lowered_model", lower)
     monkeypatch.setattr(variants, "Session", kind)
@@ -130,21 +163,36 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Variant, Any]]:
     assert not any(is_open.values())
 
 
-def raced(*wanted: Variant, budget_s: float = 60.0) -> list[Variant]:
+def race_both(
+    wanted: Sequence[Variant],
+    rewrites: Sequence[str],
+    budget_s: float = 60.0,
+    refusals_of: Callable[[Model], Mapping[str, str]] = lambda lowered: {},
+) -> tuple[list[Variant], list[str]]:
+    """The variants that are right and the rewrites that are, the fastest first."""
     feeds = tuple({"x": np.full(3, seed, np.float32)} for seed in range(1, 3))
     plain = PlainRuns(("y",), feeds, tuple([feed["x"] * 2] for feed in feeds))
-    found = race_variants(
-        as_it_is(MODELS["chain"]()), GPU, wanted, plain,
-        budget_s=budget_s, custom_ops=(), progress=lambda what, done, total: None,
+    variants, rewritten = race_variants(
+        as_it_is(MODELS["chain"]()), GPU, wanted, rewrites, plain,
+        refusals_of=refusals_of, budget_s=budget_s, custom_ops=(),
+        progress=lambda what, done, total: None,
     )  # fmt: skip
-    assert all(o.samples_us == TIMES_US[o.model.variant] for o in found)
-    return [o.model.variant for o in found]
+    assert all(o.samples_us == TIMES_US[o.model.variant] for o in variants)
+    assert {o.model.variant for o in rewritten} == {variants[0].model.variant}
+    assert all(o.portable.rewrite == o.model.rewrite for o in (*variants, *rewritten))
+    return [o.model.variant for o in variants], [o.model.rewrite for o in rewritten]
+
+
+def raced(*wanted: Variant, budget_s: float = 60.0) -> list[Variant]:
+    variants, rewrites = race_both(wanted, (), budget_s)
+    assert rewrites == ["none"]
+    return variants
 
 
 ALL = (DEFAULT_VARIANT, BIAS, NHWC)
 
 
-def test_the_fastest_comes_first(planned: dict[Variant, Any]) -> None:
+def test_the_fastest_comes_first(planned: dict[Form, Any]) -> None:
     assert raced(*ALL) == [NHWC, BIAS, DEFAULT_VARIANT]
 
 
@@ -155,7 +203,7 @@ def test_the_fastest_comes_first(planned: dict[Variant, Any]) -> None:
     "culprits", [culprits for n in (1, 2) for culprits in combinations((BIAS, NHWC), n)]
 )
 def test_what_is_wrong_or_refused_is_dropped(
-    fault: str, culprits: tuple[Variant, ...], planned: dict[Variant, Any]
+    fault: str, culprits: tuple[Variant, ...], planned: dict[Form, Any]
 ) -> None:
     planned.update(dict.fromkeys(culprits, fault))
     expected = [v for v in (NHWC, BIAS, DEFAULT_VARIANT) if v not in culprits]
@@ -163,7 +211,7 @@ def test_what_is_wrong_or_refused_is_dropped(
 
 
 @pytest.mark.parametrize("fault", ["refused", "session refused"])
-def test_the_first_must_work(fault: str, planned: dict[Variant, Any]) -> None:
+def test_the_first_must_work(fault: str, planned: dict[Form, Any]) -> None:
     planned[DEFAULT_VARIANT] = fault
     with pytest.raises(OnnxschedError, match="planted"):
         raced(*ALL)
@@ -171,7 +219,7 @@ def test_the_first_must_work(fault: str, planned: dict[Variant, Any]) -> None:
 
 @pytest.mark.parametrize("variant", ALL)
 def test_a_device_that_is_not_there_is_an_error(
-    variant: Variant, planned: dict[Variant, Any]
+    variant: Variant, planned: dict[Form, Any]
 ) -> None:
     planned[variant] = "no device"
     with pytest.raises(DeviceError, match="planted"):
@@ -179,17 +227,63 @@ def test_a_device_that_is_not_there_is_an_error(
 
 
 def test_what_takes_long_to_prepare_is_dropped_but_for_the_first(
-    planned: dict[Variant, Any],
+    planned: dict[Form, Any],
 ) -> None:
     planned[NHWC] = "slow"
-    assert raced(*ALL, budget_s=1.0) == [BIAS, DEFAULT_VARIANT]
-    assert raced(*ALL, budget_s=5.0) == [NHWC, BIAS, DEFAULT_VARIANT]
+    assert raced(*ALL, budget_s=2.0) == [BIAS, DEFAULT_VARIANT]
+    assert raced(*ALL, budget_s=10.0) == [NHWC, BIAS, DEFAULT_VARIANT]
     planned[DEFAULT_VARIANT] = "slow"
-    assert raced(*ALL, budget_s=1.0) == [BIAS, DEFAULT_VARIANT]
+    assert raced(*ALL, budget_s=2.0) == [BIAS, DEFAULT_VARIANT]
 
 
-def test_a_spent_budget_leaves_the_first(planned: dict[Variant, Any]) -> None:
+def test_a_spent_budget_leaves_the_first(planned: dict[Form, Any]) -> None:
     assert raced(*ALL, budget_s=-1.0) == [DEFAULT_VARIANT]
+
+
+def test_rewrites_are_raced_with_the_fastest_variant(planned: dict[Form, Any]) -> None:
+    both = ("merge", "merge-inner")
+    assert race_both(ALL, both) == (
+        [NHWC, BIAS, DEFAULT_VARIANT],
+        ["merge-inner", "none", "merge"],
+    )
+    planned[NHWC] = "wrong"
+    assert race_both(ALL, both)[1] == ["merge-inner", "merge", "none"]
+
+
+@pytest.mark.parametrize(
+    "fault", ["wrong", "refused", "session refused", "run fails", "not captured"]
+)
+def test_a_rewrite_that_is_wrong_or_refused_is_dropped(
+    fault: str, planned: dict[Form, Any]
+) -> None:
+    planned["merge"] = fault
+    assert race_both(ALL, ("merge", "merge-inner"))[1] == ["merge-inner", "none"]
+    planned["merge-inner"] = fault
+    assert race_both(ALL, ("merge", "merge-inner"))[1] == ["none"]
+    assert race_both(ALL, ("merge",), budget_s=-1.0) == ([DEFAULT_VARIANT], ["none"])
+
+
+def test_a_rewrite_with_an_operator_that_is_not_captured_is_dropped(
+    planned: dict[Form, Any],
+) -> None:
+    asked = []
+
+    def refusals_of(lowered: Model) -> Mapping[str, str]:
+        asked.append(lowered.form)
+        time.sleep(0.7)  # which is not on the budget
+        return {"split": "ends the process"} if lowered.rewrite == "merge" else {}
+
+    found = race_both(ALL, ("merge", "merge-inner"), 1.0, refusals_of)
+    assert found[1] == ["merge-inner", "none"]
+    assert asked == [(NHWC, "merge"), (NHWC, "merge-inner")]
+
+
+def test_that_is_known_before_a_rewrite_is_captured(planned: dict[Form, Any]) -> None:
+    def refusals_of(lowered: Model) -> Mapping[str, str]:
+        planned["merge"] = "session refused"
+        return {}
+
+    assert race_both(ALL, ("merge",), refusals_of=refusals_of)[1] == ["none"]
 
 
 def test_a_lowered_model_keeps_what_it_is_compared_with(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Which arms a schedule is measured beside."""
+
+from __future__ import annotations
+
+import pytest
+
+from onnxsched.benchmark import ARMS, _arm_names, _needed_by_ort_graph
+from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.errors import UsageError
+from support.strategies import GPU
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "has_original", "is_possible"),
+    [("none", False, True), ("merge", True, True), ("merge", False, False)],
+)
+def test_onnx_runtimes_own_graph_needs_operators_that_it_can_capture(
+    rewrite: str, has_original: bool, is_possible: bool
+) -> None:
+    needed = _needed_by_ort_graph(
+        Annotation({}, {}, {}, details={"rewrite": rewrite}), has_original
+    )
+    names = _arm_names((), GPU, needed)
+    assert names == [name for name in ARMS if is_possible or name != "ort-graph"]
+    if not is_possible:
+        with pytest.raises(UsageError, match="'ort-graph' needs the model as it was before"):
+            _arm_names(("ort-graph",), GPU, needed)
+
+
+def test_a_model_with_host_operators_is_not_captured_by_onnx_runtime() -> None:
+    needed = _needed_by_ort_graph(Annotation({}, {}, {"node": "a loop"}), True)
+    with pytest.raises(UsageError, match="needs a model without host operators"):
+        _arm_names(("ort-graph",), GPU, needed)
