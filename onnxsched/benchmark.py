@@ -149,8 +149,8 @@ def bench(
 
     Args:
         path: An annotated model.
-        against: Names in `ARMS`; all that device and model allow if empty. `ort` or `ort-graph`
-            and the schedule itself are always measured.
+        against: Names in `ARMS`; if empty, all that device and model allow but `schedule-ort`.
+            `ort` or `ort-graph` and the schedule itself are always measured.
         original: What the plain ORT arms run; the annotated model without its schedule if None.
         warmup_ms: Every arm runs at least this long before it is measured.
         duration_s: Measure at least this long in all.
@@ -217,8 +217,8 @@ def _arm_names(against: Sequence[str], device: Device, needed: str | None) -> li
         possible = [name for name in possible if name != "ort-graph"]
         if "ort-graph" in against:
             raise UsageError(f"Arm 'ort-graph' needs {needed}.")
-    if not against:
-        return possible
+    if not against:  # but for the arm whose streams would slow every other one's kernels
+        return [name for name in possible if name != "schedule-ort"]
     plain = [] if {"ort", "ort-graph"} & set(against) else ["ort"]
     wanted = {*against, *plain, _SCHEDULE}
     return [name for name in possible if name in wanted]

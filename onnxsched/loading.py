@@ -60,6 +60,8 @@ class Model:
     """The model as the user gave it, shapes bound: what plain ORT runs."""
     variant: Variant = DEFAULT_VARIANT
     """How sessions execute it; its layout is already in `proto`."""
+    is_lowered: bool = False
+    """`proto` is what ORT makes of it for a GPU."""
     precision: Precision = "keep"
     """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
     rewrite: str = NO_REWRITE
@@ -73,7 +75,7 @@ class Model:
     @property
     def source(self) -> ModelSource:
         """What sessions are made from."""
-        return ModelSource(self.proto, self.tensors, self.variant)
+        return ModelSource(self.proto, self.tensors, self.variant, self.is_lowered)
 
 
 def with_refusals(model: Model, refusals: Mapping[str, str]) -> Model:

@@ -241,7 +241,9 @@ def lowered_model(
     if model.host_reasons:
         return replace(model, variant=variant)
     source = lower(ModelSource(model.proto, model.tensors, variant), device, custom_ops)
-    return replace(model, proto=source.model, tensors=source.tensors, variant=variant)
+    return replace(
+        model, proto=source.model, tensors=source.tensors, variant=variant, is_lowered=True
+    )
 
 
 def _one_stream(model: Model, variant: Variant, device: Device) -> Annotation:

@@ -84,6 +84,7 @@ def _messages(
         "libraries": custom_ops,
         "tensors": {name: [t.element_type, t.shape] for name, t in model.tensors.items()},
         "variant": model.variant.to_json(),
+        "is_lowered": model.is_lowered,
     }
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
@@ -124,7 +125,7 @@ def _work() -> None:
             for name, (element, shape) in request["tensors"].items()
         }
         variant = Variant.from_json(request["variant"])
-        model = Model(proto, tensors, {}, {}, proto, variant)
+        model = Model(proto, tensors, {}, {}, proto, variant, request["is_lowered"])
         by_name = {node.name: node for node in proto.graph.node}
         profiles = measure_on_gpu(
             model,

@@ -65,7 +65,8 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     if not written <= known.keys():
         known |= _inferred(untyped, settings)
     flowing = written.union(value.name for value in model.graph.input)
-    return replace(untyped, tensors={n: kind for n, kind in known.items() if n in flowing})
+    tensors = {name: kind for name, kind in known.items() if name in flowing}
+    return replace(untyped, tensors=tensors, is_lowered=True)
 
 
 def _declared(model: onnx.ModelProto) -> dict[str, TensorType]:
@@ -82,7 +83,7 @@ def _inferred(source: ModelSource, settings: SessionSettings) -> dict[str, Tenso
         [value.name for value in input_values(source.model)],
         [tensor for node in nodes for tensor in node.output if tensor],
     )
-    with OrtSession(part, replace(settings, is_lowered=True)) as session:
+    with OrtSession(part, replace(settings, keeps_nodes=True)) as session:
         return session.output_types()
 
 

@@ -191,6 +191,8 @@ class ModelSource:
     tensors: Mapping[str, TensorType]
     variant: Variant = DEFAULT_VARIANT
     """How its sessions execute it; a layout other than ONNX's own is already in the nodes."""
+    is_lowered: bool = False
+    """ORT has made all of its optimizations; sessions make no more."""
 
     @cached_property
     def nodes(self) -> dict[str, onnx.NodeProto]:

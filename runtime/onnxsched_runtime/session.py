@@ -253,7 +253,7 @@ def _save_optimized(options: Any, target: Path) -> None:
 def _session_options(settings: SessionSettings) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if settings.is_lowered:
+    if settings.keeps_nodes:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.intra_op_num_threads = settings.thread_count

@@ -25,8 +25,8 @@ class SessionSettings:
     """Shared libraries with custom operators."""
     variant: Variant = DEFAULT_VARIANT
     """How the CUDA provider executes it."""
-    is_lowered: bool = False
-    """The model has all of ORT's optimizations already: make no more, and run it in node order."""
+    keeps_nodes: bool = False
+    """Run the nodes as they are and in their order, without any optimization."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,14 @@ def test_bench_measures_every_arm_the_same_way(
 ) -> None:
     target = tmp_path / "out.onnx"
     onnxsched.optimize(zoo("squeezenet"), target, cache_dir=cache_dir, budget_s=4.0)
+    arms = ("ort", "ort-graph", "sequential", "schedule-ort")
     result = onnxsched.bench(
-        target, original=zoo("squeezenet"), duration_s=0.5, iterations=40, warmup_ms=50
+        target,
+        against=arms,
+        original=zoo("squeezenet"),
+        duration_s=0.5,
+        iterations=40,
+        warmup_ms=50,
     )
     captures = {arm.name: (arm.capture, arm.refusal) for arm in result.arms}
     assert captures == {

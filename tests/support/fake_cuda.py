@@ -168,7 +168,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
             device=Device("cpu"),
             stream_handle=None,
             graph_capture=False,
-            is_lowered=False,
+            keeps_nodes=False,
         )
         return OrtSession(source, on_cpu)
 

@@ -36,7 +36,7 @@ class LaneRunner(PlanRunner):
         """Create buffers and sessions; nothing runs yet.
 
         Args:
-            source: The lowered model; its sessions must keep the order of its nodes.
+            source: The model that sessions are cut out of, lowered where that can be.
             plan: Says which segments and on which streams.
             custom_ops: Libraries of custom operators.
         """
@@ -68,7 +68,12 @@ class LaneRunner(PlanRunner):
         for plan in self._lanes.values():
             for lane in plan.lanes:
                 part = marked_part(self._source, self.plan, lane)
-                session = self._session(lane.placement, part, on_device=True)
+                session = self._session(
+                    lane.placement,
+                    part,
+                    on_device=True,
+                    keeps_nodes=self._source.is_lowered or bool(lane.marks),
+                )
                 self._opened[lane] = session
                 self._runs[lane] = self._bound(lane, self.buffers)
 

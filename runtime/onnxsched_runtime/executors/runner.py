@@ -92,7 +92,12 @@ class PlanRunner:
         return buffers
 
     def _session(
-        self, placement: Placement, part: ModelPart, on_device: bool = False
+        self,
+        placement: Placement,
+        part: ModelPart,
+        *,
+        on_device: bool = False,
+        keeps_nodes: bool = False,
     ) -> OrtSession:
         settings = SessionSettings(
             placement.device,
@@ -101,7 +106,7 @@ class PlanRunner:
             host_operators=not on_device,
             custom_ops=self._custom_ops,
             variant=self._source.variant,
-            is_lowered=True,
+            keeps_nodes=keeps_nodes,
         )
         session = OrtSession(part, settings)
         self._resources.callback(session.close)

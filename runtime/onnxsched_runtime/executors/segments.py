@@ -35,7 +35,12 @@ class SegmentRunner(PlanRunner):
         for index, segment in enumerate(self.plan.segments):
             if segment.host_reason is None:
                 part = self._source.extract(segment)
-                session = self._session(segment.placement, part, on_device=True)
+                session = self._session(
+                    segment.placement,
+                    part,
+                    on_device=True,
+                    keeps_nodes=self._source.is_lowered,
+                )
                 self.bound[index] = session.bind(
                     {name: view(self.buffers[name]) for name in segment.inputs},
                     {name: view(self.buffers[name]) for name in segment.outputs},
