@@ -18,7 +18,6 @@ from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.partition import assemble
 from onnxsched_runtime.plan import Segment
-from onnxsched_runtime.session import BoundRun
 
 SAMPLE_COUNT = 9
 """Samples of each operator; the median is what scheduling uses."""
@@ -82,7 +81,7 @@ def _measure_batch(
         kernels = _kernels(runner)
         for index, node in enumerate(nodes):
             announce(node.name)
-            samples_us, refusal = _time_run(runner.bound[index], stream)
+            samples_us, refusal = _time_run(runner.bound[index].launch, stream)
             yield node.name, OperatorProfile(samples_us, kernels.get(str(index), ()), refusal)
     finally:
         runner.close()
@@ -97,12 +96,14 @@ def _kernels(runner: SegmentRunner) -> dict[str, tuple[Kernel, ...]]:
     return kernels_by_range(cuda.kernel_trace(run_all))
 
 
-def _time_run(bound: BoundRun, stream: cuda.Stream) -> tuple[tuple[float, ...], str | None]:
+def _time_run(
+    launch: Callable[[], None], stream: cuda.Stream
+) -> tuple[tuple[float, ...], str | None]:
     """Samples of one run's time, from graphs that hold many runs; and why not, if so."""
 
     def run_repeatedly() -> None:
         for _ in range(_REPEAT_COUNT):
-            bound.launch()
+            launch()
 
     try:
         graph = cuda.Graph.capture(stream, run_repeatedly)

@@ -107,7 +107,8 @@ def marked_part(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> ModelPa
     """Cut a lane out as a model of its own, its nodes in launch order, with marks."""
     segments = [plan.segments[index] for index in lane.segments]
     names = [name for segment in segments for name in segment.nodes]
-    part = source.part(names, lane.inputs, lane.outputs)
+    inputs = [plan.original(tensor) for tensor in lane.inputs]
+    part = source.part(names, inputs, lane.outputs)
     if not lane.marks:
         return part
     model = ModelProto.FromString(part.content)

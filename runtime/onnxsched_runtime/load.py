@@ -158,10 +158,10 @@ class Session:
             lowered: The model lowered before, by the same variant on the same device.
         """
         self.annotation = annotation
-        if len(annotation.devices) > 1:
-            used = ", ".join(map(str, annotation.devices))
-            raise UsageError(f"The schedule uses {used}; this release runs one device.")
         self.device = annotation.devices[0]
+        if {device.kind for device in annotation.devices} != {self.device.kind}:
+            used = ", ".join(map(str, annotation.devices))
+            raise UsageError(f"The schedule uses {used}; GPUs and the CPU can't share a model.")
         self._inputs = arguments_of(input_values(model), annotation)
         self._outputs = arguments_of(model.graph.output, annotation)
         self._input_names = {argument.name for argument in self._inputs}

@@ -208,9 +208,15 @@ class ModelSource:
         graph = self.model.graph
         return {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
 
-    def extract(self, segment: Segment) -> ModelPart:
-        """Cut a segment out as a model of its own."""
-        return self.part(segment.nodes, segment.inputs, segment.outputs)
+    def extract(self, segment: Segment, copies: Mapping[str, str] = {}) -> ModelPart:
+        """Cut a segment out as a model of its own.
+
+        Args:
+            segment: Not a copy.
+            copies: The tensors that those of the plan copy; see `ExecutionPlan`.
+        """
+        inputs = [copies.get(tensor, tensor) for tensor in segment.inputs]
+        return self.part(segment.nodes, inputs, segment.outputs)
 
     def whole(self) -> ModelPart:
         """The model as it is, ready for a session."""

@@ -7,10 +7,11 @@ where an event is needed, so that they are as few as the schedule allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from onnxsched_runtime.crossing import with_copies
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
 from onnxsched_runtime.plan import (
@@ -92,6 +93,7 @@ def plan_execution(
 
     Operations that can't be captured stay together: everything is grouped into levels that
     alternate between captured and host pieces, each level holding all that is ready by then.
+    Tensors that are read on another device are copied there.
 
     Args:
         operations: The operations of the model in launch order.
@@ -101,6 +103,7 @@ def plan_execution(
     Raises:
         PlanError: The launch order runs an operation before one it reads from.
     """
+    operations, copies = with_copies(operations)
     units: list[Segment] = []
     kept = readers_of(operations, outputs)
     by_level: dict[int, list[Operation]] = {}
@@ -108,7 +111,7 @@ def plan_execution(
         by_level.setdefault(level, []).append(operation)
     for level in sorted(by_level):
         units += _cut(by_level[level], kept, host=level % 2 == 1)
-    plan = assemble(units, inputs, outputs)
+    plan = assemble(units, inputs, outputs, copies=copies)
     check_plan(plan, operations)
     return plan
 
@@ -138,6 +141,7 @@ def assemble(
     outputs: Sequence[str],
     launch_order: Sequence[int] | None = None,
     order_edges: Iterable[tuple[int, int]] = (),
+    copies: Mapping[str, str] | None = None,
 ) -> ExecutionPlan:
     """Order segments by events; neighbours that can be captured share a piece.
 
@@ -147,6 +151,7 @@ def assemble(
         outputs: The model's outputs.
         launch_order: Indices of all segments in the order to launch them; as given if None.
         order_edges: Further pairs (earlier, later) of segments that must not overlap.
+        copies: From `with_copies`.
     """
     writer = {tensor: i for i, segment in enumerate(segments) for tensor in segment.outputs}
     needs = [{writer[t] for t in segment.inputs if t in writer} for segment in segments]
@@ -160,7 +165,9 @@ def assemble(
             pieces += [Piece(False, segments[i].placement, (Run(i),)) for i in indices]
         else:
             pieces.append(_captured_piece(segments, indices, needs))
-    return ExecutionPlan(tuple(segments), tuple(pieces), tuple(inputs), tuple(outputs))
+    return ExecutionPlan(
+        tuple(segments), tuple(pieces), tuple(inputs), tuple(outputs), copies or {}
+    )
 
 
 def _captured_piece(

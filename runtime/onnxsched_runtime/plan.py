@@ -8,11 +8,11 @@ device waits. Positions in `Piece.steps` are the order in which the host issues 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from onnxsched_runtime.device import Placement
+from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import PlanError
 
 
@@ -100,6 +100,35 @@ class ExecutionPlan:
     """Model inputs."""
     outputs: tuple[str, ...]
     """Model outputs."""
+    copies: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """For each tensor that is a copy on another device, the tensor that it copies."""
+
+    def original(self, tensor: str) -> str:
+        """The tensor of the model that a tensor of the plan holds."""
+        return self.copies.get(tensor, tensor)
+
+    def is_copy(self, segment: int) -> bool:
+        """Whether a segment only copies a tensor to its device."""
+        return self.segments[segment].outputs[0] in self.copies
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """All devices it uses, in order."""
+        return tuple(sorted({segment.placement.device for segment in self.segments}))
+
+    @cached_property
+    def device_of(self) -> Mapping[str, Device]:
+        """Where each device tensor lies: where it is written, else where it is first read."""
+        captured = [i for p in self.pieces if p.captured for i in p.runs]
+        found: dict[str, Device] = {}
+        for index in captured:
+            segment = self.segments[index]
+            found |= dict.fromkeys(segment.outputs, segment.placement.device)
+        for index in captured:
+            if not self.is_copy(index):
+                for tensor in self.segments[index].inputs:
+                    found.setdefault(tensor, self.segments[index].placement.device)
+        return found
 
     @property
     def wait_count(self) -> int:
@@ -119,13 +148,15 @@ def check_plan(plan: ExecutionPlan, operations: Iterable[Operation]) -> None:
     The laws: every operation is in one segment and every segment runs once, on the stream it
     is placed on; a tensor has one writer, and whoever reads it runs after that writer by the
     happens-before relation of streams and events; a captured piece starts after its fork and
-    is finished when its main stream is; no event is waited for before it is recorded.
+    is finished when its main stream is; no event is waited for before it is recorded; a
+    segment reads from its own device, but for copies, which read from another.
     O(steps x streams).
 
     Raises:
         PlanError: names the first segment, event or tensor that breaks a law.
     """
     _check_cover(plan, tuple(operations))
+    _check_devices(plan)
     written: set[str] = set(plan.inputs)
     for number, piece in enumerate(plan.pieces):
         if piece.captured:
@@ -159,6 +190,18 @@ def _check_cover(plan: ExecutionPlan, operations: tuple[Operation, ...]) -> None
     expected_runs = Counter(range(len(plan.segments)))
     if wrong_runs := (runs - expected_runs) | (expected_runs - runs):
         raise PlanError(f"Segment number {min(wrong_runs)} is not run exactly once.")
+
+
+def _check_devices(plan: ExecutionPlan) -> None:
+    for index in (i for piece in plan.pieces if piece.captured for i in piece.runs):
+        segment, device = plan.segments[index], plan.segments[index].placement.device
+        for tensor in segment.inputs:
+            home = plan.device_of.get(tensor)
+            if plan.is_copy(index):
+                if home in (device, None) or plan.copies[segment.outputs[0]] != tensor:
+                    raise PlanError(f"Copying '{tensor}' from {home} to {device} makes no sense.")
+            elif home != device:
+                raise PlanError(f"Segment {segment.nodes} on {device} reads '{tensor}' on {home}.")
 
 
 def _require_written(segment: Segment, written: set[str]) -> None:

@@ -304,11 +304,12 @@ def test_a_device_map_that_does_not_fit_is_refused(
     assert str(caught.value) == message
 
 
-def test_a_schedule_over_several_devices_is_refused_by_name() -> None:
+def test_a_schedule_over_devices_of_two_kinds_is_refused_by_name() -> None:
     model = diamond()
     names = [node.name for node in model.graph.node]
-    placements = {n: Placement(Device("cpu", i % 2), 0) for i, n in enumerate(names)}
-    with pytest.raises(UsageError, match=r"uses cpu:0, cpu:1; this release runs one device"):
+    devices = (Device("cpu"), Device("cuda"))
+    placements = {n: Placement(devices[i % 2], 0) for i, n in enumerate(names)}
+    with pytest.raises(UsageError, match=r"uses cpu:0, cuda:0; GPUs and the CPU can't share"):
         Session(model, Annotation(placements, annotation_of(model).tensors, {}))
 
 

@@ -53,6 +53,20 @@ def test_every_model_computes_what_plain_ort_does_however_it_is_captured(
             models.assert_same(session.run(None, feeds), models.reference(model, feeds))
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("capture", ["whole", "none"])
+def test_every_model_computes_the_same_on_several_devices(
+    graphs: type[fake_cuda.FakeGraph], name: str, capture: Capture
+) -> None:
+    model = models.MODELS[name]()
+    annotation = models.annotation_of(model, (0, 1), device=GPU, device_count=3)
+    with Session(model, annotation, capture=capture) as session:
+        assert (session.capture, session.refusal) == (capture, None)
+        for seed in range(3):
+            feeds = models.feeds_for(model, seed)
+            models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
 def test_a_model_without_host_operators_is_one_launch(
     graphs: type[fake_cuda.FakeGraph],
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from onnxsched_runtime.executors.threads import thread_count
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.session import OrtSession
-from support.models import annotation_of, diamond, feeds_for
+from support.models import MODELS, annotation_of, assert_same, diamond, feeds_for, reference
 
 Feeds = Mapping[str, Any]
 
@@ -31,6 +31,16 @@ def test_two_streams_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(OrtSession, "run", run)
     with Session(model, annotation_of(model, (1, 1, 2, 1))) as session:
         session.run(None, feeds_for(model))
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_of_threads_stand_in_for_devices(name: str) -> None:
+    model = MODELS[name]()
+    with Session(model, annotation_of(model, (0, 1), device_count=3)) as session:
+        for seed in range(3):
+            feeds = feeds_for(model, seed)
+            assert_same(session.run(None, feeds), reference(model, feeds))
 
 
 @pytest.mark.timeout(60, method="thread")

@@ -134,7 +134,6 @@ class FakeGraph:
         chains: Sequence[FakeChain],
         wired: Iterable[WiredNode],
         workspaces: Sequence[int],
-        device: Device,
     ) -> FakeGraph:
         """A run can't be cut, so all lanes run until nothing changes any more."""
         *lanes, uploads, fetches = chains
@@ -180,6 +179,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes: packed(nbytes))
     monkeypatch.setattr(load, "lower", lambda source, device, custom_ops: source)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(cuda, "enable_peer_access", lambda devices: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
     monkeypatch.setattr(runner, "OrtSession", open_session)
     monkeypatch.setattr(cuda, "keep_blas_workspace", lambda kind: None)

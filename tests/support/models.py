@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -260,21 +261,26 @@ def annotation_of(
     streams: Sequence[int] = (1, 2, 3),
     *,
     device: Device = CPU,
+    device_count: int = 1,
     order: Sequence[int] | None = None,
 ) -> Annotation:
-    """An annotation that gives streams to the nodes in turn.
+    """An annotation that gives streams, and devices, to the nodes in turn.
 
     Args:
         model: A model of `model_of`.
         streams: Given out in launch order, again from the start when used up.
-        device: Where all of them run.
+        device: Where they run, the first of `device_count`.
+        device_count: How many devices share them.
         order: Indices of the nodes in launch order; as in the model if None.
     """
     nodes = model.graph.node
     launched = [nodes[i].name for i in (range(len(nodes)) if order is None else order)]
     return Annotation(
         placements={
-            name: Placement(device, streams[position % len(streams)])
+            name: Placement(
+                replace(device, index=device.index + position % device_count),
+                streams[position % len(streams)],
+            )
             for position, name in enumerate(launched)
         },
         tensors=tensor_types(model),

@@ -16,9 +16,9 @@ from onnxsched_runtime.partition import plan_execution
 from onnxsched_runtime.plan import ExecutionPlan, Operation, Piece, Record, Run, Step, Wait
 
 
-def stream(number: int) -> Placement:
-    """A stream of the first GPU."""
-    return Placement(Device("cuda"), number)
+def stream(number: int, gpu: int = 0) -> Placement:
+    """A stream of a GPU."""
+    return Placement(Device("cuda", gpu), number)
 
 
 def operation(
@@ -49,7 +49,12 @@ class Problem:
 
 @st.composite
 def problems(
-    draw: DrawFn, max_operations: int = 10, *, hosts: bool = True, streams: int = 4
+    draw: DrawFn,
+    max_operations: int = 10,
+    *,
+    hosts: bool = True,
+    streams: int = 4,
+    gpus: int = 1,
 ) -> Problem:
     """Random operations in launch order: any graph, spread over streams, some on the host."""
     reasons: SearchStrategy[str | None] = (
@@ -60,7 +65,7 @@ def problems(
     for number in range(draw(st.integers(1, max_operations))):
         writes = [f"t{number}.{i}" for i in range(draw(st.sampled_from([1, 1, 2])))]
         reads = draw(st.lists(st.sampled_from(tensors), max_size=3, unique=True))
-        placement = stream(draw(st.integers(0, streams - 1)))
+        placement = stream(draw(st.integers(0, streams - 1)), draw(st.integers(0, gpus - 1)))
         operations.append(
             Operation(f"o{number}", placement, tuple(reads), tuple(writes), draw(reasons))
         )

@@ -10,6 +10,7 @@ from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_devic
 from onnxsched_runtime.cuda.devices import (
     device_count,
     device_properties,
+    enable_peer_access,
     free_memory_nbytes,
     has_peer_access,
     library_versions,
@@ -29,6 +30,7 @@ __all__ = [
     "Stream",
     "device_count",
     "device_properties",
+    "enable_peer_access",
     "free_memory_nbytes",
     "has_peer_access",
     "keep_blas_workspace",

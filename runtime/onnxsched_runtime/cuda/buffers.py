@@ -113,6 +113,11 @@ class Buffer:
         if self.kind.nbytes and tensor.data_ptr() != self.pointer:
             self._copy(self.pointer, tensor.data_ptr(), stream)
 
+    def fill_from(self, other: Buffer, stream: Stream) -> None:
+        """Start a copy from another buffer of its kind, on this device or another."""
+        if self.kind.nbytes:
+            self._copy(self.pointer, other.pointer, stream)
+
     def fetch(self, stream: Stream) -> None:
         """Start the copy to pinned memory; `staging` holds it once the stream is done."""
         if self.kind.nbytes:

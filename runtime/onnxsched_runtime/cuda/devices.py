@@ -7,6 +7,8 @@ import functools
 import importlib.metadata
 import os
 import re
+from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,16 @@ def _driver_version() -> str:
         return ""
     match = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", text)
     return match[0] if match else ""
+
+
+def enable_peer_access(devices: Sequence[Device]) -> None:
+    """Let every device reach the memory of every other, where the machine allows it."""
+    for device, other in permutations(devices, 2):
+        if has_peer_access(device, other):
+            with current_device(device):
+                error = cudart().cudaDeviceEnablePeerAccess(other.index, 0)[0]
+            if error != cudart().cudaError_t.cudaErrorPeerAccessAlreadyEnabled:
+                check((error,))
 
 
 def has_peer_access(source: Device, target: Device) -> bool:

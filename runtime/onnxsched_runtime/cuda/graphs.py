@@ -60,28 +60,25 @@ class Graph:
         chains: Sequence[Chain],
         wired: Iterable[WiredNode],
         workspaces: Sequence[int],
-        device: Device,
     ) -> Self:
-        """Put captured runs together as one graph.
+        """Put captured runs, of one device or several, together as one graph.
 
         Args:
             chains: The runs.
             wired: Their nodes with what each waits for.
             workspaces: The address of each chain's workspace, of at least its `workspace_nbytes`.
-            device: Where copies run.
 
         Raises:
             CaptureError: CUDA refuses, with the reason.
         """
         try:
-            with current_device(device):
-                native = check_driver(driver().cuGraphCreate(0))
-                made: list[Any] = []
-                for node in wired:
-                    after = [made[position] for position in node.predecessors]
-                    workspace = workspaces[node.chain]
-                    made.append(chains[node.chain].copy_into(native, node.index, after, workspace))
-                return cls(cudart().cudaGraph_t(int(native)))
+            native = check_driver(driver().cuGraphCreate(0))
+            made: list[Any] = []
+            for node in wired:
+                after = [made[position] for position in node.predecessors]
+                workspace = workspaces[node.chain]
+                made.append(chains[node.chain].copy_into(native, node.index, after, workspace))
+            return cls(cudart().cudaGraph_t(int(native)))
         except OnnxschedError as error:
             raise CaptureError(f"The graph was refused ({error})") from error
 
@@ -108,9 +105,10 @@ class _Allocation:
 class Chain:
     """What one run launches, captured to be copied into a graph; never launched itself."""
 
-    def __init__(self, native: Any, marks: Mapping[int, int]) -> None:
+    def __init__(self, native: Any, marks: Mapping[int, int], device: Device) -> None:
         """Read a captured graph, and own it."""
         self._native = native
+        self._device = device
         self._nodes = _nodes(native)
         self._kinds = [_kind(node) for node in self._nodes]
         number = {int(node): index for index, node in enumerate(self._nodes)}
@@ -146,7 +144,7 @@ class Chain:
         """
         native = _captured(stream, issue)
         try:
-            return cls(native, marks or {})
+            return cls(native, marks or {}, stream.device)
         except OnnxschedError as error:
             cudart().cudaGraphDestroy(native)
             raise CaptureError(f"The capture was refused ({error})") from error
@@ -193,7 +191,8 @@ class Chain:
             if moved:
                 del kept  # the graph has copied the arguments
             return copy
-        context = check_driver(api.cuCtxGetCurrent())
+        with current_device(self._device):
+            context = check_driver(api.cuCtxGetCurrent())
         if self._kinds[index] == "MEMCPY":
             transfer = check_driver(api.cuGraphMemcpyNodeGetParams(node))
             if moved:

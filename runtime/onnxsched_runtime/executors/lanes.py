@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import ALIGNMENT_NBYTES, packed
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.executors.runner import WARM_UP_COUNT, PlanRunner, view
+from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, PlanRunner, view
 from onnxsched_runtime.lanes import (
     MARK,
     MARK_SOURCE,
@@ -27,7 +27,8 @@ from onnxsched_runtime.wiring import Point, wire
 class LaneRunner(PlanRunner):
     """Captures each stream of a piece as one run of one session, and wires the runs together.
 
-    Nothing runs at the same time until the graph does, so all sessions launch on one stream.
+    Nothing runs at the same time until the graph does, so all sessions of a device launch on one
+    stream.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class LaneRunner(PlanRunner):
             p: lanes_of(plan, p) for p in plan.pieces if p.captured
         }
         self._opened: dict[Lane, OrtSession] = {}
-        self._runs: dict[Lane, BoundRun] = {}
+        self._runs: dict[Lane, BoundRun | CopyRun] = {}
+        self._marks: dict[Device, list[cuda.Buffer]] = {}
         self._workspaces: dict[Lane, cuda.DeviceMemory] = {}
         super().__init__(source, plan, lane_tensors(plan), custom_ops)
 
@@ -58,31 +60,44 @@ class LaneRunner(PlanRunner):
             self.streams[placement] = opened[placement.device]
 
     def _open_runs(self) -> None:
-        most = max((len(lane.marks) for p in self._lanes.values() for lane in p.lanes), default=0)
-        memory = cuda.DeviceMemory((1 + most) * ALIGNMENT_NBYTES, self._device)
-        start = self._resources.enter_context(memory).pointer
-        self._marks = [
-            cuda.Buffer(MARK, self._device, start + number * ALIGNMENT_NBYTES)
-            for number in range(1 + most)
-        ]
         for plan in self._lanes.values():
             for lane in plan.lanes:
-                part = marked_part(self._source, self.plan, lane)
-                session = self._session(
-                    lane.placement,
-                    part,
-                    on_device=True,
-                    keeps_nodes=self._source.is_lowered or bool(lane.marks),
-                )
-                self._opened[lane] = session
+                if not self._is_copy(lane):
+                    self._opened[lane] = self._session(
+                        lane.placement,
+                        marked_part(self._source, self.plan, lane),
+                        on_device=True,
+                        keeps_nodes=self._source.is_lowered or bool(lane.marks),
+                    )
+                    self._open_marks(lane)
                 self._runs[lane] = self._bound(lane, self.buffers)
 
-    def _bound(self, lane: Lane, buffers: dict[str, cuda.Buffer]) -> BoundRun:
-        inputs = {name: view(buffers[name]) for name in lane.inputs}
+    def _is_copy(self, lane: Lane) -> bool:
+        """Whether it is a copy, which has a stream of its own."""
+        return self.plan.is_copy(lane.segments[0])
+
+    def _open_marks(self, lane: Lane) -> None:
+        """What the marks of a lane copy from, and what each copies to, once for all lanes."""
+        device = lane.placement.device
+        marks = self._marks.setdefault(device, [])
+        missing = range(len(marks), 1 + len(lane.marks))
+        memory = cuda.DeviceMemory(len(missing) * ALIGNMENT_NBYTES, device)
+        start = self._resources.enter_context(memory).pointer
+        marks += [
+            cuda.Buffer(MARK, device, start + number * ALIGNMENT_NBYTES)
+            for number in range(len(missing))
+        ]
+
+    def _bound(self, lane: Lane, buffers: dict[str, cuda.Buffer]) -> BoundRun | CopyRun:
+        if self._is_copy(lane):
+            source, target = (buffers[name] for name in (*lane.inputs, *lane.outputs))
+            return CopyRun(source, target, self.streams[lane.placement])
+        inputs = {self.plan.original(name): view(buffers[name]) for name in lane.inputs}
         outputs = {name: view(buffers[name]) for name in lane.outputs}
+        marks = self._marks[lane.placement.device]
         for number, mark in enumerate(lane.marks, 1):
-            inputs[MARK_SOURCE] = view(self._marks[0])
-            outputs[mark] = view(self._marks[number])
+            inputs[MARK_SOURCE] = view(marks[0])
+            outputs[mark] = view(marks[number])
         return self._opened[lane].bind(inputs, outputs)
 
     def prepare(self, piece: Piece) -> None:
@@ -94,8 +109,14 @@ class LaneRunner(PlanRunner):
         if not piece.captured:
             return
         with ExitStack() as scratch:
-            nbytes = {name: buffer.kind.nbytes for name, buffer in self.buffers.items()}
-            buffers = self._buffers_in(packed(nbytes), scratch)
+            buffers: dict[str, cuda.Buffer] = {}
+            for device in self.plan.devices:
+                nbytes = {
+                    name: buffer.kind.nbytes
+                    for name, buffer in self.buffers.items()
+                    if self.plan.device_of[name] == device
+                }
+                buffers |= self._buffers_in(packed(nbytes), device, scratch)
             for lane in self._lanes[piece].lanes:
                 run = self._bound(lane, buffers)
                 for _ in range(WARM_UP_COUNT):
@@ -138,12 +159,13 @@ class LaneRunner(PlanRunner):
                 self._workspace(lane, chain.workspace_nbytes)
                 for lane, chain in zip(plan.lanes, chains, strict=False)
             ]
-            return cuda.Graph.assemble(chains, wired, [*workspaces, 0, 0], self._device)
+            return cuda.Graph.assemble(chains, wired, [*workspaces, 0, 0])
 
     def _chain(self, lane: Lane) -> cuda.Chain:
         """What a lane launches, captured when first asked for."""
         if lane not in self._chains:
-            addresses = {self._marks[n].pointer: n for n in range(1, 1 + len(lane.marks))}
+            marks = self._marks.get(lane.placement.device, [])
+            addresses = {marks[n].pointer: n for n in range(1, 1 + len(lane.marks))}
             stream = self.streams[lane.placement]
             chain = cuda.Chain.capture(stream, self._runs[lane].launch, addresses)
             self._chains[lane] = self._resources.enter_context(chain)
@@ -153,7 +175,8 @@ class LaneRunner(PlanRunner):
         """Memory for what a run allocates; runs of one lane never overlap."""
         held = self._workspaces.get(lane)
         if held is None or held.nbytes < nbytes:
-            held = self._resources.enter_context(cuda.DeviceMemory(nbytes, self._device))
+            memory = cuda.DeviceMemory(nbytes, lane.placement.device)
+            held = self._resources.enter_context(memory)
             self._workspaces[lane] = held
         return held.pointer
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import Arena, check_arena, plan_arena
-from onnxsched_runtime.device import Placement
+from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.model import ModelPart, ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
-from onnxsched_runtime.session import BoundRun, OrtSession
+from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import BufferView, SessionSettings
+from onnxsched_runtime.tensor import TensorType
 
 WARM_UP_COUNT = 2
 """Runs before a capture: ORT settles its memory pattern in the second."""
@@ -39,28 +41,22 @@ class PlanRunner:
         """
         self.plan = plan
         self._source = source
-        self._device = plan.segments[0].placement.device
         self._resources = ExitStack()
         self._custom_ops, self._graph_capture = custom_ops, graph_capture
         self.streams: dict[Placement, cuda.Stream] = {}
         self.buffers: dict[str, cuda.Buffer] = {}
         self.sessions: dict[int, OrtSession] = {}
         """Of segments on the host, by their index."""
-        self.bound: dict[int, BoundRun] = {}
-        """What runs on the GPU."""
         try:
             used = {piece.main for piece in plan.pieces}
             used |= {segment.placement for segment in plan.segments}
             self._open_streams(sorted(used))
-            nbytes = {name: source.tensors[name].nbytes for name in sorted(tensors)}
-            arena = plan_arena(plan, nbytes)
-            check_arena(plan, nbytes, arena)
-            self.buffers = self._buffers_in(arena, self._resources)
+            cuda.enable_peer_access(plan.devices)
+            self._open_buffers(tensors)
             for index, segment in enumerate(plan.segments):
                 if segment.host_reason is not None:
-                    self.sessions[index] = self._session(
-                        segment.placement, source.extract(segment)
-                    )
+                    part = source.extract(segment)
+                    self.sessions[index] = self._session(segment.placement, part)
             self._open_runs()
         except BaseException:
             self.close()
@@ -72,6 +68,18 @@ class PlanRunner:
             stream = cuda.Stream(placement.device)
             self.streams[placement] = self._resources.enter_context(stream)
 
+    def _open_buffers(self, tensors: Collection[str]) -> None:
+        """An arena on each device."""
+        for device in self.plan.devices:
+            nbytes = {
+                name: self._kind(name).nbytes
+                for name in sorted(tensors)
+                if self.plan.device_of[name] == device
+            }
+            arena = plan_arena(self.plan, nbytes)
+            check_arena(self.plan, nbytes, arena)
+            self.buffers |= self._buffers_in(arena, device, self._resources)
+
     def _open_runs(self) -> None:
         """Make the sessions that run on the GPU."""
         raise NotImplementedError
@@ -80,11 +88,16 @@ class PlanRunner:
         """Make a piece ready to be captured or issued; pieces before it have been."""
         raise NotImplementedError
 
-    def _buffers_in(self, arena: Arena, owner: ExitStack) -> dict[str, cuda.Buffer]:
+    def _kind(self, tensor: str) -> TensorType:
+        return self._source.tensors[self.plan.original(tensor)]
+
+    def _buffers_in(
+        self, arena: Arena, device: Device, owner: ExitStack
+    ) -> dict[str, cuda.Buffer]:
         """Memory for an arena, and a buffer for each tensor in it."""
-        memory = owner.enter_context(cuda.DeviceMemory(arena.nbytes, self._device))
+        memory = owner.enter_context(cuda.DeviceMemory(arena.nbytes, device))
         buffers = {
-            name: cuda.Buffer(self._source.tensors[name], self._device, memory.pointer + offset)
+            name: cuda.Buffer(self._kind(name), device, memory.pointer + offset)
             for name, offset in arena.offsets.items()
         }
         for buffer in buffers.values():
@@ -115,11 +128,24 @@ class PlanRunner:
     def close(self) -> None:
         """Free the sessions, then the streams they launch on."""
         try:
-            if self.streams:
-                cuda.synchronize(self._device)
+            for device in dict.fromkeys(stream.device for stream in self.streams.values()):
+                cuda.synchronize(device)
         finally:
-            self.bound, self.sessions, self.buffers = {}, {}, {}
+            self.sessions, self.buffers = {}, {}
             self._resources.close()
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRun:
+    """A copy between devices."""
+
+    source: cuda.Buffer
+    target: cuda.Buffer
+    stream: cuda.Stream
+
+    def launch(self) -> None:
+        """Start it."""
+        self.target.fill_from(self.source, self.stream)
 
 
 def view(buffer: cuda.Buffer) -> BufferView:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.executors.runner import WARM_UP_COUNT, PlanRunner, view
+from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, PlanRunner, view
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
+from onnxsched_runtime.session import BoundRun
 
 
 class SegmentRunner(PlanRunner):
@@ -29,12 +30,16 @@ class SegmentRunner(PlanRunner):
             graph_capture: Let ORT capture each session by itself.
             custom_ops: Libraries of custom operators.
         """
+        self.bound: dict[int, BoundRun | CopyRun] = {}
         super().__init__(source, plan, plan.device_tensors, custom_ops, graph_capture)
 
     def _open_runs(self) -> None:
         for index, segment in enumerate(self.plan.segments):
-            if segment.host_reason is None:
-                part = self._source.extract(segment)
+            if self.plan.is_copy(index):
+                source, target = (self.buffers[t] for t in (*segment.inputs, *segment.outputs))
+                self.bound[index] = CopyRun(source, target, self.streams[segment.placement])
+            elif segment.host_reason is None:
+                part = self._source.extract(segment, self.plan.copies)
                 session = self._session(
                     segment.placement,
                     part,
@@ -42,7 +47,10 @@ class SegmentRunner(PlanRunner):
                     keeps_nodes=self._source.is_lowered,
                 )
                 self.bound[index] = session.bind(
-                    {name: view(self.buffers[name]) for name in segment.inputs},
+                    {
+                        self.plan.original(name): view(self.buffers[name])
+                        for name in segment.inputs
+                    },
                     {name: view(self.buffers[name]) for name in segment.outputs},
                 )
 

@@ -215,7 +215,8 @@ class StreamExecutor:
 
     def close(self) -> None:
         """Free the graphs, then what they launch."""
-        cuda.synchronize(self.main_stream.device)
+        for device in self._plan.devices:
+            cuda.synchronize(device)
         for graph in (*self._graphs, *self._with_copies.values()):
             graph.close()
         self._graphs, self._with_copies = [], {}

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from copy import copy
 from typing import Any, Self
 
 from onnxsched_runtime.device import Device, Placement
@@ -36,10 +37,13 @@ class ThreadExecutor:
             custom_ops=custom_ops,
         )
         try:
-            self._sessions = [
-                self._resources.enter_context(OrtSession(source.extract(segment), settings))
-                for segment in plan.segments
-            ]
+            self._sessions = {
+                index: self._resources.enter_context(
+                    OrtSession(source.extract(segment, plan.copies), settings)
+                )
+                for index, segment in enumerate(plan.segments)
+                if not plan.is_copy(index)
+            }
         except BaseException:
             self._resources.close()
             raise
@@ -85,7 +89,11 @@ class ThreadExecutor:
             match step:
                 case Run(index):
                     segment = self._plan.segments[index]
-                    feeds = {name: values[name] for name in segment.inputs}
+                    if self._plan.is_copy(index):
+                        (source,), (target,) = segment.inputs, segment.outputs
+                        values[target] = copy(values[source])
+                        continue
+                    feeds = {self._plan.original(name): values[name] for name in segment.inputs}
                     results = self._sessions[index].run(feeds, segment.outputs)
                     values.update(zip(segment.outputs, results, strict=True))
                 case Record(event):
