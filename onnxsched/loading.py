@@ -15,7 +15,7 @@ from onnx import helper
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
-from onnxsched.simplification import rectify_after_concat
+from onnxsched.simplification import simplify
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import (
@@ -103,8 +103,7 @@ def load_model(
     proto, on_cpu = _optimized(converted, device, custom_ops)
     _give_outputs_a_node(proto)
     name_nodes(proto)
-    rectify_after_concat(proto)
-    name_nodes(proto)
+    simplify(proto, tensor_types(proto))
     tensors = tensor_types(proto)
     if device.kind == "cpu":
         _require_arrays(tensors)

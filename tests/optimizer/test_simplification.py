@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsched.simplification import rectify_after_concat
+from onnxsched.simplification.relus import rectify_after_concat
 from onnxsched_runtime.model import name_nodes
 from sample_models import build
 
