@@ -13,7 +13,7 @@ import onnx
 from onnxsched.simplification.norms import rms_norm, skip_norm
 from onnxsched.simplification.products import product_of_transposed
 from onnxsched.simplification.relus import rectify_after_concat
-from onnxsched.simplification.replacing import remove_unused, replace_all
+from onnxsched.simplification.replacing import declare, remove_unused, replace_all
 from onnxsched.simplification.views import idle_view, transpose_as_view, view_of_view
 from onnxsched_runtime.tensor import TensorType
 
@@ -39,6 +39,7 @@ def simplify(model: onnx.ModelProto, tensors: Mapping[str, TensorType]) -> None:
     """
     rectify_after_concat(model)
     known = dict(tensors)
+    declare(model, known)
     for rule in _RULES:
         while replace_all(model, rule, known):
             pass

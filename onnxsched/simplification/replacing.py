@@ -168,10 +168,14 @@ def _carry_out(graph: onnx.GraphProto, replacements: list[Replacement]) -> None:
     graph.node.extend(nodes)
     for found in replacements:
         graph.initializer.extend(found.weights)
-        graph.value_info.extend(
-            helper.make_tensor_value_info(name, kind.element_type, kind.shape)
-            for name, kind in found.tensors.items()
-        )
+        graph.value_info.extend(_declarations(found.tensors))
+
+
+def _declarations(tensors: Mapping[str, TensorType]) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, kind.element_type, kind.shape)
+        for name, kind in tensors.items()
+    ]
 
 
 def _topological(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
@@ -188,6 +192,16 @@ def _topological(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
             else:
                 order[waiting.pop()] = None
     return [nodes[index] for index in order]
+
+
+def declare(model: onnx.ModelProto, tensors: Mapping[str, TensorType]) -> None:
+    """Write types into the model, in place: of fused operators, onnx would infer none."""
+    graph = model.graph
+    declared = {value.name for value in (*graph.input, *graph.output, *graph.value_info)}
+    graph.value_info.extend(_declarations({n: tensors[n] for n in tensors if n not in declared}))
+    for value in graph.output:
+        if value.name in tensors and tensors[value.name].shape is not None:
+            value.type.CopyFrom(_declarations({value.name: tensors[value.name]})[0].type)
 
 
 def remove_unused(model: onnx.ModelProto) -> None:
