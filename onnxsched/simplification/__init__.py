@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import onnx
 
+from onnxsched.simplification.attention import key_bias, value_bias
 from onnxsched.simplification.norms import rms_norm, skip_norm
 from onnxsched.simplification.products import product_of_transposed
 from onnxsched.simplification.relus import rectify_after_concat
@@ -21,6 +22,8 @@ _RULES = (
     transpose_as_view,
     rms_norm,
     skip_norm,
+    key_bias,
+    value_bias,
     product_of_transposed,
     view_of_view,
     idle_view,

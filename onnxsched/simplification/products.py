@@ -35,7 +35,7 @@ def product_of_transposed(index: GraphIndex, node: onnx.NodeProto) -> Replacemen
 
     That works where all but one of the batch dimensions have size 1, which Reshapes then drop.
     """
-    result = index.tensors.get(node.output[0]) if _is_product(node) else None
+    result = index.tensors.get(node.output[0]) if is_product(node) else None
     if result is None or not result.shape or result.element_type not in _FLOATS:
         return None
     sides = [_plain(index, node, side) for side in range(2)]
@@ -48,7 +48,8 @@ def product_of_transposed(index: GraphIndex, node: onnx.NodeProto) -> Replacemen
     return _fused(index, node, operands, gone, result) if gone else None
 
 
-def _is_product(node: onnx.NodeProto) -> bool:
+def is_product(node: onnx.NodeProto) -> bool:
+    """Whether a node multiplies matrices, of which the second may lie transposed."""
     if node.op_type == "FusedMatMul":
         return not any(attribute(node, f"transBatch{side}", 0) for side in _SIDES)
     return is_standard(node, "MatMul")

@@ -42,9 +42,14 @@ class GraphIndex:
 
     def sole_writer(self, tensor: str, *op_types: str) -> onnx.NodeProto | None:
         """Like `writer`, if a single operator reads the tensor, and it is no output."""
-        if tensor in self.outputs or len(self.readers.get(tensor, ())) != 1:
+        return None if self.sole_reader(tensor) is None else self.writer(tensor, *op_types)
+
+    def sole_reader(self, tensor: str) -> onnx.NodeProto | None:
+        """The only node that reads a tensor, among its inputs; None if it is an output."""
+        readers = self.readers.get(tensor, ())
+        if tensor in self.outputs or len(readers) != 1 or tensor not in readers[0].input:
             return None
-        return self.writer(tensor, *op_types)
+        return readers[0]
 
     def shape(self, tensor: str) -> tuple[int, ...] | None:
         """The shape of a tensor that flows; None where it is not known."""
@@ -99,6 +104,14 @@ def attribute(node: onnx.NodeProto, name: str, default: _T) -> _T:
             value: _T = helper.get_attribute_value(found)
             return value
     return default
+
+
+def with_inputs(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
+    """A node that reads other tensors."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [renamed.get(name, name) for name in node.input]
+    return copy
 
 
 def replace_all(model: onnx.ModelProto, rule: Rule, tensors: dict[str, TensorType]) -> int:

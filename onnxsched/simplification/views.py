@@ -5,9 +5,16 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, is_standard
+from onnxsched.simplification.replacing import (
+    GraphIndex,
+    Replacement,
+    attribute,
+    is_standard,
+    with_inputs,
+)
 
-_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
+VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
+"""Those operators; Transpose is none, since ONNX Runtime copies for it."""
 
 
 def transpose_as_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
@@ -23,15 +30,15 @@ def transpose_as_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | 
 
 def view_of_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
     """A view of a view is one Reshape."""
-    if not is_standard(node, *_VIEWS):
+    if not is_standard(node, *VIEWS):
         return None
-    before = index.writer(node.input[0], *_VIEWS)
+    before = index.writer(node.input[0], *VIEWS)
     return None if before is None else _viewed(index, node, before.input[0])
 
 
 def idle_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
     """A view of the same shape goes, unless it writes an output or a subgraph reads it."""
-    if not is_standard(node, *_VIEWS):
+    if not is_standard(node, *VIEWS):
         return None
     source, result = node.input[0], node.output[0]
     readers = index.readers.get(result, ())
@@ -40,7 +47,7 @@ def idle_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
         return None
     if not all(result in reader.input for reader in readers):
         return None
-    return Replacement((node, *readers), tuple(_reading(n, result, source) for n in readers))
+    return Replacement((node, *readers), tuple(with_inputs(n, {result: source}) for n in readers))
 
 
 def permutation(transpose: onnx.NodeProto, rank: int) -> list[int]:
@@ -66,10 +73,3 @@ def _viewed(index: GraphIndex, node: onnx.NodeProto, source: str) -> Replacement
         return None
     view, weight = reshape(index, source, result, shape, node.name)
     return Replacement((node,), (view,), (weight,))
-
-
-def _reading(node: onnx.NodeProto, old: str, new: str) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.input[:] = [new if name == old else name for name in node.input]
-    return copy

@@ -25,7 +25,7 @@ TRANSFORMERS = {
     },
     ("t5_encoder", 2): {"Transpose": 24, "SkipSimplifiedLayerNormalization": 12},
     ("bert", 1): {
-        "Transpose": 12, "Gelu": 0, "BiasGelu": 12, "Gemm": 0, "FusedMatMul": 24,
+        "Transpose": 12, "Gelu": 0, "BiasGelu": 12, "Gemm": 0, "FusedMatMul": 24, "Add": 25,
         "SkipLayerNormalization": 25,
     },
 }  # fmt: skip
