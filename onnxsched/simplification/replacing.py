@@ -227,11 +227,11 @@ def remove_unused(model: onnx.ModelProto) -> None:
             del graph.node[position]
         else:
             read.update(node_reads(node))
-    declared = read | {value.name for value in graph.input}
-    written = {tensor for node in graph.node for tensor in node.output}
+    read |= {value.name for value in graph.input}
     for position in reversed(range(len(graph.initializer))):
-        if graph.initializer[position].name not in declared:
+        if graph.initializer[position].name not in read:
             del graph.initializer[position]
-    for position in reversed(range(len(graph.value_info))):
-        if graph.value_info[position].name not in declared | written:
-            del graph.value_info[position]
+    read |= {tensor for node in graph.node for tensor in node.output}
+    declared = [value for value in graph.value_info if value.name in read]
+    del graph.value_info[:]
+    graph.value_info.extend(declared)
