@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import onnx
 
 from onnxsched.simplification.attention import key_bias, value_bias
-from onnxsched.simplification.norms import rms_norm, skip_norm
+from onnxsched.simplification.norms import rms_norm, scaled_norm, skip_norm
 from onnxsched.simplification.products import product_of_transposed
 from onnxsched.simplification.relus import rectify_after_concat
 from onnxsched.simplification.replacing import declare, remove_unused, replace_all
@@ -22,6 +22,7 @@ _RULES = (
     transpose_as_view,
     rms_norm,
     skip_norm,
+    scaled_norm,
     key_bias,
     value_bias,
     product_of_transposed,

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, is_standard
+from onnxsched.simplification.replacing import (
+    GraphIndex,
+    Replacement,
+    attribute,
+    is_standard,
+    with_inputs,
+)
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _NORMS = ("SimplifiedLayerNormalization", "RMSNormalization")
 """ONNX Runtime's own, which it registers among the standard operators; and that of opset 23."""
+
+_SKIP = "SkipSimplifiedLayerNormalization"
 
 
 def rms_norm(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
@@ -60,7 +68,7 @@ def skip_norm(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
     if total in index.outputs or len(index.readers[total]) > 1:
         outputs += ["", "", total]
     fused = helper.make_node(
-        "SkipSimplifiedLayerNormalization",
+        _SKIP,
         [*before.input, weight],
         outputs,
         node.name,
@@ -68,6 +76,27 @@ def skip_norm(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
         epsilon=attribute(node, "epsilon", 1e-5),
     )
     return Replacement((before, node), (fused,))
+
+
+def scaled_norm(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
+    """A number that a norm is multiplied by, as before T5's head, goes into its weight."""
+    if not is_standard(node, "Mul"):
+        return None
+    for tensor, factor in _orders(node):
+        norm, value = index.writers.get(tensor), index.constant(factor)
+        if norm is None or value is None or value.size != 1 or index.sole_reader(tensor) is None:
+            continue
+        if norm.op_type not in (*_NORMS, _SKIP) or norm.output[0] != tensor:
+            continue
+        old = norm.input[2 if norm.op_type == _SKIP else 1]
+        if old not in index.weights or index.shape(node.output[0]) != index.shape(tensor):
+            continue
+        weight, name = numpy_helper.to_array(index.weights[old]), index.unused(f"{tensor}/weight")
+        scaled = numpy_helper.from_array((weight * value.item()).astype(weight.dtype), name)
+        fused = with_inputs(norm, {old: name})
+        fused.output[0] = node.output[0]
+        return Replacement((norm, node), (fused,), (scaled,))
+    return None
 
 
 def _normalized(

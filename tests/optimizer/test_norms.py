@@ -183,3 +183,39 @@ def test_of_two_norms_of_a_sum_one_takes_it_in() -> None:
     changed = simplified(model)
     assert sorted(op_types(changed)) == ["RMSNormalization", SKIP]
     assert_equivalent(changed, model)
+
+
+@pytest.mark.parametrize("product", ["Mul(y, half)", "Mul(half, y)"])
+@pytest.mark.parametrize("before", ["x = Add(p, q)", "x = Neg(p)"])
+def test_a_number_goes_into_the_weight(product: str, before: str) -> None:
+    model = written(
+        f"(float[3,8] p, float[3,8] q) => (float[3,8] z) {{ {before} {norm()} z = {product} }}",
+        half=np.array([0.5], np.float32),
+        **CONSTANTS,
+    )
+    changed = simplified(model)
+    assert op_types(changed) == ([SKIP] if "Add" in before else ["Neg", FUSED])
+    assert_equivalent(changed, model)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "results"),
+    [
+        ("z = Mul(y, gamma)", "float[3,8] z"),
+        ("z = Mul(x, half)", "float[3,8] z, float[3,8] y"),
+        ("z = Mul(y, half)", "float[3,8] z, float[3,8] y"),
+        ("z = Mul(y, half) w = Neg(y)", "float[3,8] z, float[3,8] w"),
+        ("z = Mul(y, deep)", "float[1,3,8] z"),
+    ],
+    ids=["no number", "the sum", "output", "other reader", "another shape"],
+)
+def test_a_product_that_is_not_only_of_the_norm_stays(scaling: str, results: str) -> None:
+    model = written(
+        f"(float[3,8] p, float[3,8] q) => ({results}) {{ x = Add(p, q) {norm()} {scaling} }}",
+        half=np.array(0.5, np.float32),
+        deep=np.full((1, 1, 1), 0.5, np.float32),
+        **CONSTANTS,
+    )
+    changed = simplified(model)
+    assert op_types(changed)[:2] == [SKIP, "Mul"]
+    assert_equivalent(changed, model)

@@ -16,7 +16,7 @@ from support.simplifying import op_counts, simplified
 
 TRANSFORMERS = {
     ("t5_decoder", 1): {
-        "Transpose": 0, "Pow": 0, "Sqrt": 0, "ReduceMean": 0, "Mul": 1, "Add": 6,
+        "Transpose": 0, "Pow": 0, "Sqrt": 0, "ReduceMean": 0, "Mul": 0, "Add": 6,
         "SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 18,
     },
     ("t5_encoder", 1): {
