@@ -22,7 +22,8 @@ def weights(batch: int = BATCH, tokens: int = TOKENS) -> dict[str, Array]:
     shapes = {
         "split": np.array([batch, tokens, HEADS, WIDTH]),
         "merged": np.array([batch, tokens, FEATURES]),
-        "eighth": np.array(0.125, np.float32),
+        "flat": np.array([batch, HEADS, tokens**2]),
+        "square": np.array([batch, HEADS, tokens, tokens]),
         "gamma": weight(FEATURES) + 1,
         "beta": weight(FEATURES),
         "inverse": weight(WIDTH, WIDTH),
@@ -100,6 +101,8 @@ def test_only_the_bias_of_the_queries_is_added_apart(model: onnx.ModelProto) -> 
         (attention(scores=SCORES.replace("s1 =", "s0 =") + "s1 = Mul(s0, s0) "), {"bv"}),
         (attention(softmax="p = Softmax<axis = 2>(s2) "), set()),
         (attention(softmax="p = Sigmoid(s2) "), set()),
+        (attention(softmax="s3 = Reshape(s2, flat) p0 = Softmax<axis = -1>(s3) "
+                   "p = Reshape(p0, square) "), set()),
         (attention(results=f", float[{BATCH},{TOKENS},{FEATURES}] k2"), {"bv"}),
         (attention(results=f", float[{BATCH},{HEADS},{TOKENS},{WIDTH}] v4"), {"bk"}),
         (attention(results=f", float[{BATCH},{HEADS},{TOKENS},{TOKENS}] s1"), {"bv"}),
@@ -114,7 +117,8 @@ def test_only_the_bias_of_the_queries_is_added_apart(model: onnx.ModelProto) -> 
         (attention(context="c1 = com.microsoft.FusedMatMul<transA = 1>(p, v4) "
                    + CONTEXT.partition(") ")[2]), {"bk"}),
     ],
-    ids=["squared scores", "another axis", "sigmoid", "keys are an output", "values are an output",
+    ids=["squared scores", "another axis", "sigmoid", "over all scores", "keys are an output",
+         "values are an output",
          "scores are an output", "weights are an output", "no bias to join", "other reader",
          "values multiplied again", "scaled", "transposed"],
 )  # fmt: skip

@@ -149,11 +149,13 @@ SUM = "(float[2,3,8] p, float[8] q) => (float[2,3,8] y)"
         normed(norm(), "(float[2,3,8] x) => (float[2,3,8] y, float[2,3,1] m)"),
         normed(f"{norm()} z = Neg(n)", "(float[2,3,8] x) => (float[2,3,8] y, float[2,3,8] z)"),
         normed(norm(), "(double[2,3,8] x) => (double[2,3,8] y)"),
+        normed(norm(mean="ReduceMean<axes = [-1], keepdims = 0>"),
+               "(float[8,8] x) => (float[8,8] y)"),
         normed(norm(), "(float[rows,8] x) => (float[rows,8] y)"),
     ],
     ids=["other axis", "two axes", "sum", "cube", "another factor", "not the reciprocal",
          "another dividend", "upside down", "no epsilon", "scalar weight", "computed weight",
-         "mean is an output", "other reader", "double", "dynamic shape"],
+         "mean is an output", "other reader", "double", "mean along the rows", "dynamic shape"],
 )  # fmt: skip
 def test_what_is_no_rms_norm_stays(model: onnx.ModelProto) -> None:
     assert op_types(simplified(model)) == op_types(model)
