@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from onnx import helper
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
-from onnxsched.simplification import rectify_after_concat
+from onnxsched.simplification import simplify
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import (
@@ -117,8 +118,7 @@ def load_model(
     proto, on_cpu = _optimized(converted, device, custom_ops)
     _give_outputs_a_node(proto)
     name_nodes(proto)
-    rectify_after_concat(proto)
-    name_nodes(proto)
+    simplify(proto, tensor_types(proto))
     tensors = tensor_types(proto)
     if device.kind == "cpu":
         _require_arrays(tensors)
@@ -158,10 +158,8 @@ def _narrow_concats(model: onnx.ModelProto) -> None:
 
 def _check(model: onnx.ModelProto, path: str | Path) -> None:
     try:
-        if model.ByteSize() < 2**31 - 1:
-            onnx.checker.check_model(model)
-        else:
-            onnx.checker.check_model(str(path))
+        with _norm_registered():
+            onnx.checker.check_model(model if model.ByteSize() < 2**31 - 1 else str(path))
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
         raise ModelError(f"'{path}' is no valid ONNX model: {reason}.") from error
@@ -173,6 +171,39 @@ def _check(model: onnx.ModelProto, path: str | Path) -> None:
                 f"Input '{value.name}' of '{path}' is a sequence, map or optional; only models "
                 "whose inputs are tensors can be measured."
             )
+
+
+@contextmanager
+def _norm_registered() -> Iterator[None]:
+    """Let onnx know the one operator that ORT's fusions, and ours, add to ONNX's own domain."""
+    name, schema = "SimplifiedLayerNormalization", onnx.defs.OpSchema
+    if onnx.defs.has(name):
+        yield
+        return
+    optional = schema.FormalParameterOption.Optional
+    kinds = [f"tensor({kind})" for kind in ("float16", "bfloat16", "float", "double")]
+    onnx.defs.register_schema(
+        schema(
+            name,
+            "",
+            1,
+            inputs=[schema.FormalParameter("X", "T"), schema.FormalParameter("scale", "V")],
+            outputs=[
+                schema.FormalParameter("Y", "V"),
+                schema.FormalParameter("inv_std_var", "U", param_option=optional),
+            ],
+            type_constraints=[(variable, kinds, "") for variable in "TUV"],
+            attributes=[
+                schema.Attribute("axis", schema.AttrType.INT, required=False),
+                schema.Attribute("epsilon", schema.AttrType.FLOAT, required=False),
+                schema.Attribute("stash_type", schema.AttrType.INT, required=False),
+            ],
+        )
+    )
+    try:
+        yield
+    finally:
+        onnx.defs.deregister_schema(name, 1, "")
 
 
 def _optimized(

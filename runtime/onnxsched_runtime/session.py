@@ -32,6 +32,9 @@ _NOISE = re.compile(
 _UNPORTABLE_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
 """Fusions whose result only the CUDA provider runs: made in a session, never in a file."""
 
+_BIAS_FUSION = "MatMulAddFusion"
+"""Makes a Gemm of MatMul and bias. Left alone, later fusions take the bias in for nothing."""
+
 
 class OrtSession:
     """One `onnxruntime.InferenceSession`, run by values or bound to fixed buffers.
@@ -177,7 +180,9 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     _save_optimized(options, target)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = _create(source, options, settings, disabled_optimizers=_UNPORTABLE_FUSIONS)
+    session = _create(
+        source, options, settings, disabled_optimizers=[*_UNPORTABLE_FUSIONS, _BIAS_FUSION]
+    )
     if settings.device.kind == "cpu":
         return {}
     return {

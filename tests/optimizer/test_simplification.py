@@ -1,108 +1,69 @@
-"""One Relu after a Concat computes what several before it do."""
+"""What is loaded computes the same with fewer operators, for the models of the zoo."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
+
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
-from onnxsched.simplification import rectify_after_concat
-from onnxsched_runtime.model import name_nodes
+from onnxsched.loading import load_model
+from onnxsched.shapes import tensor_types
 from sample_models import build
+from support.models import CPU, feeds_for, reference
+from support.optimizing import assert_close, loaded, parsed, plain_outputs, saved
+from support.simplifying import op_counts, simplified
 
-SHAPE = (1, 2, 4, 4)
-
-
-def model_of(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",)) -> onnx.ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in ("a", "b")],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "c", "h", "w"])
-            for name in outputs
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    name_nodes(model)
-    onnx.checker.check_model(model)
-    return model
-
-
-def relu(source: str, target: str) -> onnx.NodeProto:
-    return helper.make_node("Relu", [source], [target])
+TRANSFORMERS = {
+    ("t5_decoder", 1): {
+        "Transpose": 0, "Pow": 0, "Sqrt": 0, "ReduceMean": 0, "Mul": 0, "Add": 6,
+        "SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 18,
+    },
+    ("t5_encoder", 1): {
+        "Transpose": 6, "Pow": 0, "Sqrt": 0, "ReduceMean": 0, "Add": 7, "FusedMatMul": 12,
+        "SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 12,
+    },
+    ("t5_encoder", 2): {"Transpose": 24, "SkipSimplifiedLayerNormalization": 12},
+    ("bert", 1): {
+        "Transpose": 12, "Gelu": 0, "BiasGelu": 12, "Gemm": 0, "FusedMatMul": 24, "Add": 25,
+        "SkipLayerNormalization": 25,
+    },
+}  # fmt: skip
+"""For a model and a batch, how many operators of a type are left."""
 
 
-def concat(*sources: str, target: str = "y") -> onnx.NodeProto:
-    return helper.make_node("Concat", list(sources), [target], axis=1)
-
-
-def pool(source: str, target: str) -> onnx.NodeProto:
-    return helper.make_node("MaxPool", [source], [target], kernel_shape=[1, 1])
-
-
-def results(model: onnx.ModelProto) -> list[np.ndarray]:
-    import onnx.reference
-
-    generator = np.random.default_rng(0)
-    feeds = {n: generator.standard_normal(SHAPE).astype(np.float32) for n in ("a", "b")}
-    return list(onnx.reference.ReferenceEvaluator(model).run(None, feeds))
-
-
-def op_types(model: onnx.ModelProto) -> list[str]:
-    return [node.op_type for node in model.graph.node]
-
-
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [
-        ([relu("a", "p"), relu("b", "q"), concat("p", "q")], ["Concat", "Relu"]),
-        (
-            [relu("a", "p"), relu("b", "q"), relu("a", "r"), pool("r", "s"),
-             concat("p", "q", "s")],
-            ["Relu", "MaxPool", "Concat", "Relu"],
-        ),
-        (
-            [relu("a", "p"), relu("b", "q"), concat("p", "q", target="c"), relu("a", "r"),
-             concat("c", "r")],
-            ["Concat", "Concat", "Relu"],
-        ),
-    ],
-    ids=["all", "one that is positive", "twice"],
-)  # fmt: skip
-def test_relus_before_a_concat_become_one_after_it(
-    nodes: list[onnx.NodeProto], expected: list[str]
+@pytest.mark.parametrize(("name", "batch"), TRANSFORMERS)
+def test_transformers_compute_the_same_with_fewer_operators(
+    name: str, batch: int, tmp_path: Path
 ) -> None:
-    model = model_of(*nodes)
-    before = results(model)
-    assert rectify_after_concat(model) == len(nodes) - len(expected)
-    assert op_types(model) == expected
-    name_nodes(model)
-    onnx.checker.check_model(model)
-    for one, other in zip(before, results(model), strict=True):
-        np.testing.assert_array_equal(one, other)
+    path = saved(build(name, sequence=4, batch=batch), tmp_path)
+    model = load_model(path, CPU)
+    feeds = feeds_for(model.baseline)
+    assert_close(reference(model.proto, feeds), plain_outputs(path, feeds))
+    counts = op_counts(model.proto)
+    expected = TRANSFORMERS[name, batch]
+    assert {kind: counts[kind] for kind in expected} == expected
+    flowing = {tensor for node in model.proto.graph.node for tensor in node.output if tensor}
+    assert all(model.tensors[tensor].is_static for tensor in flowing)
+    assert tensor_types(simplified(model.proto)) == model.tensors
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        model_of(relu("a", "p"), concat("p", "b")),
-        model_of(relu("a", "p"), relu("b", "q"), pool("a", "r"), concat("p", "q", "r")),
-        model_of(relu("a", "p"), relu("b", "q"), concat("p", "q"), outputs=("y", "p", "q")),
-        model_of(relu("a", "p"), relu("b", "q"), concat("p", "q"), pool("p", "z"), pool("q", "w"),
-                 outputs=("y", "z", "w")),
-        model_of(relu("a", "p"), concat("p", "p")),
-    ],
-    ids=["one has none", "one may be negative", "outputs", "other readers", "read twice"],
-)  # fmt: skip
-def test_what_would_compute_something_else_stays(model: onnx.ModelProto) -> None:
-    before = op_types(model)
-    assert rectify_after_concat(model) == 0
-    assert op_types(model) == before
+@pytest.mark.parametrize("name", ["tiny", "squeezenet", "googlenet", "deepfm"])
+def test_models_without_attention_are_left_alone_but_for_relus(name: str, tmp_path: Path) -> None:
+    model = build(name) if name in ("tiny", "deepfm") else build(name, image=64)
+    path = saved(model, tmp_path)
+    proto = load_model(path, CPU).proto
+    feeds = feeds_for(model)
+    assert_close(reference(proto, feeds), plain_outputs(path, feeds))
+    again = simplified(proto)
+    assert [node.name for node in again.graph.node] == [node.name for node in proto.graph.node]
 
 
-def test_inception_modules_lose_three_relus_each() -> None:
-    model = build("googlenet", image=64)
-    assert rectify_after_concat(model) == 9 * 3
-    assert op_types(model).count("Relu") == 57 - 9 * 3
+def test_a_norm_of_onnx_runtimes_own_is_valid(tmp_path: Path) -> None:
+    model = parsed(
+        """(float[2,3] x, float[3] w) => (float[2,3] y) {
+            y = SimplifiedLayerNormalization<axis = -1, epsilon = 1e-6>(x, w)
+        }"""
+    )
+    assert op_counts(loaded(model, tmp_path).proto) == {"SimplifiedLayerNormalization": 1}
+    assert not onnx.defs.has("SimplifiedLayerNormalization")

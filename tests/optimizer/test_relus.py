@@ -1,0 +1,108 @@
+"""One Relu after a Concat computes what several before it do."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from onnxsched.simplification.relus import rectify_after_concat
+from onnxsched_runtime.model import name_nodes
+from sample_models import build
+
+SHAPE = (1, 2, 4, 4)
+
+
+def model_of(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",)) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in ("a", "b")],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "c", "h", "w"])
+            for name in outputs
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    name_nodes(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+def relu(source: str, target: str) -> onnx.NodeProto:
+    return helper.make_node("Relu", [source], [target])
+
+
+def concat(*sources: str, target: str = "y") -> onnx.NodeProto:
+    return helper.make_node("Concat", list(sources), [target], axis=1)
+
+
+def pool(source: str, target: str) -> onnx.NodeProto:
+    return helper.make_node("MaxPool", [source], [target], kernel_shape=[1, 1])
+
+
+def results(model: onnx.ModelProto) -> list[np.ndarray]:
+    import onnx.reference
+
+    generator = np.random.default_rng(0)
+    feeds = {n: generator.standard_normal(SHAPE).astype(np.float32) for n in ("a", "b")}
+    return list(onnx.reference.ReferenceEvaluator(model).run(None, feeds))
+
+
+def op_types(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([relu("a", "p"), relu("b", "q"), concat("p", "q")], ["Concat", "Relu"]),
+        (
+            [relu("a", "p"), relu("b", "q"), relu("a", "r"), pool("r", "s"),
+             concat("p", "q", "s")],
+            ["Relu", "MaxPool", "Concat", "Relu"],
+        ),
+        (
+            [relu("a", "p"), relu("b", "q"), concat("p", "q", target="c"), relu("a", "r"),
+             concat("c", "r")],
+            ["Concat", "Concat", "Relu"],
+        ),
+    ],
+    ids=["all", "one that is positive", "twice"],
+)  # fmt: skip
+def test_relus_before_a_concat_become_one_after_it(
+    nodes: list[onnx.NodeProto], expected: list[str]
+) -> None:
+    model = model_of(*nodes)
+    before = results(model)
+    assert rectify_after_concat(model) == len(nodes) - len(expected)
+    assert op_types(model) == expected
+    name_nodes(model)
+    onnx.checker.check_model(model)
+    for one, other in zip(before, results(model), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        model_of(relu("a", "p"), concat("p", "b")),
+        model_of(relu("a", "p"), relu("b", "q"), pool("a", "r"), concat("p", "q", "r")),
+        model_of(relu("a", "p"), relu("b", "q"), concat("p", "q"), outputs=("y", "p", "q")),
+        model_of(relu("a", "p"), relu("b", "q"), concat("p", "q"), pool("p", "z"), pool("q", "w"),
+                 outputs=("y", "z", "w")),
+        model_of(relu("a", "p"), concat("p", "p")),
+    ],
+    ids=["one has none", "one may be negative", "outputs", "other readers", "read twice"],
+)  # fmt: skip
+def test_what_would_compute_something_else_stays(model: onnx.ModelProto) -> None:
+    before = op_types(model)
+    assert rectify_after_concat(model) == 0
+    assert op_types(model) == before
+
+
+def test_inception_modules_lose_three_relus_each() -> None:
+    model = build("googlenet", image=64)
+    assert rectify_after_concat(model) == 9 * 3
+    assert op_types(model).count("Relu") == 57 - 9 * 3
