@@ -7,12 +7,13 @@ that nothing else is copied to, so that it is found in what was captured, and le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxsched_runtime.device import Placement
-from onnxsched_runtime.model import ModelPart, ModelSource
+from onnxsched_runtime.model import ModelPart, ModelSource, node_reads
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.wiring import Point
@@ -21,6 +22,7 @@ MARK = TensorType(TensorProto.FLOAT, (1,))
 """What a mark copies."""
 MARK_SOURCE = "onnxsched/mark"
 """The input that every mark copies from."""
+_VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 
 @dataclass(frozen=True)
@@ -103,28 +105,74 @@ def _lane(plan: ExecutionPlan, placement: Placement, indices: tuple[int, ...]) -
     return Lane(placement, indices, tuple(read), outputs)
 
 
+def written_instead(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> dict[str, str]:
+    """For outputs that are views of another tensor of the lane, that tensor.
+
+    ORT makes no kernel for a Reshape inside a session, but has to copy where its result needs an
+    address of its own. So what it reads is written there, in another shape.
+    """
+    writer = {
+        tensor: node
+        for index in lane.segments
+        for node in (source.nodes[name] for name in plan.segments[index].nodes)
+        for tensor in node.output
+    }
+    taken = set(lane.outputs)
+    found = {}
+    for tensor in lane.outputs:
+        origin = tensor
+        while origin in writer and _is_view(source, writer[origin]):
+            origin = writer[origin].input[0]
+        if origin in writer and origin not in taken:
+            found[tensor] = origin
+            taken.add(origin)
+    return found
+
+
+def _is_view(source: ModelSource, node: NodeProto) -> bool:
+    fixed = all(source.is_weight(name) for name in node.input[1:] if name)
+    return node.op_type in _VIEWS and node.domain in ("", "ai.onnx") and fixed
+
+
 def marked_part(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> ModelPart:
-    """Cut a lane out as a model of its own, its nodes in launch order, with marks."""
-    segments = [plan.segments[index] for index in lane.segments]
-    names = [name for segment in segments for name in segment.nodes]
+    """Cut a lane out as a model of its own, its nodes in launch order, with marks.
+
+    Its outputs are those of the lane, or what `written_instead` says.
+    """
+    instead = written_instead(source, plan, lane)
+    outputs = [instead.get(tensor, tensor) for tensor in lane.outputs]
+    segments = _read_nodes(source, plan, lane, outputs)
     inputs = [plan.original(tensor) for tensor in lane.inputs]
-    part = source.part(names, inputs, lane.outputs)
+    part = source.part([name for segment in segments for name in segment], inputs, outputs)
     if not lane.marks:
         return part
     model = ModelProto.FromString(part.content)
-    nodes = list(model.graph.node)
+    nodes = {node.name: node for node in model.graph.node}
     marked: list[NodeProto] = []
-    start = 0
     for segment, mark in zip(segments, (*lane.marks, None), strict=True):
-        end = start + len(segment.nodes)
-        marked += nodes[start:end]
-        start = end
+        marked += [NodeProto.FromString(nodes[name].SerializeToString()) for name in segment]
         if mark:
             marked.append(helper.make_node("Identity", [MARK_SOURCE], [mark], name=mark))
-    ordered = [NodeProto.FromString(node.SerializeToString()) for node in marked]
     del model.graph.node[:]
-    model.graph.node.extend(ordered)
+    model.graph.node.extend(marked)
     kind, shape = MARK.element_type, MARK.shape
     model.graph.input.append(helper.make_tensor_value_info(MARK_SOURCE, kind, shape))
     model.graph.output.extend(helper.make_tensor_value_info(m, kind, shape) for m in lane.marks)
     return ModelPart(model.SerializeToString(), part.weights)
+
+
+def _read_nodes(
+    source: ModelSource, plan: ExecutionPlan, lane: Lane, outputs: Sequence[str]
+) -> list[list[str]]:
+    """The nodes of each segment, without views that nothing in the lane reads any more."""
+    needed = set(outputs)
+    segments = []
+    for index in reversed(lane.segments):
+        kept = []
+        for name in reversed(plan.segments[index].nodes):
+            node = source.nodes[name]
+            if needed.intersection(node.output) or not _is_view(source, node):
+                kept.append(name)
+                needed.update(node_reads(node))
+        segments.append(kept[::-1])
+    return segments[::-1]

@@ -204,11 +204,32 @@ def optional_input() -> onnx.ModelProto:
     )
 
 
+def views() -> onnx.ModelProto:
+    """Reshapes of all kinds of tensors, some read beside what they view."""
+    return model_of(
+        """(float[2,6] x) => (float[12] flat, float[3,4] sum, float[1,2,6] lifted) {
+            a = Relu(x)
+            wide = Reshape(a, to_wide)
+            tall = Reshape(wide, to_tall)
+            flat = Reshape(a, to_flat)
+            b = Exp(tall)
+            c = Neg(tall)
+            sum = Add(b, c)
+            d = Mul(x, a)
+            lifted = Unsqueeze(d, axes)
+        }""",
+        to_wide=np.array([4, 3], np.int64),
+        to_tall=np.array([3, 4], np.int64),
+        to_flat=np.array([12], np.int64),
+        axes=np.array([0], np.int64),
+    )
+
+
 MODELS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     builder.__name__: builder
     for builder in (
         chain, diamond, fork_join, two_towers, branch, loop, sequence, data_dependent,
-        large_weight, split, read_output, optional_input,
+        large_weight, split, read_output, optional_input, views,
     )
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import ALIGNMENT_NBYTES, packed
@@ -17,6 +18,7 @@ from onnxsched_runtime.lanes import (
     lane_tensors,
     lanes_of,
     marked_part,
+    written_instead,
 )
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
@@ -94,6 +96,9 @@ class LaneRunner(PlanRunner):
             return CopyRun(source, target, self.streams[lane.placement])
         inputs = {self.plan.original(name): view(buffers[name]) for name in lane.inputs}
         outputs = {name: view(buffers[name]) for name in lane.outputs}
+        for name, origin in written_instead(self._source, self.plan, lane).items():
+            shape = self._source.tensors[origin].shape
+            outputs[origin] = replace(outputs.pop(name), shape=shape or ())
         marks = self._marks[lane.placement.device]
         for number, mark in enumerate(lane.marks, 1):
             inputs[MARK_SOURCE] = view(marks[0])
