@@ -42,16 +42,6 @@ def test_search_is_valid_and_never_slower_than_heft_or_one_stream(
         assert found_us <= simulate(graph, cost, schedule).makespan_us
 
 
-@settings(deadline=None, max_examples=100)
-@given(problem=problems(), contention=contentions(), machine=machines(max_devices=3))
-def test_search_without_a_start_stays_on_the_first_device(
-    problem: Problem, contention: Contention, machine: Machine
-) -> None:
-    graph, cost = problem[0], replace(problem[1], contention=contention)
-    found = search(graph, cost, machine)
-    check_schedule(graph, Machine((GPU,), machine.stream_count), found)
-
-
 def test_steps_improve_even_on_heft() -> None:
     graph, cost = contended(layered_problem(12, 8, seed=3))
     machine = Machine((GPU,), 3)
