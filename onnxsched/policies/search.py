@@ -145,6 +145,7 @@ class _Problem:
                 [(p, delays[devices[p]][device]) for p, delays in inputs]
                 for inputs, device in zip(self.inputs, devices, strict=True)
             ],
+            ready_us=self.on_first.ready_us,
         )
 
 

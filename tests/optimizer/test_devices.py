@@ -19,7 +19,7 @@ from support.graphs import durations, graph_of, linear
 from support.strategies import DEVICES, GPU, device_problems
 
 Problem = tuple[OperatorGraph, TableCost, Machine]
-SEVERAL = ("heft", "search")
+SEVERAL = ("heft", "hios-lp", "hios-mr", "search")
 """Those that use more than the first device."""
 
 
@@ -98,7 +98,7 @@ def test_independent_operators_use_every_device(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_search_is_at_least_as_good_with_contention(name: str) -> None:
+def test_operators_that_slow_each_other_are_parted(name: str) -> None:
     graph = graph_of(8, [(0, v) for v in range(1, 7)] + [(v, 7) for v in range(1, 7)])
     cost = replace(durations(*[16.0] * 8), contention=Contention(sm_slowdown=1.0))
     cost = replace(cost, operators=tuple(replace(o, sm_share=1.0) for o in cost.operators))

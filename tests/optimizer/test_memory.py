@@ -22,7 +22,7 @@ from onnxsched_runtime.errors import ScheduleError
 from support.graphs import durations
 from support.strategies import DEVICES, machines, weighty_graphs
 
-SPREADING = ("heft", "search")
+SPREADING = ("heft", "hios-lp", "hios-mr", "search")
 
 
 def needs(graph: OperatorGraph, schedule: Schedule) -> dict[Device, int]:
