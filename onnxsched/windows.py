@@ -98,14 +98,19 @@ def with_windows(
     """
     if min(width, machine.stream_count) == 1:
         return Schedule(tuple(Slot(v, Placement(devices[v], 0)) for v in order))
-    progress = _Progress(graph, cost, devices)
+    return slide(Progress(graph, cost, devices), order, width, machine.stream_count)
+
+
+def slide(progress: Progress, order: Sequence[int], width: int, stream_count: int) -> Schedule:
+    """Launch everything, stage by stage; for arguments and time see `with_windows`."""
+    devices = progress.devices
     everything = _Queue(order, progress)
     of_device = {d: _Queue([v for v in order if devices[v] == d], progress) for d in set(devices)}
     place = {operator: position for position, operator in enumerate(order)}
     slots: list[Slot] = []
     while ahead := everything.first(HORIZON):
         near = of_device[devices[ahead[0]]].first(width)
-        ready = [v for v in near if progress.is_ready(v)][: machine.stream_count]
+        ready = [v for v in near if progress.is_ready(v)][:stream_count]
         ahead = sorted({*ahead, *ready}, key=place.__getitem__)
         slots += [Slot(v, placement) for v, placement in progress.launch(ahead, ready).items()]
     return Schedule(tuple(slots))
@@ -114,7 +119,7 @@ def with_windows(
 class _Queue:
     """Operators in launch order, of which some are launched already."""
 
-    def __init__(self, operators: Sequence[int], progress: _Progress) -> None:
+    def __init__(self, operators: Sequence[int], progress: Progress) -> None:
         """Nothing is taken yet."""
         self._operators = operators
         self._is_launched = progress.is_launched
@@ -129,21 +134,25 @@ class _Queue:
         return list(islice((v for v in rest if not is_launched[v]), count))
 
 
-class _Progress:
-    """When and where the operators launched so far finish."""
+class Progress:
+    """When and where the operators launched so far finish.
+
+    Without slow-downs the finishes are those of `simulate`; with them, operators that run on while
+    a later stage is judged do not slow it.
+    """
 
     def __init__(self, graph: OperatorGraph, cost: CostModel, devices: Sequence[Device]) -> None:
         """Nothing is launched yet."""
         self.is_launched = bytearray(len(graph))
         self._graph = graph
-        self._devices = devices
+        self.devices = devices
         self._contention = cost.contention
         self._tasks = tasks_on(graph, cost, devices)
         self._tails_us = _tails_us(graph, self._tasks, cost.contention)
         self._work_left_us = dict.fromkeys(devices, 0.0)
         for operator, device in enumerate(devices):
             self._work_left_us[device] += self._own_us(operator)
-        self._finish_us = [0.0] * len(graph)
+        self.finish_us = [0.0] * len(graph)
         self._place: list[Placement] = [Placement(device, 0) for device in devices]
         self._free_us: dict[Placement, float] = {}
 
@@ -166,13 +175,13 @@ class _Progress:
             if operator in chosen:
                 place = self._place[operator] = chosen[operator]
                 self.is_launched[operator] = 1
-                self._finish_us[operator] = self._free_us[place] = finish_us
+                self.finish_us[operator] = self._free_us[place] = finish_us
                 self._work_left_us[place.device] -= self._own_us(operator)
         return chosen
 
     def _stages(self, ready: Sequence[int]) -> Iterator[Stage]:
         """The first operator alone, on the first stream or its own; then as many as can be."""
-        first = Placement(self._devices[ready[0]], 0)
+        first = Placement(self.devices[ready[0]], 0)
         favourites = [self._favourite(operator) for operator in ready]
         for place in dict.fromkeys((first, favourites[0])):
             yield {ready[0]: place}
@@ -187,9 +196,9 @@ class _Progress:
 
     def _favourite(self, operator: int) -> Placement:
         """The stream of the predecessor on the same device that finishes last, or the first."""
-        device = self._devices[operator]
-        near = [p for p in self._graph.predecessors[operator] if self._devices[p] == device]
-        last = max(near, key=self._finish_us.__getitem__, default=None)
+        device = self.devices[operator]
+        near = [p for p in self._graph.predecessors[operator] if self.devices[p] == device]
+        last = max(near, key=self.finish_us.__getitem__, default=None)
         return Placement(device, 0) if last is None else self._place[last]
 
     def _part(self, ahead: Sequence[int]) -> tuple[Tasks, list[list[Arrival]]]:
@@ -201,7 +210,7 @@ class _Progress:
         )
         arrivals = [
             [
-                (self._finish_us[p] + us, self._place[p])
+                (self.finish_us[p] + us, self._place[p])
                 for p, us in tasks.incoming[v]
                 if p not in number
             ]
@@ -224,7 +233,7 @@ class _Progress:
         stage: Stage,
     ) -> list[float]:
         """When operators finish if `stage` comes first and the others on the first streams."""
-        places = [stage.get(v) or Placement(self._devices[v], 0) for v in ahead]
+        places = [stage.get(v) or Placement(self.devices[v], 0) for v in ahead]
         order = [i for i, v in enumerate(ahead) if v in stage]
         order += [i for i, v in enumerate(ahead) if v not in stage]
         event_us = self._contention.event_us
@@ -247,7 +256,7 @@ class _Progress:
         left_us: dict[Device, float] = {}
         makespan_us = 0.0
         for operator, us in zip(ahead, finishes_us, strict=True):
-            device = self._devices[operator]
+            device = self.devices[operator]
             makespan_us = max(makespan_us, us + self._tails_us[operator])
             last_us[device] = max(last_us.get(device, 0.0), us)
             left_us.setdefault(device, self._work_left_us[device])

@@ -32,5 +32,5 @@ POLICIES: Mapping[str, Policy] = {
     "hios-lp": hios_lp,
     "hios-mr": hios_mr,
     "ios": ios,
-    "search": partial(search, starts=(heft,)),
+    "search": partial(search, starts=(heft, hios_lp)),
 }

@@ -21,9 +21,10 @@ from onnxsched.spreading import spread
 from onnxsched_runtime.errors import ScheduleError
 
 WORK_LIMIT = 300_000
-"""Operators that local search simulates in all: a second or two, however large the graph."""
+"""Operators that local search simulates in all: a second or two on one device, and some more on
+several, however large the graph."""
 LARGEST = 3_000
-"""With more operators so few steps are left that none is taken."""
+"""With more operators so few steps are left that none is taken, and only the first start is."""
 WORTH = 1e-4
 """The share of the makespan that another stream, or tensor that changes stream, must gain."""
 
@@ -40,21 +41,23 @@ def search(
 ) -> Schedule:
     """Look for the shortest simulated schedule on the streams of all devices.
 
-    Starts from the best of one stream, `starts`, and two list schedules made under
-    `cost.contention`, in order of upward rank with and without the overheads; on several devices
-    also from what is found on one of them. From there random steps: an operator moves to another
-    stream, two exchange streams, two streams exchange their tails or one takes the other's, an
-    operator is launched earlier or later. A step is kept where it fits into memory and the
-    simulator finds it no slower, and faster by `WORTH` where it spreads more. The seed is fixed,
-    and the result never slower in simulation than any start. O(n * streams^2 + edges * streams),
-    and at most 10 n simulations and `WORK_LIMIT` operators, for all devices and for one.
+    Starts from the best of one stream, `starts`, of which graphs above `LARGEST` only try the
+    first, and two list schedules made under `cost.contention`, in order of upward rank with and
+    without the overheads; on several devices also from what is found on one of them. From there
+    random steps: an operator moves to another stream, two exchange streams, two streams exchange
+    their tails or one takes the other's, an operator is launched earlier or later. A step is kept
+    where it fits into memory and the simulator finds it no slower, and faster by `WORTH` where it
+    spreads more. The seed is fixed, and the result never slower in simulation than any of these.
+    O(n * streams^2 + edges * streams), and at most 10 n simulations and `WORK_LIMIT` operators,
+    for all devices and for one.
 
     Raises:
         ScheduleError: The model does not fit into the devices' memory.
     """
     problem = _Problem.of(graph, cost, machine)
     found: list[Arrangement] = [([*range(len(graph))], [0] * len(graph))]
-    found += [problem.arrangement(start(graph, cost, machine)) for start in starts]
+    tried = starts if len(graph) <= LARGEST else starts[:1]
+    found += [problem.arrangement(start(graph, cost, machine)) for start in tried]
     if len(machine.devices) > 1:
         with suppress(ScheduleError):  # One device may be too small.
             alone = search(graph, cost, machine.alone, starts=starts)
