@@ -17,7 +17,7 @@ class Machine:
     stream_count: int
     """The cap for each device, at least 1."""
     memory_nbytes: Mapping[Device, int] = field(default_factory=dict)
-    """What a schedule may use of each device's memory; all that it wants where there is none."""
+    """What a schedule may use of each device's memory; unlimited for devices left out."""
 
     def __post_init__(self) -> None:
         """Check that there is a device and a stream."""
@@ -31,7 +31,7 @@ class Machine:
 
     @property
     def alone(self) -> Machine:
-        """The device with the most memory, the first of several, without the others."""
+        """The machine with one device only: the one with the most memory, the first of equals."""
         largest = max(self.devices, key=self.room_nbytes)
         return replace(self, devices=(largest,))
 

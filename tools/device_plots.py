@@ -17,7 +17,7 @@ _LABELS = {
     "edges": "edges of 200 operators",
     "layers": "layers",
     "ratio": "communication to computation",
-    "duration": "median duration in us, 2 devices on a measured link",
+    "duration": "median us, 2 devices, measured link",
     "size": "operators on 8 devices",
 }
 
