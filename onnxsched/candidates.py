@@ -66,6 +66,8 @@ def propose(
     found: dict[bytes, Candidate] = {}
     tried = [("sequential", 1)]
     for policy in policies:
+        if policy == "hios-mr" and "hios-lp" in policies:
+            continue  # Without devices to map to they are the same.
         tried += [(policy, count) for count in _stream_counts(policy, max_streams)]
     for policy, count in tried:
         machine = Machine((device,), count)
@@ -84,7 +86,7 @@ def _stream_counts(policy: str, max_streams: int) -> list[int]:
     """The stream counts that a policy is asked for: those that it may answer differently."""
     if policy == "sequential":
         return []
-    if policy == "search":  # which gives up streams that gain nothing
+    if policy in ("search", "hios-lp", "hios-mr"):  # which give up streams that gain nothing
         return [max_streams]
     if policy == "ios":  # which has at most so many groups side by side
         max_streams = min(max_streams, GROUP_COUNT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from onnxsched.cost import Contention, CostModel, OperatorCost, mean_share
@@ -88,7 +88,7 @@ def contract_chains(graph: OperatorGraph) -> Contraction:
         for edge in graph.edges
         if group_of[edge.producer] != group_of[edge.consumer]
     )
-    operators = tuple(_joined(graph.operators[member] for member in group) for group in groups)
+    operators = tuple(_joined(graph, group) for group in groups)
     return Contraction(OperatorGraph(operators, edges), tuple(map(tuple, groups)))
 
 
@@ -124,6 +124,18 @@ def _link_into(graph: OperatorGraph, operator: int) -> int | None:
     return previous
 
 
-def _joined(members: Iterable[Operator]) -> Operator:
-    head, *rest = members
-    return replace(head, op_type="+".join([head.op_type, *(member.op_type for member in rest)]))
+def _joined(graph: OperatorGraph, group: Sequence[int]) -> Operator:
+    """A chain as one operator. What its members hand on is scratch, as is what they need."""
+    members = [graph.operators[member] for member in group]
+    reads = [sum(e.nbytes for e in graph.incoming[member]) for member in group[1:]]
+    scratch = [
+        before + member.scratch_nbytes + after
+        for before, member, after in zip([0, *reads], members, [*reads, 0], strict=True)
+    ]
+    return replace(
+        members[0],
+        op_type="+".join(member.op_type for member in members),
+        weights=tuple(dict.fromkeys(w for member in members for w in member.weights)),
+        kept_nbytes=sum(member.kept_nbytes for member in members),
+        scratch_nbytes=max(scratch),
+    )

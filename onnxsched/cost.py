@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from onnxsched.transfer import NVLINK, TransferCurve
 from onnxsched_runtime.device import Device
 
 Bound = Literal["compute", "memory"]
@@ -82,25 +83,24 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TableCost:
-    """A cost model read from a table, equal on every device.
-
-    Transfers between different devices take `latency_us` plus the bytes over the bandwidth.
-    """
+    """A cost model read from tables; operators cost the same on every device."""
 
     operators: tuple[OperatorCost, ...]
-    latency_us: float = 10.0
-    bandwidth_bytes_per_us: float = 300_000.0
     contention: Contention = Contention()
+    transfers: Mapping[tuple[Device, Device], TransferCurve] = field(default_factory=dict)
+    """What was measured, by source and target."""
+    unmeasured: TransferCurve = NVLINK
+    """Of all other pairs."""
 
     def operator(self, operator: int, device: Device) -> OperatorCost:
         """Cost of the operator with this index; the device does not matter."""
         return self.operators[operator]
 
     def transfer_us(self, nbytes: int, source: Device, target: Device) -> float:
-        """Latency plus size over bandwidth; 0 within one device."""
+        """As the curve of the pair says; 0 within one device."""
         if source == target:
             return 0.0
-        return self.latency_us + nbytes / self.bandwidth_bytes_per_us
+        return self.transfers.get((source, target), self.unmeasured).us(nbytes)
 
 
 def mean_share(parts: Iterable[tuple[float, float]]) -> float:

@@ -26,6 +26,8 @@ class Tasks:
     """Only tasks of one device slow each other."""
     incoming: Sequence[Sequence[tuple[int, float]]]
     """For each task those that it waits for, and for how long beyond their finish."""
+    ready_us: Sequence[float]
+    """When each can start at the earliest, whatever it waits for."""
 
 
 def run_tasks(tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes) -> Times:
@@ -52,7 +54,7 @@ def _run_apart(tasks: Tasks, contention: Contention, order: Sequence[int], lanes
     free_us: dict[Hashable, float] = {}
     for task in order:
         lane = lanes[task]
-        can_start_us = free_us.get(lane, 0.0)
+        can_start_us = max(tasks.ready_us[task], free_us.get(lane, 0.0))
         for producer, delay_us in tasks.incoming[task]:
             if lanes[producer] != lane:
                 delay_us += contention.event_us
@@ -71,9 +73,11 @@ def _run_together(
     own = [by_share * share for share in tasks.sm_shares]
     left_us = [us * contention.duration_factor for us in tasks.durations_us]
     followers, missing = _followers(tasks, contention, order, lanes)
-    can_start_us = [0.0] * len(order)
+    can_start_us = list(tasks.ready_us)
     starts_us, finishes_us = [0.0] * len(order), [0.0] * len(order)
-    waiting = [(contention.start_us, task) for task in sorted(order) if not missing[task]]
+    waiting = sorted(
+        (can_start_us[task] + contention.start_us, task) for task in order if not missing[task]
+    )
     running: list[int] = []
     devices, idle = tasks.devices, [1.0 - by_count] * (max(tasks.devices, default=0) + 1)
     now_us = 0.0

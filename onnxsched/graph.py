@@ -8,6 +8,14 @@ from functools import cached_property
 
 
 @dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor that is there before the run: a weight, or an input of the model."""
+
+    tensor: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Operator:
     """One operator of the model, identified by its unique node name."""
 
@@ -15,6 +23,12 @@ class Operator:
     op_type: str
     host_reason: str | None = None
     """Why it can't be part of a captured CUDA graph; None where it can."""
+    weights: tuple[Weight, ...] = ()
+    """Those that it reads; operators may share them."""
+    kept_nbytes: int = 0
+    """Of what it writes, what is not freed before the end: outputs of the model."""
+    scratch_nbytes: int = 0
+    """What it needs beside its inputs and outputs while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,14 @@ class OperatorGraph:
     def successors(self) -> tuple[tuple[int, ...], ...]:
         """The distinct consumers of each operator's outputs."""
         return tuple(tuple(dict.fromkeys(e.consumer for e in edges)) for edges in self.outgoing)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Edge, ...]]:
+        """The edges of each tensor."""
+        edges_of: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            edges_of.setdefault(edge.tensor, []).append(edge)
+        return {tensor: tuple(edges) for tensor, edges in edges_of.items()}
 
     def _grouped(self, keyed: Iterable[tuple[int, Edge]]) -> tuple[tuple[Edge, ...], ...]:
         groups: list[list[Edge]] = [[] for _ in self.operators]

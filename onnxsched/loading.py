@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import onnx.inliner
 from onnx import helper
 
 from onnxsched.capturability import host_reasons
-from onnxsched.graph import Edge, Operator, OperatorGraph
+from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched.simplification import simplify
 from onnxsched_runtime.device import Device
@@ -273,8 +274,21 @@ def graph_from_model(model: Model) -> OperatorGraph:
     """The operator graph that scheduling works on."""
     index = {node.name: i for i, node in enumerate(model.proto.graph.node)}
     writer = {t: index[n.name] for n in model.proto.graph.node for t in n.output if t}
+    weights = _weights(model)
+    kept = {value.name for value in model.proto.graph.output}
+    read = {name for node in model.proto.graph.node for name in node_reads(node)}
     operators = tuple(
-        Operator(node.name, node.op_type, model.host_reasons.get(node.name))
+        Operator(
+            node.name,
+            node.op_type,
+            model.host_reasons.get(node.name),
+            tuple(weights[name] for name in node_reads(node) if name in weights),
+            sum(
+                _nbytes(model.tensors.get(name))
+                for name in node.output
+                if name in kept or name not in read
+            ),
+        )
         for node in model.proto.graph.node
     )
     edges = tuple(
@@ -284,6 +298,18 @@ def graph_from_model(model: Model) -> OperatorGraph:
         if name in writer
     )
     return OperatorGraph(operators, edges)
+
+
+def _weights(model: Model) -> dict[str, Weight]:
+    """What nodes read and none writes, by name: weights, and inputs of the model."""
+    weights = {
+        value.name: Weight(value.name, _nbytes(model.tensors.get(value.name)))
+        for value in input_values(model.proto)
+    }
+    for weight in model.proto.graph.initializer:
+        item = onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+        weights[weight.name] = Weight(weight.name, math.prod(weight.dims) * item)
+    return weights
 
 
 def _nbytes(kind: TensorType | None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import permutations
 
 from onnxsched.cost import CostModel
-from onnxsched.graph import Edge, OperatorGraph
+from onnxsched.graph import OperatorGraph
 from onnxsched_runtime.device import Device
 
 
@@ -21,17 +21,18 @@ def upward_ranks_us(graph: OperatorGraph, cost: CostModel, *devices: Device) -> 
     rank(v) = duration(v) + max over edges (v, w) of transfer(v, w) + rank(w). With several devices
     durations are means over the devices and transfers means over the pairs of different devices,
     as in HEFT (Topcuoglu et al., IEEE TPDS 2002); on one device transfers are free.
-    O(operators * devices + edges * devices^2).
+    O(operators * devices + edges + different sizes * devices^2).
     """
     on_device = [durations_us(graph, cost, device) for device in devices]
     pairs = tuple(permutations(devices, 2))
+    mean_us = {
+        nbytes: _mean_transfer_us(nbytes, cost, pairs)
+        for nbytes in {edge.nbytes for edge in graph.edges}
+    }
     ranks_us = [0.0] * len(graph)
     for operator in reversed(range(len(graph))):
         tail_us = max(
-            (
-                _mean_transfer_us(edge, cost, pairs) + ranks_us[edge.consumer]
-                for edge in graph.outgoing[operator]
-            ),
+            (mean_us[edge.nbytes] + ranks_us[edge.consumer] for edge in graph.outgoing[operator]),
             default=0.0,
         )
         ranks_us[operator] = sum(us[operator] for us in on_device) / len(devices) + tail_us
@@ -48,9 +49,9 @@ def rank_order(ranks_us: Sequence[float]) -> list[int]:
 
 
 def _mean_transfer_us(
-    edge: Edge, cost: CostModel, pairs: Sequence[tuple[Device, Device]]
+    nbytes: int, cost: CostModel, pairs: Sequence[tuple[Device, Device]]
 ) -> float:
     if not pairs:
         return 0.0
-    total_us = sum(cost.transfer_us(edge.nbytes, source, target) for source, target in pairs)
+    total_us = sum(cost.transfer_us(nbytes, source, target) for source, target in pairs)
     return total_us / len(pairs)

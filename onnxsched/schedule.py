@@ -8,6 +8,7 @@ from functools import cached_property
 
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
+from onnxsched.memory import too_full
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import ScheduleError
 
@@ -61,10 +62,10 @@ def check_schedule(graph: OperatorGraph, machine: Machine, schedule: Schedule) -
     """Check that a schedule can be executed as it stands.
 
     The laws: every operator once; on a stream the machine has; launched after everything it
-    reads from. O(operators + edges).
+    reads from; and no device has to hold more than its memory. O(operators + edges).
 
     Raises:
-        ScheduleError: names the first operator that breaks a law.
+        ScheduleError: names the first operator that breaks a law, or the device that is too full.
     """
     names = [operator.name for operator in graph.operators]
     allowed = set(machine.placements)
@@ -86,3 +87,6 @@ def check_schedule(graph: OperatorGraph, machine: Machine, schedule: Schedule) -
     for index, name in enumerate(names):
         if index not in seen:
             raise ScheduleError(f"Operator '{name}' is never launched.")
+    order = [slot.operator for slot in schedule.slots]
+    if lack := too_full(graph, machine, order, schedule.placement_of):
+        raise ScheduleError(lack)

@@ -53,6 +53,7 @@ def tasks_on(graph: OperatorGraph, cost: CostModel, devices: Sequence[Device]) -
             _arrivals(edges, cost, devices, device)
             for edges, device in zip(graph.incoming, devices, strict=True)
         ),
+        ready_us=(0.0,) * len(graph),
     )
 
 

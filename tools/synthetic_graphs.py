@@ -1,14 +1,16 @@
-"""Seeded graphs of any size, in four families, to measure how the scheduler grows."""
+"""Seeded graphs of any size: four families to measure how the scheduler grows, and HIOS's own."""
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
-from onnxsched.cost import Bound, OperatorCost, TableCost
+from onnxsched.cost import Bound, Contention, OperatorCost, TableCost
 from onnxsched.graph import Edge, Operator, OperatorGraph
+from onnxsched.transfer import TransferCurve
 
 Links = list[tuple[int, ...]]
 """For each operator the distinct operators it reads from, all before it."""
@@ -39,6 +41,54 @@ def synthetic_problem(
         for _ in range(operator_count)
     )
     return OperatorGraph(operators, edges), TableCost(costs)
+
+
+def hios_problem(
+    operator_count: int, edge_count: int, layer_count: int, ratio: float, seed: int = 0
+) -> tuple[OperatorGraph, TableCost]:
+    """A graph as in the simulations of Kundu & Shu, "HIOS" (IEEE Cluster 2023).
+
+    Operators lie on random layers; each reads from one of the layer before, and all other edges
+    lead from any operator to any of a later layer. Durations are uniform between 0.1 and 4 ms, SM
+    shares between 0.6 and 1, and two operators side by side slow each other down by their shares.
+    A transfer takes `ratio` times as long as the operator that reads the tensor. The same
+    arguments give the same problem.
+
+    Args:
+        operator_count: Operators, at least as many as layers.
+        edge_count: Distinct edges; more where not every operator could read from another, fewer
+            where there are not so many pairs.
+        layer_count: Layers, none of them empty.
+        ratio: Of communication to computation.
+        seed: Of all that is random.
+    """
+    rng = random.Random(f"{operator_count}/{edge_count}/{layer_count}/{seed}")
+    rest = rng.choices(range(layer_count), k=operator_count - layer_count)
+    layer_of = sorted([*range(layer_count), *rest])
+    starts = [bisect_left(layer_of, layer) for layer in range(layer_count)]
+    pair_count = sum(starts[layer] for layer in layer_of)
+    links = {
+        (consumer, rng.randrange(starts[layer - 1], starts[layer]))
+        for consumer, layer in enumerate(layer_of)
+        if layer
+    }
+    while len(links) < min(edge_count, pair_count):
+        consumer, producer = rng.randrange(operator_count), rng.randrange(operator_count)
+        if layer_of[producer] < layer_of[consumer]:
+            links.add((consumer, producer))
+    costs = tuple(
+        OperatorCost(rng.uniform(100.0, 4000.0), sm_share=rng.uniform(0.6, 1.0)) for _ in layer_of
+    )
+    edges = tuple(
+        Edge(producer, consumer, f"t{producer}_{consumer}", nbytes)
+        for consumer, producer in sorted(links)
+        for nbytes in [round(1000 * ratio * costs[consumer].duration_us)]
+    )
+    operators = tuple(Operator(f"hios_{index}", "Op") for index in range(operator_count))
+    curve = TransferCurve(((0, 0.0), (1000, 1.0)), is_peer=True)
+    return OperatorGraph(operators, edges), TableCost(
+        costs, contention=Contention(sm_slowdown=1.0), unmeasured=curve
+    )
 
 
 def layered(rng: random.Random, operator_count: int) -> Links:

@@ -9,6 +9,8 @@ from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.policies.heft import heft
+from onnxsched.policies.hios_lp import hios_lp
+from onnxsched.policies.hios_mr import hios_mr
 from onnxsched.policies.ios import ios
 from onnxsched.policies.nimble import nimble
 from onnxsched.policies.opara import opara
@@ -27,6 +29,8 @@ POLICIES: Mapping[str, Policy] = {
     "opara": opara,
     "nimble": nimble,
     "heft": heft,
+    "hios-lp": hios_lp,
+    "hios-mr": hios_mr,
     "ios": ios,
-    "search": partial(search, starts=(heft,)),
+    "search": partial(search, starts=(heft, hios_lp)),
 }

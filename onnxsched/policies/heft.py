@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import inf
 
 from onnxsched.cost import CostModel
+from onnxsched.delays import delays_between
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
+from onnxsched.memory import Ledger
 from onnxsched.rank import durations_us, rank_order, upward_ranks_us
 from onnxsched.schedule import Schedule, Slot
-from onnxsched_runtime.device import Device
+from onnxsched.spreading import shortest
 
 Interval = tuple[float, float]
 """Start and finish in microseconds."""
 
 
 def heft(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule:
-    """Heterogeneous earliest finish time, over the streams of all devices.
+    """Heterogeneous earliest finish time, over the streams of all devices or of one.
+
+    `earliest_finish` on the whole machine, or on one device where that is simulated faster: HEFT
+    moves an operator away where that operator gains, though its readers may lose more. Time: that
+    of both.
+
+    Raises:
+        ScheduleError: The model does not fit into the devices' memory.
+    """
+    proposals = [earliest_finish(graph, cost, replace(machine.alone, memory_nbytes={}))]
+    if len(machine.devices) > 1:
+        proposals.append(earliest_finish(graph, cost, machine))
+    return shortest(graph, cost, machine, proposals)
+
+
+def earliest_finish(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule | None:
+    """HEFT as published; None where an operator finds no room on any device.
 
     Topcuoglu et al., IEEE TPDS 2002: operators by decreasing upward rank, each where it finishes
     first, idle gaps included. Ties go to the stream of the predecessor that finishes last, which
     saves an event, then to the lowest placement. Operators are launched by start, then finish,
     then rank. This keeps the order of every stream, and is topological: a consumer starts no
     earlier than its producer finishes, and where all times are equal the rank decides.
-    Streams not yet in use are all alike, so only the first is tried. O(edges * devices^2 +
+    Streams not yet in use are all alike, so only the first is tried. O(edges * devices +
     n log n + n * streams in use), and the gaps passed over as too short; gaps too short for
     anything that is still to come are forgotten.
     """
     devices, stream_count = machine.devices, machine.stream_count
     on_device = [durations_us(graph, cost, device) for device in devices]
     order = rank_order(upward_ranks_us(graph, cost, *devices))
+    inputs_of = delays_between(graph, cost, devices)
+    ledger = Ledger(graph, machine)
     gaps: list[list[Interval]] = [[(0.0, inf)] for _ in range(len(devices) * stream_count)]
     intervals: dict[int, Interval] = {}
     stream_of: dict[int, int] = {}  # Numbered as in `machine.placements`.
     for operator, shortest_us in zip(order, _shortest_after_us(order, on_device), strict=True):
         last = max(graph.predecessors[operator], key=lambda p: intervals[p][1], default=None)
         inputs = [
-            (intervals[e.producer][1], e.nbytes, devices[stream_of[e.producer] // stream_count])
-            for e in graph.incoming[operator]
+            (intervals[p][1], delays[stream_of[p] // stream_count])
+            for p, delays in inputs_of[operator]
         ]
-        ready_us = [_ready_us(cost, inputs, device) for device in devices]
+        ready_us = [
+            max((made_us + delay_us[number] for made_us, delay_us in inputs), default=0.0)
+            if ledger.left_nbytes(operator, device) >= 0
+            else inf
+            for number, device in enumerate(devices)
+        ]
         finish_us = inf
         for stream in _options(gaps, stream_count, None if last is None else stream_of[last]):
             device = stream // stream_count
@@ -52,6 +78,9 @@ def heft(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule:
                 finish_us = start_us + duration_us
                 intervals[operator] = (start_us, finish_us)
                 stream_of[operator] = stream
+        if finish_us == inf:
+            return None
+        ledger.place(operator, devices[stream_of[operator] // stream_count])
         _occupy(gaps[stream_of[operator]], intervals[operator], shortest_us)
     # Sorting is stable, and `intervals` was filled by rank.
     by_start = sorted(intervals, key=intervals.__getitem__)
@@ -65,16 +94,6 @@ def _shortest_after_us(
     """The shortest duration on any device of those after each in `order`; inf for the last."""
     shortest = (min(us[operator] for us in on_device) for operator in reversed(order))
     return tuple(accumulate(shortest, min, initial=inf))[-2::-1]
-
-
-def _ready_us(
-    cost: CostModel, inputs: Iterable[tuple[float, int, Device]], device: Device
-) -> float:
-    """When tensors, given by when they are made, their bytes and where, are all on `device`."""
-    return max(
-        (made_us + cost.transfer_us(nbytes, source, device) for made_us, nbytes, source in inputs),
-        default=0.0,
-    )
 
 
 def _options(

@@ -15,7 +15,7 @@ from onnxsched.policies import POLICIES
 from onnxsched.schedule import check_schedule
 from onnxsched.simulate import critical_path_us, simulate, total_us
 from onnxsched_runtime.device import Device
-from support.graphs import durations, graph_of
+from support.graphs import durations, graph_of, linear
 from support.strategies import GPU, machines, problems
 
 
@@ -54,7 +54,9 @@ def test_only_linear_chains_are_joined() -> None:
     graph = graph_of(8, [(0, 1), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 6), (6, 7)])
     contraction = contract_chains(graph)
     assert contraction.groups == ((0, 1), (2, 4), (3, 5), (6, 7))
-    assert contraction.graph.operators[1] == replace(graph.operators[2], op_type="Op+Op")
+    assert contraction.graph.operators[1] == replace(
+        graph.operators[2], op_type="Op+Op", scratch_nbytes=1
+    )
     assert contraction.graph.edges == (
         Edge(0, 1, "tensor_1_2", 1),
         Edge(0, 2, "tensor_1_3", 1),
@@ -84,7 +86,7 @@ def test_costs_of_a_chain() -> None:
     graph = graph_of(2, [(0, 1)])
     cost = TableCost(
         (OperatorCost(1.0, "compute", 0.5, 1.0), OperatorCost(3.0, "memory", 0.25, 0.5)),
-        latency_us=3.0,
+        unmeasured=linear(3.0, 1.0),
         contention=Contention(sm_slowdown=0.5),
     )
     chain = contract_cost(contract_chains(graph), cost)

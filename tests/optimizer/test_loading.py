@@ -245,3 +245,15 @@ def test_tensors_of_unknown_size_count_no_bytes(tmp_path: Path) -> None:
         nbytes = {edge.tensor: edge.nbytes for edge in graph.edges}
         assert nbytes["a"] > 0
         assert 0 in nbytes.values()
+
+
+def test_operators_know_their_weights_and_what_is_kept(tmp_path: Path) -> None:
+    model = parsed(
+        "(float[3,4] x) => (float[3,4] y)"
+        "{ hidden = MatMul(x, w) bent = Tanh(hidden) y = MatMul(bent, w) }",
+        w=weight(4, 4),
+    )
+    first, bent, last = graph_from_model(loaded(model, tmp_path)).operators
+    assert {(w.tensor, w.nbytes) for w in first.weights} == {("x", 48), ("w", 64)}
+    assert [w.tensor for w in last.weights] == ["w"]
+    assert (first.kept_nbytes, bent.weights, last.kept_nbytes) == (0, (), 48)

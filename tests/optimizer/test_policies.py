@@ -11,12 +11,13 @@ from onnxsched.cost import TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
+from onnxsched.policies.heft import earliest_finish
 from onnxsched.rank import rank_order, upward_ranks_us
 from onnxsched.schedule import check_schedule
 from onnxsched.simulate import critical_path_us, simulate, total_us
 from onnxsched_runtime.device import Device, Placement
 from support import oracles
-from support.graphs import durations, graph_of
+from support.graphs import durations, graph_of, linear
 from support.strategies import GPU, machines, problems
 from tools.synthetic_graphs import FAMILIES, synthetic_problem
 
@@ -111,7 +112,7 @@ def test_heft_uses_a_second_device_only_where_the_transfer_pays() -> None:
     graph = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
     machine = Machine((GPU, Device("cuda", 1)), 1)
     slow, fast = (
-        TableCost(durations(1.0, 8.0, 8.0, 1.0).operators, latency_us=us) for us in (16.0, 1.0)
+        durations(1.0, 8.0, 8.0, 1.0, unmeasured=linear(us, 1024.0)) for us in (16.0, 1.0)
     )
     on_one = POLICIES["heft"](graph, slow, machine)
     assert set(on_one.placement_of.values()) == {Placement(GPU, 0)}
@@ -139,7 +140,9 @@ def test_heft_launches_in_the_order_in_which_operators_run(
 @given(problem=problems(), machine=machines(max_devices=2))
 def test_heft_equals_a_search_of_all_intervals(problem: Problem, machine: Machine) -> None:
     graph, cost = problem
-    assert POLICIES["heft"](graph, cost, machine).placement_of == oracles.heft(*problem, machine)
+    found = earliest_finish(graph, cost, machine)
+    assert found is not None
+    assert found.placement_of == oracles.heft(graph, cost, machine)
 
 
 @settings(deadline=None)
@@ -153,7 +156,7 @@ def test_rank_order_is_topological(problem: Problem, machine: Machine) -> None:
 
 def test_upward_rank_counts_mean_transfers() -> None:
     graph = graph_of(2, [(0, 1)])
-    cost = TableCost(durations(2.0, 3.0).operators, latency_us=4.0, bandwidth_bytes_per_us=1.0)
+    cost = durations(2.0, 3.0, unmeasured=linear(4.0, 1.0))
     assert upward_ranks_us(graph, cost, GPU) == (5.0, 3.0)
     assert upward_ranks_us(graph, cost, GPU, Device("cuda", 1)) == (10.0, 3.0)
 

@@ -10,11 +10,11 @@ from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import Timeline, critical_path_us, simulate, total_us
 from onnxsched_runtime.device import Device, Placement
 from support import oracles
-from support.graphs import durations, graph_of
+from support.graphs import durations, graph_of, linear
 from support.strategies import GPU, problems
 
 DIAMOND = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
-COST = TableCost(durations(1.0, 4.0, 2.0, 8.0).operators, 0.5, bandwidth_bytes_per_us=1.0)
+COST = durations(1.0, 4.0, 2.0, 8.0, unmeasured=linear(0.5, 1.0))
 
 
 def timeline_on(*placements: Placement) -> Timeline:

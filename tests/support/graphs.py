@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.graph import Edge, Operator, OperatorGraph
+from onnxsched.transfer import TransferCurve
 
 
 def graph_of(operator_count: int, links: Iterable[tuple[int, int]]) -> OperatorGraph:
@@ -17,9 +18,17 @@ def graph_of(operator_count: int, links: Iterable[tuple[int, int]]) -> OperatorG
     )
 
 
-def durations(*durations_us: float) -> TableCost:
-    """Costs of which only the durations matter."""
-    return TableCost(tuple(OperatorCost(us) for us in durations_us))
+def durations(*durations_us: float, unmeasured: TransferCurve | None = None) -> TableCost:
+    """Costs of which only the durations matter, and transfers if given."""
+    costs = tuple(OperatorCost(us) for us in durations_us)
+    return TableCost(costs, unmeasured=unmeasured or linear(10.0, 1024.0))
+
+
+def linear(latency_us: float, bytes_per_us: float) -> TransferCurve:
+    """A curve for up to 64 KiB: bytes over bandwidth, after a latency."""
+    largest = 1 << 16
+    points = ((0, latency_us), (largest, latency_us + largest / bytes_per_us))
+    return TransferCurve(points, is_peer=True)
 
 
 def layered_problem(layer_count: int, width: int, seed: int) -> tuple[OperatorGraph, TableCost]:
