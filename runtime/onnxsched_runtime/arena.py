@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
-from onnxsched_runtime.plan import ExecutionPlan, Record, Run, Wait
+from onnxsched_runtime.plan import ExecutionPlan, Record, Step, Wait
 
 ALIGNMENT_NBYTES = 256
 """What `cudaMalloc` guarantees, and kernels with wide loads count on."""
 
 _Clock = dict[Placement, int]
-"""For each stream up to which of its runs everything is finished."""
+"""For each stream up to which of its steps everything is finished."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Lifetime:
     born: Mapping[Placement, int]
     """What is finished before it is first written."""
     last_uses: Mapping[Placement, int]
-    """For each stream the last run that reads or writes it."""
+    """For each stream the last step that reads or writes it."""
     is_kept: bool
     """A model input or output: the caller may look at it between any two runs."""
 
@@ -116,13 +116,12 @@ def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifet
     kept = {*plan.inputs, *plan.outputs}
     born: dict[str, _Clock] = {}
     uses: dict[str, _Clock] = {}
-    for placement, tick, start, index in _runs(plan):
-        segment = plan.segments[index]
-        for name in (*segment.inputs, *segment.outputs):
+    for placement, tick, start, step in _work(plan):
+        for name in (*plan.reads(step), *plan.writes(step)):
             if name in nbytes:
                 last = uses.setdefault(name, {})
                 last[placement] = max(last.get(placement, 0), tick)
-        for name in segment.outputs:
+        for name in plan.writes(step):
             born[name] = start
     return {
         name: Lifetime(nbytes[name], born.get(name, {}), uses.get(name, {}), name in kept)
@@ -130,18 +129,16 @@ def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifet
     }
 
 
-def _runs(plan: ExecutionPlan) -> list[tuple[Placement, int, _Clock, int]]:
-    """Each run of a segment: its stream, its number there, and what is finished at its start."""
+def _work(plan: ExecutionPlan) -> list[tuple[Placement, int, _Clock, Step]]:
+    """Each step that reads or writes: its stream, its number there, what is finished before."""
     done: _Clock = {}
-    runs = []
+    work: list[tuple[Placement, int, _Clock, Step]] = []
     ticks: _Clock = {}
     for piece in plan.pieces:
         clocks: dict[Placement, _Clock] = {}
         events: dict[int, _Clock] = {}
         for step in piece.steps:
-            placement = step.placement if not isinstance(step, Run) else (
-                plan.segments[step.segment].placement
-            )  # fmt: skip
+            placement = plan.placement_of(step)
             clock = clocks.setdefault(placement, dict(done))
             if isinstance(step, Record):
                 events[step.event] = dict(clock)
@@ -150,10 +147,10 @@ def _runs(plan: ExecutionPlan) -> list[tuple[Placement, int, _Clock, int]]:
                     clock[stream] = max(clock.get(stream, 0), tick)
             else:
                 ticks[placement] = ticks.get(placement, 0) + 1
-                runs.append((placement, ticks[placement], dict(clock), step.segment))
+                work.append((placement, ticks[placement], dict(clock), step))
                 clock[placement] = ticks[placement]
         done = dict(ticks)  # a piece starts when the one before it is finished
-    return runs
+    return work
 
 
 def _aligned(nbytes: int) -> int:

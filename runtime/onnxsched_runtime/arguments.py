@@ -68,6 +68,17 @@ def host_array(argument: NodeArg, value: Any) -> Any:
     return np.ascontiguousarray(array) if array.ndim else array
 
 
+def zeros(argument: NodeArg) -> np.ndarray:
+    """A value for an input that the caller does not care about: zeros are valid indices too.
+
+    Raises:
+        UsageError: Its shape is not known, or it is no tensor.
+    """
+    if argument.shape is None or not argument.type.startswith("tensor("):
+        raise UsageError(f"Input '{argument.name}' has no fixed shape; give it a value.")
+    return np.zeros(argument.shape, _dtype_of(argument.type))
+
+
 def _fits(argument: NodeArg, array: np.ndarray) -> bool:
     """Whether an array needs no conversion; quick, since it is asked at every run."""
     return (

@@ -9,7 +9,8 @@
     ├── SlowerError                    6   a benchmark below its required ratio
     ├── ScheduleError                  1   a policy broke a law: our bug, never the user's
     ├── PlanError                      1   a plan broke a law: our bug, never the user's
-    └── CaptureError                   1   CUDA or ORT refused a graph capture
+    ├── CaptureError                   1   CUDA or ORT refused a graph capture
+    └── RankError                      1   a process of several died, hangs or differs
 
 A message is one sentence: what, where, and what to do.
 """
@@ -67,3 +68,7 @@ class PlanError(OnnxschedError):
 
 class CaptureError(OnnxschedError):
     """A stream capture was refused; the message carries the reason."""
+
+
+class RankError(OnnxschedError):
+    """A process of several died, hangs, failed or differs; the message names it."""

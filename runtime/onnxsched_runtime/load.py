@@ -16,6 +16,7 @@ from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.arguments import NodeArg, arguments_of, host_array
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.executors.ranks import Membership, RankExecutor, member
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
 from onnxsched_runtime.lowering import lower, to_lowered
@@ -26,7 +27,7 @@ from onnxsched_runtime.planning import plan_model
 _PRODUCTS = ("MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
 """Parts of the names of operators that call cuBLAS."""
 
-Executor = StreamExecutor | ThreadExecutor
+Executor = StreamExecutor | ThreadExecutor | RankExecutor
 """What runs a plan."""
 
 
@@ -36,8 +37,14 @@ def load(
     device_map: Mapping[str, str] | None = None,
     capture: Capture = "whole",
     custom_ops: Sequence[str] = (),
+    process_group: Any = None,
+    device_ranks: Mapping[str, int] | None = None,
+    timeout_s: float = 20.0,
 ) -> Session:
     """Load an annotated model and make it ready to run.
+
+    With a process group, all of its processes load the model and then run it equally often. Rank
+    0 gives the inputs and gets the outputs; on others the session has none (docs/distributed.md).
 
     Args:
         path: A model written by `onnxsched optimize`.
@@ -47,15 +54,24 @@ def load(
             itself, `none` to launch at every run. What the model does not allow falls back to
             the next, and `Session.refusal` says why.
         custom_ops: Shared libraries with custom operators.
+        process_group: Of torch.distributed; all of its processes run the schedule together.
+        device_ranks: The rank that owns each device; if None, they are divided evenly, in order.
+        timeout_s: How long another process may be silent, or take for one step.
 
     Raises:
         UsageError: There is no such file, or a device is misspelt.
         ModelError: It is no ONNX model, or carries no schedule that fits it.
         DeviceError: A device of the schedule is not on this machine.
+        RankError: Another process differs, died, hangs or failed.
     """
     model = read_model(path)
     annotation = moved(read_annotation(model), device_map or {})
-    return Session(model, annotation, capture=capture, custom_ops=tuple(custom_ops))
+    membership = None
+    if process_group is not None:
+        membership = member(annotation.devices, process_group, device_ranks, timeout_s)
+    return Session(
+        model, annotation, capture=capture, custom_ops=tuple(custom_ops), membership=membership
+    )
 
 
 def multiplies_matrices(model: onnx.ModelProto) -> bool:
@@ -147,6 +163,7 @@ class Session:
         capture: Capture = "whole",
         custom_ops: tuple[str, ...] = (),
         lowered: ModelSource | None = None,
+        membership: Membership | None = None,
     ) -> None:
         """Lower, plan, create the ORT sessions and capture; see `load`.
 
@@ -156,6 +173,7 @@ class Session:
             capture: See `load`.
             custom_ops: See `load`.
             lowered: The model lowered before, by the same variant on the same device.
+            membership: How this process takes part, if there are several.
         """
         self.annotation = annotation
         self.device = annotation.devices[0]
@@ -164,11 +182,19 @@ class Session:
             raise UsageError(f"The schedule uses {used}; GPUs and the CPU can't share a model.")
         self._inputs = arguments_of(input_values(model), annotation)
         self._outputs = arguments_of(model.graph.output, annotation)
+        if membership is not None and membership.peers.rank > 0:
+            self._inputs, self._outputs = [], []
         self._input_names = {argument.name for argument in self._inputs}
         self._output_names = [argument.name for argument in self._outputs]
         source = lowered or lowered_source(model, annotation, custom_ops)
         self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
-        self._executor = open_executor(source, self.plan, capture=capture, custom_ops=custom_ops)
+        self._executor: Executor
+        if membership is None:
+            self._executor = open_executor(
+                source, self.plan, capture=capture, custom_ops=custom_ops
+            )
+        else:
+            self._executor = RankExecutor(source, self.plan, model, membership, custom_ops)
         self._one_at_a_time = threading.Lock()
         self._is_closed = False
 
@@ -207,6 +233,7 @@ class Session:
         Raises:
             UsageError: An input is missing, unknown, or of another shape or type; or the session
                 is closed.
+            RankError: Another process died, hangs or failed.
         """
         names = self._output_names
         if output_names and (unknown := set(output_names) - set(names)):
@@ -236,7 +263,8 @@ class Session:
 
     def _on_device(self, values: Any) -> bool:
         values = list(values)
-        return self.device.kind == "cuda" and bool(values) and all(map(_is_on_gpu, values))
+        is_able = isinstance(self._executor, StreamExecutor)
+        return is_able and bool(values) and all(map(_is_on_gpu, values))
 
     def _refuse_names(self, feed: Mapping[str, Any]) -> None:
         names = [argument.name for argument in self._inputs]

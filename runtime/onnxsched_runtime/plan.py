@@ -66,7 +66,27 @@ class Wait:
     placement: Placement
 
 
-Step = Run | Record | Wait
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a tensor to another process, after all that was issued on the stream."""
+
+    tensor: str
+    rank: int
+    """Who receives it."""
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Receive a tensor from another process; the stream goes on once it is there."""
+
+    tensor: str
+    rank: int
+    """Who sends it."""
+    placement: Placement
+
+
+Step = Run | Record | Wait | Send | Receive
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,25 +129,44 @@ class ExecutionPlan:
 
     def is_copy(self, segment: int) -> bool:
         """Whether a segment only copies a tensor to its device."""
-        return self.segments[segment].outputs[0] in self.copies
+        return not self.copies.keys().isdisjoint(self.segments[segment].outputs)
+
+    def placement_of(self, step: Step) -> Placement:
+        """The stream that a step is issued on."""
+        return self.segments[step.segment].placement if isinstance(step, Run) else step.placement
+
+    def reads(self, step: Step) -> tuple[str, ...]:
+        """The tensors that must be there before a step."""
+        if isinstance(step, Run):
+            return self.segments[step.segment].inputs
+        return (step.tensor,) if isinstance(step, Send) else ()
+
+    def writes(self, step: Step) -> tuple[str, ...]:
+        """The tensors that are there after a step."""
+        if isinstance(step, Run):
+            return self.segments[step.segment].outputs
+        return (step.tensor,) if isinstance(step, Receive) else ()
+
+    @property
+    def _captured_steps(self) -> tuple[Step, ...]:
+        return tuple(step for piece in self.pieces if piece.captured for step in piece.steps)
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:
         """All devices it uses, in order."""
-        return tuple(sorted({segment.placement.device for segment in self.segments}))
+        steps = (step for piece in self.pieces for step in piece.steps)
+        return tuple(sorted({self.placement_of(step).device for step in steps}))
 
     @cached_property
     def device_of(self) -> Mapping[str, Device]:
         """Where each device tensor lies: where it is written, else where it is first read."""
-        captured = [i for p in self.pieces if p.captured for i in p.runs]
         found: dict[str, Device] = {}
-        for index in captured:
-            segment = self.segments[index]
-            found |= dict.fromkeys(segment.outputs, segment.placement.device)
-        for index in captured:
-            if not self.is_copy(index):
-                for tensor in self.segments[index].inputs:
-                    found.setdefault(tensor, self.segments[index].placement.device)
+        for step in self._captured_steps:
+            found |= dict.fromkeys(self.writes(step), self.placement_of(step).device)
+        for step in self._captured_steps:
+            if not (isinstance(step, Run) and self.is_copy(step.segment)):
+                for tensor in self.reads(step):
+                    found.setdefault(tensor, self.placement_of(step).device)
         return found
 
     @property
@@ -138,8 +177,8 @@ class ExecutionPlan:
     @cached_property
     def device_tensors(self) -> frozenset[str]:
         """Tensors that captured pieces read or write, which therefore need fixed addresses."""
-        segments = [self.segments[i] for p in self.pieces if p.captured for i in p.runs]
-        return frozenset(t for s in segments for t in (*s.inputs, *s.outputs))
+        steps = self._captured_steps
+        return frozenset(t for s in steps for t in (*self.reads(s), *self.writes(s)))
 
 
 def check_plan(plan: ExecutionPlan, operations: Iterable[Operation]) -> None:
@@ -149,7 +188,8 @@ def check_plan(plan: ExecutionPlan, operations: Iterable[Operation]) -> None:
     is placed on; a tensor has one writer, and whoever reads it runs after that writer by the
     happens-before relation of streams and events; a captured piece starts after its fork and
     is finished when its main stream is; no event is waited for before it is recorded; a
-    segment reads from its own device, but for copies, which read from another.
+    segment reads from its own device, but for copies, which read from another. Receiving writes
+    a tensor, and sending reads one; whether other processes fit is up to `check_ranks`.
     O(steps x streams).
 
     Raises:
@@ -161,13 +201,12 @@ def check_plan(plan: ExecutionPlan, operations: Iterable[Operation]) -> None:
     for number, piece in enumerate(plan.pieces):
         if piece.captured:
             _check_piece(plan, piece, number, frozenset(written))
-        for index in piece.runs:
-            segment = plan.segments[index]
+        for step in piece.steps:
             if not piece.captured:
-                _require_written(segment, written)
-            if repeated := written.intersection(segment.outputs):
+                _require_written(plan, step, written)
+            if repeated := written.intersection(plan.writes(step)):
                 raise PlanError(f"Tensor '{min(repeated)}' is written twice.")
-            written.update(segment.outputs)
+            written.update(plan.writes(step))
     if missing := set(plan.outputs) - written:
         raise PlanError(f"Model output '{min(missing)}' is written by no segment.")
 
@@ -193,20 +232,25 @@ def _check_cover(plan: ExecutionPlan, operations: tuple[Operation, ...]) -> None
 
 
 def _check_devices(plan: ExecutionPlan) -> None:
-    for index in (i for piece in plan.pieces if piece.captured for i in piece.runs):
-        segment, device = plan.segments[index], plan.segments[index].placement.device
-        for tensor in segment.inputs:
+    for step in (step for piece in plan.pieces if piece.captured for step in piece.steps):
+        device = plan.placement_of(step).device
+        for tensor in plan.reads(step):
             home = plan.device_of.get(tensor)
-            if plan.is_copy(index):
-                if home in (device, None) or plan.copies[segment.outputs[0]] != tensor:
+            if isinstance(step, Run) and plan.is_copy(step.segment):
+                (copy,) = plan.writes(step)
+                if home in (device, None) or plan.copies[copy] != tensor:
                     raise PlanError(f"Copying '{tensor}' from {home} to {device} makes no sense.")
             elif home != device:
-                raise PlanError(f"Segment {segment.nodes} on {device} reads '{tensor}' on {home}.")
+                raise PlanError(f"{_name(plan, step)} on {device} reads '{tensor}' on {home}.")
 
 
-def _require_written(segment: Segment, written: set[str]) -> None:
-    if missing := set(segment.inputs) - written:
-        raise PlanError(f"Segment {segment.nodes} reads '{min(missing)}' before it is written.")
+def _require_written(plan: ExecutionPlan, step: Step, written: set[str]) -> None:
+    if missing := set(plan.reads(step)) - written:
+        raise PlanError(f"{_name(plan, step)} reads '{min(missing)}' before it is written.")
+
+
+def _name(plan: ExecutionPlan, step: Step) -> str:
+    return f"Segment {plan.segments[step.segment].nodes}" if isinstance(step, Run) else str(step)
 
 
 @dataclass
@@ -245,19 +289,19 @@ def _check_piece(plan: ExecutionPlan, piece: Piece, number: int, earlier: frozen
         if isinstance(step, Wait):
             clocks.wait(step)
             continue
-        segment = plan.segments[step.segment]
-        clock = clocks.of(segment.placement)
-        if segment.host_reason is not None:
-            raise PlanError(f"Segment {segment.nodes} in captured piece {number} can't be.")
+        placement, name = plan.placement_of(step), _name(plan, step)
+        clock = clocks.of(placement)
+        if isinstance(step, Run) and plan.segments[step.segment].host_reason is not None:
+            raise PlanError(f"{name} in captured piece {number} can't be.")
         if clock.get(piece.main, 0) < 1:
-            raise PlanError(f"Segment {segment.nodes} may run before piece {number} starts.")
-        for tensor in segment.inputs:
+            raise PlanError(f"{name} may run before piece {number} starts.")
+        for tensor in plan.reads(step):
             stream, tick = writer.get(tensor, (piece.main, 1 if tensor in earlier else 2**62))
             if clock.get(stream, 0) < tick:
-                raise PlanError(f"Segment {segment.nodes} may read '{tensor}' too early.")
-        tick = clock.get(segment.placement, 0) + 1
-        clock[segment.placement] = tick
-        writer.update(dict.fromkeys(segment.outputs, (segment.placement, tick)))
+                raise PlanError(f"{name} may read '{tensor}' too early.")
+        tick = clock.get(placement, 0) + 1
+        clock[placement] = tick
+        writer.update(dict.fromkeys(plan.writes(step), (placement, tick)))
     known = clocks.of(piece.main)
     for placement, clock in clocks.streams.items():
         if known.get(placement, 0) < clock.get(placement, 0):

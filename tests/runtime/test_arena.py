@@ -19,7 +19,7 @@ from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
 from onnxsched_runtime.partition import assemble, readers_of, segment_of
 from onnxsched_runtime.plan import ExecutionPlan, Record, Run, Step, Wait
-from support.plans import Problem, happens_before, operation, placement_of, problems
+from support.plans import Problem, happens_before, operation, problems
 
 Sizes = Mapping[str, int]
 
@@ -82,7 +82,7 @@ def execute(plan: ExecutionPlan, nbytes: Sizes, arena: Arena, seed: int) -> None
     for piece in plan.pieces:
         queues: dict[Placement, deque[Step]] = {}
         for step in piece.steps:
-            queues.setdefault(placement_of(plan, step), deque()).append(step)
+            queues.setdefault(plan.placement_of(step), deque()).append(step)
         recorded: set[int] = set()
         running: set[Placement] = set()
         while any(queues.values()):

@@ -29,7 +29,6 @@ from support.plans import (
     happens_before,
     is_right,
     operation,
-    placement_of,
     positions,
     problems,
     stream,
@@ -112,7 +111,7 @@ def test_segments_end_only_where_an_event_is(problem: Problem) -> None:
     plan = problem.plan()
     lanes: dict[Placement, list[Step]] = {}
     for step in plan.pieces[0].steps:
-        lanes.setdefault(placement_of(plan, step), []).append(step)
+        lanes.setdefault(plan.placement_of(step), []).append(step)
     for lane in lanes.values():
         assert not any(isinstance(a, Run) and isinstance(b, Run) for a, b in pairwise(lane))
 

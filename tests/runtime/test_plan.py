@@ -16,7 +16,6 @@ from support.plans import (
     damaged,
     is_right,
     operation,
-    placement_of,
     positions,
     problems,
     stream,
@@ -42,12 +41,12 @@ def test_a_wait_after_the_run_comes_too_late(problem: Problem) -> None:
     plan = problem.plan()
     for number, position in positions(plan, Wait):
         steps = plan.pieces[number].steps
-        placement = placement_of(plan, steps[position])
+        placement = plan.placement_of(steps[position])
         runs = [
             later
             for later, step in enumerate(steps)
             if later > position and isinstance(step, Run)
-            if placement_of(plan, step) == placement
+            if plan.placement_of(step) == placement
         ]
         if runs:
             with pytest.raises(PlanError):

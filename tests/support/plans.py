@@ -74,11 +74,6 @@ def problems(
     return Problem(tuple(operations), tuple(outputs))
 
 
-def placement_of(plan: ExecutionPlan, step: Step) -> Placement:
-    """The stream that a step is issued on."""
-    return plan.segments[step.segment].placement if isinstance(step, Run) else step.placement
-
-
 def closure(edges: Iterable[tuple[Any, Any]]) -> set[tuple[Any, Any]]:
     """All pairs joined by a path."""
     return set(nx.transitive_closure_dag(nx.DiGraph(edges)).edges)
@@ -97,7 +92,7 @@ def happens_before(plan: ExecutionPlan) -> set[tuple[Any, Any]]:
         records: dict[int, Any] = {}
         for position, step in enumerate(piece.steps):
             vertex = step.segment if isinstance(step, Run) else (number, position)
-            lanes.setdefault(placement_of(plan, step), []).append(vertex)
+            lanes.setdefault(plan.placement_of(step), []).append(vertex)
             if isinstance(step, Record):
                 records[step.event] = vertex
             elif isinstance(step, Wait):
@@ -120,18 +115,20 @@ def is_right(plan: ExecutionPlan) -> bool:
         if len(set(records)) < len(records):
             return False
     order = happens_before(plan)
-    writer = {t: i for i, segment in enumerate(plan.segments) for t in segment.outputs}
+    work = [
+        (number, step.segment if isinstance(step, Run) else (number, position), step)
+        for number, piece in enumerate(plan.pieces)
+        for position, step in enumerate(piece.steps)
+        if not isinstance(step, Record | Wait)
+    ]
+    writer = {tensor: vertex for _, vertex, step in work for tensor in plan.writes(step)}
     needed: list[tuple[Any, Any]] = [
         pair
-        for number, piece in enumerate(plan.pieces)
-        for i in piece.runs
-        for pair in (((number, "start"), i), (i, (number, "end")))
+        for number, vertex, _ in work
+        for pair in (((number, "start"), vertex), (vertex, (number, "end")))
     ]
     needed += [
-        (writer[t], i)
-        for i, segment in enumerate(plan.segments)
-        for t in segment.inputs
-        if t in writer
+        (writer[t], vertex) for _, vertex, step in work for t in plan.reads(step) if t in writer
     ]
     return order.issuperset(needed)
 

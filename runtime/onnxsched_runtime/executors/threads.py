@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import copy
 from typing import Any, Self
 
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.group import GlooLinks
 from onnxsched_runtime.model import ModelSource
-from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Step, Wait
+from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Step, Wait
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 
@@ -24,16 +25,31 @@ class ThreadExecutor:
     refusal: str | None = None
 
     def __init__(
-        self, source: ModelSource, plan: ExecutionPlan, custom_ops: tuple[str, ...] = ()
+        self,
+        source: ModelSource,
+        plan: ExecutionPlan,
+        custom_ops: tuple[str, ...] = (),
+        links: GlooLinks | None = None,
+        process_count: int = 1,
     ) -> None:
-        """Create the sessions and the threads."""
+        """Create the sessions and the threads.
+
+        Args:
+            source: The model that sessions are cut out of.
+            plan: Says which segments and on which streams.
+            custom_ops: Libraries of custom operators.
+            links: To other processes, where the plan sends and receives.
+            process_count: How many processes share this machine's cores.
+        """
         self._plan = plan
-        streams = {segment.placement for segment in plan.segments}
+        self._links = links
+        lanes = {plan.placement_of(step) for piece in plan.pieces for step in piece.steps}
+        stream_count = process_count * len({s.placement for s in plan.segments})
         self._resources = ExitStack()
-        self._threads = self._resources.enter_context(ThreadPoolExecutor(len(streams)))
+        self._threads = self._resources.enter_context(ThreadPoolExecutor(max(1, len(lanes))))
         settings = SessionSettings(
             Device("cpu"),
-            thread_count=thread_count(len(streams)) if len(streams) > 1 else 0,
+            thread_count=thread_count(stream_count) if stream_count > 1 else 0,
             custom_ops=custom_ops,
         )
         try:
@@ -54,8 +70,10 @@ class ThreadExecutor:
         for piece in self._plan.pieces:
             lanes: dict[Placement, list[Step]] = {}
             for step in piece.steps:
-                lanes.setdefault(self._placement(step), []).append(step)
-            if len(lanes) == 1:
+                lanes.setdefault(self._plan.placement_of(step), []).append(step)
+            if (
+                len(lanes) == 1 and self._links is None
+            ):  # who waits for others can't be interrupted
                 self._run_lane(piece, next(iter(lanes.values())), values, {}, threading.Event())
             else:
                 self._run_lanes(piece, list(lanes.values()), values)
@@ -88,14 +106,13 @@ class ThreadExecutor:
         for step in steps:
             match step:
                 case Run(index):
-                    segment = self._plan.segments[index]
-                    if self._plan.is_copy(index):
-                        (source,), (target,) = segment.inputs, segment.outputs
-                        values[target] = copy(values[source])
-                        continue
-                    feeds = {self._plan.original(name): values[name] for name in segment.inputs}
-                    results = self._sessions[index].run(feeds, segment.outputs)
-                    values.update(zip(segment.outputs, results, strict=True))
+                    self._run_segment(index, values)
+                case Send(tensor):
+                    assert self._links is not None
+                    self._links.send(step, values[tensor])
+                case Receive(tensor):
+                    assert self._links is not None
+                    values[tensor] = self._links.receive(step)
                 case Record(event):
                     if event in events:
                         events[event].set()
@@ -105,10 +122,16 @@ class ThreadExecutor:
             if failed.is_set():
                 return
 
-    def _placement(self, step: Step) -> Placement:
-        if isinstance(step, Run):
-            return self._plan.segments[step.segment].placement
-        return step.placement
+    def _run_segment(self, index: int, values: dict[str, Any]) -> None:
+        segment = self._plan.segments[index]
+        with self._links.computing() if self._links is not None else nullcontext():
+            if self._plan.is_copy(index):
+                (source,), (target,) = segment.inputs, segment.outputs
+                values[target] = copy(values[source])
+                return
+            feeds = {self._plan.original(name): values[name] for name in segment.inputs}
+            results = self._sessions[index].run(feeds, segment.outputs)
+            values.update(zip(segment.outputs, results, strict=True))
 
     def close(self) -> None:
         """Free sessions and threads."""

@@ -1,0 +1,180 @@
+"""`torchrun --nproc-per-node N -m onnxsched_runtime.distributed MODEL`: one schedule, N processes.
+
+Rank 0 has the inputs, the outputs and the result; the others only say what goes wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxsched_runtime.arguments import zeros
+from onnxsched_runtime.arrays import read_array, write_arrays
+from onnxsched_runtime.errors import OnnxschedError, UsageError
+from onnxsched_runtime.executors.ranks import RankExecutor
+from onnxsched_runtime.group import joined_process_group, leave_process_group
+from onnxsched_runtime.load import Session, load
+from onnxsched_runtime.model import written_whole
+
+_GRACE_S = 2.0
+"""For a process to end by itself when all must; then it is ended."""
+_WARM_UP_COUNT = 10
+_voice = threading.Lock()
+"""Whoever takes it says why this process ends; nobody gives it back."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as one process of several; returns the exit code."""
+    options = _parsed(arguments)
+    result = None
+    try:
+        group = joined_process_group(options.timeout)
+        with load(options.model, process_group=group, timeout_s=options.timeout) as session:
+            executor = session.executor
+            assert isinstance(executor, RankExecutor)
+            _end_with_the_others(executor)
+            if executor.rank == 0:
+                result = _run(session, options)
+            else:
+                _assist(session, options)
+        leave_process_group()
+        if result is not None:
+            _report(result, options.json)
+    except OnnxschedError as error:
+        _say(str(error))
+        return error.exit_code
+    return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="onnxsched_runtime.distributed", description="Run a schedule in several processes."
+    )
+    parser.add_argument("model", help="an annotated model, the same for all processes")
+    parser.add_argument(
+        "--input", action="append", default=[], help="NAME=FILE.npy; zeros where not given"
+    )
+    parser.add_argument("--output-dir", type=Path, help="a folder for the outputs, one .npy each")
+    parser.add_argument(
+        "--bench", type=int, nargs="?", const=100, default=0, metavar="RUNS",
+        help="time this many runs, 100 if not said",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the result there; - for stdout")
+    parser.add_argument(
+        "--timeout", type=float, default=20.0, metavar="SECONDS",
+        help="how long a process may be silent, or take for one step (%(default)s)",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def _run(session: Session, options: argparse.Namespace) -> dict[str, Any]:
+    """What rank 0 does; returns what it reports."""
+    feeds = _feeds(session, options.input)
+    outputs = dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True)
+    )
+    if options.output_dir is not None:
+        write_arrays(outputs, options.output_dir)
+    latency_us = []
+    for _ in range(_run_count(options) - 1):
+        start_s = time.perf_counter()
+        session.run(None, feeds)
+        latency_us.append((time.perf_counter() - start_s) * 1e6)
+    executor = session.executor
+    assert isinstance(executor, RankExecutor)
+    return {
+        "schema_version": 1,
+        "model": Path(options.model).name,
+        "ranks": {str(device): rank for device, rank in executor.rank_of.items()},
+        "capture": executor.capture,
+        "outputs": {name: _described(value) for name, value in outputs.items()},
+        "latency_us": [round(sample, 1) for sample in latency_us[_WARM_UP_COUNT:]],
+    }
+
+
+def _assist(session: Session, options: argparse.Namespace) -> None:
+    """What all other ranks do: run as often."""
+    for _ in range(_run_count(options)):
+        session.run(None, {})
+
+
+def _run_count(options: argparse.Namespace) -> int:
+    return 1 + (_WARM_UP_COUNT + options.bench if options.bench else 0)
+
+
+def _feeds(session: Session, named: Sequence[str]) -> dict[str, np.ndarray]:
+    pairs = [text.partition("=") for text in named]
+    if wrong := [name for name, sign, file in pairs if not (name and sign and file)]:
+        raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
+    given = {name: read_array(name, Path(file)) for name, _, file in pairs}
+    drawn = {a.name: zeros(a) for a in session.get_inputs() if a.name not in given}
+    return {**drawn, **given}
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_described(element) for element in value]
+    return f"{value.dtype}{list(value.shape)}"
+
+
+def _report(result: Mapping[str, Any], target: str | None) -> None:
+    if target == "-":
+        print(json.dumps(result, indent=1))
+        return
+    if target is not None:
+        with written_whole(target) as draft:
+            draft.write_text(json.dumps(result, indent=1) + "\n")
+    count = len(set(result["ranks"].values()))
+    for name, value in result["outputs"].items():
+        print(f"{name}: {value}")
+    if samples := result["latency_us"]:
+        median_us = statistics.median(samples)
+        print(f"{median_us:.0f} us, the median of {len(samples)} runs in {count} processes")
+
+
+def _end_with_the_others(executor: RankExecutor) -> None:
+    """End this process when all must, even in the middle of something that can't be interrupted.
+
+    A launcher that sees one process end asks the others to at once, mostly before they have found
+    out why.
+    """
+
+    def end(sentence: str) -> None:
+        _say(executor.verdict or sentence)
+        sys.stdout.flush()
+        os._exit(1)
+
+    def watch() -> None:
+        executor.failed.wait()
+        time.sleep(_GRACE_S)
+        end("All processes must end.")
+
+    def find_out() -> None:
+        executor.failed.wait(_GRACE_S)
+        end(f"Rank {executor.rank} was asked to end (SIGTERM).")
+
+    def asked(*_: object) -> None:
+        threading.Thread(target=find_out, daemon=True).start()
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGTERM, asked)
+
+
+def _say(sentence: str) -> None:
+    if _voice.acquire(blocking=False):
+        print(f"onnxsched: {sentence}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""One process of several: its part of a plan, run together with those of the other ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Self
+
+import onnx
+
+from onnxsched_runtime.annotation import fingerprint
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import RankError, UsageError
+from onnxsched_runtime.executors.threads import ThreadExecutor
+from onnxsched_runtime.group import GlooLinks, Monitor, Peers
+from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.ranks import split_plan, spread, transfers
+from onnxsched_runtime.rendezvous import check_ranks
+from onnxsched_runtime.session import library_versions
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How this process takes part in running a schedule."""
+
+    peers: Peers
+    rank_of: Mapping[Device, int]
+    """The rank that owns each device of the schedule."""
+
+
+def member(
+    devices: Sequence[Device],
+    process_group: Any,
+    device_ranks: Mapping[str, int] | None,
+    timeout_s: float,
+) -> Membership:
+    """Find out how this process takes part.
+
+    Args:
+        devices: Those of the schedule.
+        process_group: Of torch.distributed.
+        device_ranks: The rank that owns each device; if None, they are divided evenly, in order.
+        timeout_s: How long another process may be silent, or take for one step.
+
+    Raises:
+        UsageError: There are more processes than devices, or a device has no process.
+    """
+    peers = Peers(process_group, timeout_s)
+    if device_ranks is None:
+        return Membership(peers, spread(devices, peers.count))
+    rank_of = {Device.parse(name): rank for name, rank in device_ranks.items()}
+    if rank_of.keys() != set(devices) or set(rank_of.values()) != set(range(peers.count)):
+        used = ", ".join(map(str, devices))
+        raise UsageError(
+            f"The devices {used} must each be given one of {peers.count} ranks, and each rank a "
+            "device."
+        )
+    return Membership(peers, rank_of)
+
+
+class RankExecutor:
+    """Runs what a plan has for this rank; every rank runs as often as rank 0 does.
+
+    Rank 0 takes the inputs and returns the outputs.
+    """
+
+    refusal: str | None = None
+
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: ExecutionPlan,
+        model: onnx.ModelProto,
+        membership: Membership,
+        custom_ops: tuple[str, ...] = (),
+    ) -> None:
+        """Check that all ranks are about to run the same, open sessions, and wait for the others.
+
+        Args:
+            source: The model that sessions are cut out of.
+            plan: What all ranks run together.
+            model: What makes ranks the same.
+            membership: How this process takes part.
+            custom_ops: Libraries of custom operators.
+
+        Raises:
+            RankError: A rank differs, died, or could not open its sessions.
+        """
+        peers, rank_of = membership.peers, membership.rank_of
+        self.rank, self.rank_of = peers.rank, rank_of
+        plans = split_plan(plan, rank_of, peers.count)
+        check_ranks(plans)
+        peers.require_same(identity(model, plans))
+        self._resources = ExitStack()
+        self._monitor = Monitor(peers)
+        try:
+            tensors = [transfer.tensor for transfer in transfers(plan, rank_of)]
+            links = GlooLinks(peers, self._monitor, source.tensors, tensors)
+            self._resources.callback(links.close)
+            self._executor = self._resources.enter_context(
+                ThreadExecutor(source, plans[self.rank], custom_ops, links, local_process_count())
+            )
+            self._monitor.wait_until_ready(links.cancel)
+        except BaseException as error:
+            if not isinstance(error, RankError):
+                self._monitor.fail_with(error)
+            self.close()
+            raise
+
+    @property
+    def capture(self) -> str:
+        """How this rank's part is captured."""
+        return self._executor.capture
+
+    @property
+    def failed(self) -> threading.Event:
+        """Set when all ranks must end, even while this one can't be interrupted."""
+        return self._monitor.failed
+
+    @property
+    def verdict(self) -> str | None:
+        """Why all ranks must end; None while all is well."""
+        return self._monitor.verdict
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """Run once, together with all other ranks.
+
+        Args:
+            feeds: On rank 0 a host value for every model input, elsewhere nothing.
+            outputs: Names of model outputs, on rank 0.
+
+        Raises:
+            RankError: A rank died, hangs or failed; nothing runs any more.
+        """
+        with self._monitor.running():
+            return self._executor.run(feeds, outputs)
+
+    def close(self) -> None:
+        """Leave the others, once they need nothing more, and free sessions and threads."""
+        self._monitor.close()
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def identity(model: onnx.ModelProto, plans: Sequence[ExecutionPlan]) -> dict[str, str]:
+    """What all ranks must agree on, by what it is, each on one line."""
+    content = hashlib.sha256(fingerprint(model).encode())
+    for weight in model.graph.initializer:  # one by one: a message ends at 2 GiB
+        content.update(weight.SerializeToString(deterministic=True))
+    return {
+        "version of onnxsched": _own_version(),
+        "version of ONNX Runtime": library_versions()["onnxruntime"],
+        "model": content.hexdigest()[:12],
+        "schedule": hashlib.sha256(repr(plans).encode()).hexdigest()[:12],
+    }
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("onnxsched")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def local_process_count() -> int:
+    """How many of torchrun's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,128 @@
+"""The members of a process group, and the store that they leave messages in."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from onnxsched_runtime.errors import RankError
+from onnxsched_runtime.group.binding import torch_module
+
+_POLL_S = 0.02
+_opened = itertools.count()
+"""Sessions that this process has opened: all ranks open them in the same order."""
+
+
+class Peers:
+    """This process among the ranks of a group, with a corner of their store of their own."""
+
+    def __init__(self, process_group: Any, timeout_s: float) -> None:
+        """Find out who takes part.
+
+        Args:
+            process_group: Of torch.distributed, initialized.
+            timeout_s: How long to wait for a message.
+        """
+        distributed = torch_module().distributed
+        self.rank: int = distributed.get_rank(process_group)
+        self.members: list[int] = distributed.get_process_group_ranks(process_group)
+        """The rank of each in the world, by its rank here."""
+        self.timeout_s = timeout_s
+        self._corner = f"onnxsched/{'-'.join(map(str, self.members))}/{next(_opened)}"
+        self._store = self._own_store()
+
+    def _own_store(self) -> Any:
+        """A connection to the store that no one else waits on, and keeps busy while waiting."""
+        distributed = torch_module().distributed
+        store = distributed.distributed_c10d._get_default_store().clone()
+        store.set_timeout(timedelta(seconds=self.timeout_s))
+        return distributed.PrefixStore(self._corner, store)
+
+    @property
+    def count(self) -> int:
+        """How many ranks there are."""
+        return len(self.members)
+
+    def tell(self, key: str, value: str) -> None:
+        """Leave a message for all."""
+        self._store.set(f"{key}/{self.rank}", value)
+
+    def heard(self, key: str, rank: int) -> str | None:
+        """The last message of a rank; None where there is none."""
+        name = f"{key}/{rank}"
+        return self._store.get(name).decode() if self._store.check([name]) else None
+
+    def fail(self, sentence: str) -> str:
+        """Say why all must end; returns what the first one to do so said."""
+        return str(self._store.compare_set("failure", "", sentence).decode())
+
+    @property
+    def failure(self) -> str | None:
+        """Why all must end; None while all is well."""
+        return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+
+    def exchange(self, key: str, value: str) -> list[str]:
+        """Tell a value and hear those of all ranks.
+
+        Raises:
+            RankError: One does not come in time.
+        """
+        self.tell(key, value)
+        end = time.monotonic() + self.timeout_s
+        while True:
+            if sentence := self.failure:
+                raise RankError(sentence)
+            heard = [self.heard(key, rank) for rank in range(self.count)]
+            if None not in heard:
+                return [message for message in heard if message is not None]
+            if time.monotonic() > end:
+                rank = heard.index(None)
+                raise RankError(
+                    self.fail(f"Rank {rank} has not come within {self.timeout_s:g} s.")
+                )
+            time.sleep(_POLL_S)
+
+    def require_same(self, identity: Mapping[str, str]) -> None:
+        """Check that all ranks are about to run the same.
+
+        Args:
+            identity: What must be the same, by what it is.
+
+        Raises:
+            RankError: A rank differs from most others, from rank 0 where there are as many.
+        """
+        names = list(identity)
+        told = self.exchange("identity", "\n".join(identity.values()))
+        if len(set(told)) == 1:
+            return
+        counts = Counter(told)
+        usual = max(told, key=lambda message: counts[message])
+        rank = next(rank for rank, message in enumerate(told) if message != usual)
+        own, other = told[rank].split("\n"), usual.split("\n")
+        name, found, wanted = next(
+            each for each in zip(names, own, other, strict=True) if each[1] != each[2]
+        )
+        raise RankError(
+            f"Rank {rank} has another {name} ({found}) than rank {told.index(usual)} ({wanted}); "
+            "give every rank the same."
+        )
+
+    def gloo_group(self) -> Any:
+        """A group of all ranks over gloo, which nothing else sends through.
+
+        Raises:
+            RankError: They can't be connected in time.
+        """
+        timeout = timedelta(seconds=self.timeout_s)
+        kind = torch_module().distributed.ProcessGroupGloo
+        try:
+            return kind(self._own_store(), self.rank, self.count, timeout)
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[0]
+            raise RankError(
+                f"Rank {self.rank} can't connect to the others ({first_line})."
+            ) from error
