@@ -159,14 +159,15 @@ def identity(model: onnx.ModelProto, plans: Sequence[ExecutionPlan]) -> dict[str
     for weight in model.graph.initializer:  # one by one: a message ends at 2 GiB
         content.update(weight.SerializeToString(deterministic=True))
     return {
-        "version of onnxsched": _own_version(),
+        "version of onnxsched": own_version(),
         "version of ONNX Runtime": library_versions()["onnxruntime"],
         "model": content.hexdigest()[:12],
         "schedule": hashlib.sha256(repr(plans).encode()).hexdigest()[:12],
     }
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """The version of onnxsched; `source` where it runs from a checkout uninstalled."""
     try:
         return importlib.metadata.version("onnxsched")
     except importlib.metadata.PackageNotFoundError:

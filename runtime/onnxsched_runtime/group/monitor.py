@@ -141,15 +141,15 @@ class Monitor:
             return verdict
         try:
             sentence = self._peers.fail(sentence)
-        except RuntimeError:  # the store is gone, and with it whoever kept it
-            sentence = _STORE_IS_GONE
+        except RankError as error:
+            sentence = str(error)
         self._end(sentence)
         return self.verdict or sentence
 
     def close(self) -> None:
         """Wait until no one needs this rank any more, and say that it is gone."""
         run = self._state.run
-        with contextlib.suppress(RuntimeError):  # the store is gone, with who waited
+        with contextlib.suppress(RankError):  # the store is gone, with who waited
             self._tell()
             self._wait_for(
                 lambda s: s.is_closed or s.run > run or (s.run == run and not s.is_running)
@@ -186,14 +186,8 @@ class Monitor:
                 self._tell()
                 if (sentence := self._peers.failure or watch.look()) is not None:
                     self.fail(sentence)
-        except RuntimeError:
-            self._end(_STORE_IS_GONE)
-
-
-_STORE_IS_GONE = (
-    "Rank 0, or the launcher that keeps the store of the process group, has died: the store "
-    "does not answer."
-)
+        except RankError as error:
+            self._end(str(error))
 
 
 class _Watch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,17 @@ from onnxsched_runtime.group.binding import torch_module
 _POLL_S = 0.02
 _opened = itertools.count()
 """Sessions that this process has opened: all ranks open them in the same order."""
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            "Rank 0, or the launcher that keeps the store of the process group, has died: the "
+            "store does not answer."
+        ) from error
 
 
 class Peers:
@@ -48,22 +60,31 @@ class Peers:
         return len(self.members)
 
     def tell(self, key: str, value: str) -> None:
-        """Leave a message for all."""
-        self._store.set(f"{key}/{self.rank}", value)
+        """Leave a message for all.
+
+        Raises:
+            RankError: The store does not answer, here and in what follows.
+        """
+        with _answered():
+            self._store.set(f"{key}/{self.rank}", value)
 
     def heard(self, key: str, rank: int) -> str | None:
         """The last message of a rank; None where there is none."""
-        name = f"{key}/{rank}"
-        return self._store.get(name).decode() if self._store.check([name]) else None
+        return self._read(f"{key}/{rank}")
 
     def fail(self, sentence: str) -> str:
         """Say why all must end; returns what the first one to do so said."""
-        return str(self._store.compare_set("failure", "", sentence).decode())
+        with _answered():
+            return str(self._store.compare_set("failure", "", sentence).decode())
 
     @property
     def failure(self) -> str | None:
         """Why all must end; None while all is well."""
-        return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+        return self._read("failure")
+
+    def _read(self, name: str) -> str | None:
+        with _answered():
+            return self._store.get(name).decode() if self._store.check([name]) else None
 
     def exchange(self, key: str, value: str) -> list[str]:
         """Tell a value and hear those of all ranks.
@@ -72,6 +93,13 @@ class Peers:
             RankError: One does not come in time.
         """
         self.tell(key, value)
+        told = self._all(key)
+        self.tell(f"{key}-heard", "")
+        if self.rank == 0:  # which may keep the store, and must not leave before all have heard
+            self._all(f"{key}-heard")
+        return told
+
+    def _all(self, key: str) -> list[str]:
         end = time.monotonic() + self.timeout_s
         while True:
             if sentence := self.failure:

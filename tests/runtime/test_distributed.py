@@ -1,0 +1,105 @@
+"""Several processes run one schedule: right results, and all end when one does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxsched_runtime.annotation import write_annotation
+from support.models import MODELS, annotation_of, assert_same, feeds_for, fork_join, reference
+from support.ranks import Ended, environment, run_ranks
+
+pytestmark = pytest.mark.timeout(60, method="thread")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A model over four devices."""
+    model = fork_join()
+    write_annotation(model, annotation_of(model, (0, 1), device_count=4))
+    file = tmp_path / "out.onnx"
+    file.write_bytes(model.SerializeToString())
+    return file
+
+
+def command(count: int, path: Path, spoiler: str, *options: str) -> list[Ended]:
+    return run_ranks(count, "command", spoiler, str(path), *options)
+
+
+def assert_all_end(ended: list[Ended], sentence: str, *, but: int | None = None) -> None:
+    """Check that each process but one says the same sentence and nothing else, in time."""
+    for rank, process in enumerate(ended):
+        if rank != but:
+            assert (process.code, process.stderr) == (1, f"onnxsched: {sentence}\n")
+            assert process.after_s < 30
+
+
+def test_two_processes_compute_every_model(tmp_path: Path) -> None:
+    ended = run_ranks(2, "models", "99", folder=tmp_path)
+    assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 2
+    assert ended[0].stdout.split() == list(MODELS)
+
+
+def test_four_processes_compute_models(tmp_path: Path) -> None:
+    ended = run_ranks(4, "models", "3", folder=tmp_path)
+    assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 4
+    assert len(ended[0].stdout.split()) == 3
+
+
+def test_torchrun_runs_and_times_a_schedule(path: Path, tmp_path: Path) -> None:
+    model = fork_join()
+    (name, value), = feeds_for(model).items()  # fmt: skip
+    np.save(tmp_path / "x.npy", value)
+    found = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         "2", "-m", "onnxsched_runtime.distributed", str(path), "--bench", "20",
+         "--input", f"{name}={tmp_path / 'x.npy'}", "--output-dir", str(tmp_path / "outputs"),
+         "--json", "-"],
+        env=environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    result = json.loads(found.stdout)
+    assert result["ranks"] == {"cpu:0": 0, "cpu:1": 0, "cpu:2": 1, "cpu:3": 1}
+    assert len(result["latency_us"]) == 20
+    assert result["outputs"] == {"y": "float32[1, 8, 6, 6]"}
+    assert_same([np.load(tmp_path / "outputs" / "y.npy")], reference(model, {name: value}))
+
+
+def test_all_end_when_one_is_killed(path: Path) -> None:
+    ended = command(3, path, "SIGKILL@2", "--bench")
+    assert_all_end(ended, "Rank 2 has died or left while others were running.", but=2)
+
+
+def test_all_end_when_the_one_with_the_store_is_killed(path: Path) -> None:
+    ended = command(2, path, "SIGKILL@0", "--bench")
+    assert ended[1].code == 1
+    assert ended[1].stderr.startswith("onnxsched: Rank 0")
+    assert "died" in ended[1].stderr
+    assert ended[1].stderr.count("\n") == 1
+
+
+def test_all_end_when_one_hangs(path: Path) -> None:
+    ended = command(2, path, "hang@1", "--bench", "--timeout", "2")
+    assert_all_end(ended, "Rank 1 has not got on in run 1 for 2 s; it hangs.")
+
+
+def test_all_end_when_one_is_stopped(path: Path) -> None:
+    ended = command(2, path, "SIGSTOP@1", "--bench", "--timeout", "2")
+    sentence = "Rank 1 has given no sign of life for 2 s; it died or hangs."
+    assert_all_end(ended, sentence, but=1)
+
+
+def test_all_end_when_one_fails(path: Path) -> None:
+    ended = command(2, path, "fail@1", "--bench")
+    assert_all_end(ended, "Rank 1 failed: ONNX Runtime failed: planted.")
+
+
+def test_another_version_is_refused(path: Path) -> None:
+    ended = command(3, path, "version@2")
+    (sentence,) = {process.stderr for process in ended}
+    assert [process.code for process in ended] == [1] * 3
+    assert sentence.startswith("onnxsched: Rank 2 has another version of onnxsched (0.0.7) than ")

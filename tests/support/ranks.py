@@ -1,0 +1,154 @@
+"""Several processes on gloo, and one of them, which may be made to misbehave.
+
+python -m support.ranks models COUNT             run that many of the test models
+python -m support.ranks command KIND@RANK ...    the command line, which one rank spoils
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+_PYTHONPATH = os.pathsep.join(str(ROOT / folder) for folder in (".", "runtime", "tests"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    after_s: float
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """What a process of a test sees."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+    return {**kept, "PYTHONPATH": _PYTHONPATH, "OMP_NUM_THREADS": "1", **variables}
+
+
+def run_ranks(
+    count: int, *arguments: str, folder: Path | None = None, limit_s: float = 40.0
+) -> list[Ended]:
+    """Start processes of this module side by side, as torchrun would; returns them by rank.
+
+    One that is left when all others have ended is killed after three seconds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "support.ranks", *arguments],
+            env=environment(
+                RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
+                LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                FOLDER=str(folder),
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    ended: dict[int, float] = {}
+    start_s = time.monotonic()
+    while len(ended) < count and time.monotonic() < start_s + limit_s:
+        for rank, process in enumerate(started):
+            if rank not in ended and process.poll() is not None:
+                ended[rank] = time.monotonic() - start_s
+        if len(ended) == count - 1 and time.monotonic() > start_s + max(ended.values()) + 3:
+            break
+        time.sleep(0.02)
+    results = []
+    for rank, process in enumerate(started):
+        if rank not in ended:
+            process.kill()
+        stdout, stderr = process.communicate()
+        results.append(Ended(process.returncode, stdout, stderr, ended.get(rank, limit_s)))
+    return results
+
+
+def _run_models(count: int) -> None:
+    """Run test models over as many devices as there are ranks, or one more."""
+    import torch.distributed
+
+    from onnxsched_runtime.annotation import write_annotation
+    from onnxsched_runtime.load import load
+    from support.models import MODELS, annotation_of, assert_same, feeds_for, reference
+
+    torch.distributed.init_process_group("gloo")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder = Path(os.environ["FOLDER"])
+    done: list[str] = []
+    for name, build in MODELS.items():
+        model = build()
+        if len(model.graph.node) < size or len(done) == count:
+            continue
+        device_count = min(len(model.graph.node), size + 1)
+        write_annotation(model, annotation_of(model, (0, 1), device_count=device_count))
+        path = folder / f"{name}.{rank}.onnx"
+        path.write_bytes(model.SerializeToString())
+        with load(path, process_group=torch.distributed.group.WORLD) as session:
+            for seed in range(3):
+                feeds = feeds_for(model, seed)
+                if rank == 0:
+                    assert_same(session.run(None, feeds), reference(model, feeds))
+                else:
+                    assert session.get_inputs() == session.get_outputs() == []
+                    assert session.run(None, {}) == []
+        done.append(name)
+    torch.distributed.destroy_process_group()
+    print(*done)
+
+
+def _spoil(kind: str) -> None:
+    """Let this process misbehave once it has run two segments."""
+    from onnxsched_runtime.errors import OnnxschedError
+    from onnxsched_runtime.executors import ranks
+    from onnxsched_runtime.session import OrtSession
+
+    real = OrtSession.run
+    run_count = 0
+
+    def run(self: OrtSession, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        nonlocal run_count
+        run_count += 1
+        if run_count > 2:
+            if kind in ("SIGKILL", "SIGSTOP"):
+                os.kill(os.getpid(), signal.Signals[kind])
+            elif kind == "hang":
+                threading.Event().wait()
+            elif kind == "fail":
+                raise OnnxschedError("ONNX Runtime failed: planted.")
+        return real(self, feeds, outputs)
+
+    if kind == "version":
+        ranks.own_version = lambda: "0.0.7"
+    else:
+        OrtSession.run = run  # type: ignore[assignment,method-assign]
+
+
+def _run_command(spoiler: str, arguments: Sequence[str]) -> int:
+    from onnxsched_runtime import distributed
+
+    kind, _, rank = spoiler.partition("@")
+    if rank == os.environ["RANK"]:
+        _spoil(kind)
+    return distributed.main(arguments)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "models":
+        _run_models(int(sys.argv[2]))
+    else:
+        sys.exit(_run_command(sys.argv[2], sys.argv[3:]))
