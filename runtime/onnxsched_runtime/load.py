@@ -82,18 +82,22 @@ def multiplies_matrices(model: onnx.ModelProto) -> bool:
 
 
 def lowered_source(
-    model: onnx.ModelProto, annotation: Annotation, custom_ops: tuple[str, ...] = ()
+    model: onnx.ModelProto,
+    annotation: Annotation,
+    custom_ops: tuple[str, ...] = (),
+    device: Device | None = None,
 ) -> ModelSource:
     """The model as its annotation wants it executed.
 
     On the CPU there is one way, and what must stay on the host can't be lowered for a GPU. The
-    first model that a process executes on a GPU says how much memory cuBLAS keeps.
+    first model that a process executes on a GPU says how much memory cuBLAS keeps. It is lowered
+    on the schedule's first device if no other is given.
 
     Raises:
         DeviceError: The CUDA provider does not load.
         ModelError: ORT refuses the model.
     """
-    device = annotation.devices[0]
+    device = device or annotation.devices[0]
     source = ModelSource(model, annotation.tensors, annotation.variant)
     if device.kind == "cpu":
         return source
@@ -186,7 +190,8 @@ class Session:
             self._inputs, self._outputs = [], []
         self._input_names = {argument.name for argument in self._inputs}
         self._output_names = [argument.name for argument in self._outputs]
-        source = lowered or lowered_source(model, annotation, custom_ops)
+        device = None if membership is None else membership.device
+        source = lowered or lowered_source(model, annotation, custom_ops, device)
         self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
         self._executor: Executor
         if membership is None:
@@ -194,7 +199,9 @@ class Session:
                 source, self.plan, capture=capture, custom_ops=custom_ops
             )
         else:
-            self._executor = RankExecutor(source, self.plan, model, membership, custom_ops)
+            self._executor = RankExecutor(
+                source, self.plan, model, membership, custom_ops, capture
+            )
         self._one_at_a_time = threading.Lock()
         self._is_closed = False
 

@@ -73,6 +73,23 @@ def split_plan(
     return tuple(_rank_plan(plan, launches, rank_of, rank) for rank in range(rank_count))
 
 
+def on_device(plan: ExecutionPlan, device: Device) -> ExecutionPlan:
+    """The plan of a rank that owns one device, under the name that this has on its machine."""
+
+    def there(placement: Placement) -> Placement:
+        return replace(placement, device=device)
+
+    def moved(step: Step) -> Step:
+        return step if isinstance(step, Run) else replace(step, placement=there(step.placement))
+
+    segments = tuple(replace(s, placement=there(s.placement)) for s in plan.segments)
+    pieces = tuple(
+        replace(piece, main=there(piece.main), steps=tuple(map(moved, piece.steps)))
+        for piece in plan.pieces
+    )
+    return replace(plan, segments=segments, pieces=pieces)
+
+
 def _launches(plan: ExecutionPlan, rank_of: Mapping[Device, int]) -> list[int | Transfer]:
     """All segments but copies in launch order, each followed by the transfers of its outputs."""
     order = [i for piece in plan.pieces for i in piece.runs if not plan.is_copy(i)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -113,6 +114,14 @@ class Buffer:
         if self.kind.nbytes and tensor.data_ptr() != self.pointer:
             self._copy(self.pointer, tensor.data_ptr(), stream)
 
+    def as_bytes(self) -> Any:
+        """A torch tensor of bytes over its memory."""
+        shown = _Shown({
+            "shape": (self.kind.nbytes,), "typestr": "|u1", "data": (self.pointer, False),
+            "version": 2,
+        })  # fmt: skip
+        return torch_module().as_tensor(shown, device=str(self.device))
+
     def fill_from(self, other: Buffer, stream: Stream) -> None:
         """Start a copy from another buffer of its kind, on this device or another."""
         if self.kind.nbytes:
@@ -151,6 +160,13 @@ class Buffer:
         kind = cudart().cudaMemcpyKind.cudaMemcpyDefault
         nbytes = self.kind.nbytes
         check(cudart().cudaMemcpyAsync(target, source, nbytes, kind, stream.handle))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """Memory as other libraries take it."""
+
+    __cuda_array_interface__: dict[str, Any]
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Self
 
 from onnxsched_runtime.cuda.binding import check, cudart, current_device, torch_module
@@ -54,11 +55,17 @@ class Stream:
         """Wait on the host until all that was issued is done."""
         check(cudart().cudaStreamSynchronize(self._stream))
 
+    def as_current(self) -> AbstractContextManager[None]:
+        """Let torch launch on it for a while."""
+        torch = torch_module()
+        own = torch.cuda.ExternalStream(self.handle, self.device.index)
+        context: AbstractContextManager[None] = torch.cuda.stream(own)
+        return context
+
     def delay(self, cycles: int) -> None:
         """Keep the stream busy for some clock cycles, so that what follows queues up behind."""
-        torch = torch_module()
-        with torch.cuda.stream(torch.cuda.ExternalStream(self.handle, self.device.index)):
-            torch.cuda._sleep(cycles)
+        with self.as_current():
+            torch_module().cuda._sleep(cycles)
 
     def close(self) -> None:
         """Destroy the stream; what it still runs is finished first."""

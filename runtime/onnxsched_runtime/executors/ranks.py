@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import onnx
@@ -16,11 +16,12 @@ import onnx
 from onnxsched_runtime.annotation import fingerprint
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import RankError, UsageError
+from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
-from onnxsched_runtime.group import GlooLinks, Monitor, Peers
+from onnxsched_runtime.group import GlooLinks, Monitor, NcclLinks, Peers
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan
-from onnxsched_runtime.ranks import split_plan, spread, transfers
+from onnxsched_runtime.ranks import on_device, split_plan, spread, transfers
 from onnxsched_runtime.rendezvous import check_ranks
 from onnxsched_runtime.session import library_versions
 
@@ -32,6 +33,12 @@ class Membership:
     peers: Peers
     rank_of: Mapping[Device, int]
     """The rank that owns each device of the schedule."""
+
+    @property
+    def device(self) -> Device:
+        """What this rank lowers and runs on: on a GPU, the one that its launcher gives it."""
+        first = min(d for d, rank in self.rank_of.items() if rank == self.peers.rank)
+        return replace(first, index=local_rank()) if first.kind == "cuda" else first
 
 
 def member(
@@ -70,8 +77,6 @@ class RankExecutor:
     Rank 0 takes the inputs and returns the outputs.
     """
 
-    refusal: str | None = None
-
     def __init__(
         self,
         source: ModelSource,
@@ -79,6 +84,7 @@ class RankExecutor:
         model: onnx.ModelProto,
         membership: Membership,
         custom_ops: tuple[str, ...] = (),
+        capture: Capture = "whole",
     ) -> None:
         """Check that all ranks are about to run the same, open sessions, and wait for the others.
 
@@ -88,35 +94,78 @@ class RankExecutor:
             model: What makes ranks the same.
             membership: How this process takes part.
             custom_ops: Libraries of custom operators.
+            capture: `whole` for a CUDA graph, where sends and receives allow that.
 
         Raises:
+            UsageError: The schedule can't be run by several processes.
             RankError: A rank differs, died, or could not open its sessions.
         """
         peers, rank_of = membership.peers, membership.rank_of
         self.rank, self.rank_of = peers.rank, rank_of
         plans = split_plan(plan, rank_of, peers.count)
         check_ranks(plans)
+        _require_runnable(plans, rank_of)
         peers.require_same(identity(model, plans))
         self._resources = ExitStack()
         self._monitor = Monitor(peers)
         try:
-            tensors = [transfer.tensor for transfer in transfers(plan, rank_of)]
-            links = GlooLinks(peers, self._monitor, source.tensors, tensors)
-            self._resources.callback(links.close)
-            self._executor = self._resources.enter_context(
-                ThreadExecutor(source, plans[self.rank], custom_ops, links, local_process_count())
-            )
-            self._monitor.wait_until_ready(links.cancel)
+            self._executor: ThreadExecutor | StreamExecutor
+            if membership.device.kind == "cuda":
+                self._executor = self._streams(
+                    source,
+                    on_device(plans[self.rank], membership.device),
+                    peers,
+                    custom_ops,
+                    capture,
+                )
+            else:
+                tensors = [transfer.tensor for transfer in transfers(plan, rank_of)]
+                self._executor = self._threads(
+                    source, plans[self.rank], peers, custom_ops, tensors
+                )
         except BaseException as error:
             if not isinstance(error, RankError):
                 self._monitor.fail_with(error)
             self.close()
             raise
 
+    def _threads(
+        self,
+        source: ModelSource,
+        plan: ExecutionPlan,
+        peers: Peers,
+        custom_ops: tuple[str, ...],
+        tensors: Sequence[str],
+    ) -> ThreadExecutor:
+        links = GlooLinks(peers, self._monitor, source.tensors, tensors)
+        self._resources.callback(links.close)
+        executor = ThreadExecutor(source, plan, custom_ops, links, local_process_count())
+        self._resources.enter_context(executor)
+        self._monitor.wait_until_ready()
+        return executor
+
+    def _streams(
+        self,
+        source: ModelSource,
+        plan: ExecutionPlan,
+        peers: Peers,
+        custom_ops: tuple[str, ...],
+        capture: Capture,
+    ) -> StreamExecutor:
+        links = NcclLinks(peers, self._monitor)
+        self._resources.callback(links.close)
+        executor = StreamExecutor(source, plan, capture, custom_ops, links)
+        return self._resources.enter_context(executor)
+
     @property
     def capture(self) -> str:
         """How this rank's part is captured."""
-        return self._executor.capture
+        return str(self._executor.capture)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it is not captured as was asked for; None where it is."""
+        return self._executor.refusal
 
     @property
     def failed(self) -> threading.Event:
@@ -138,7 +187,10 @@ class RankExecutor:
         Raises:
             RankError: A rank died, hangs or failed; nothing runs any more.
         """
-        with self._monitor.running():
+        with self._monitor.running(), ExitStack() as waits:
+            if isinstance(self._executor, StreamExecutor):  # waits where no one sees for whom
+                for rank in set(self.rank_of.values()) - {self.rank}:
+                    waits.enter_context(self._monitor.waiting_for(rank))
             return self._executor.run(feeds, outputs)
 
     def close(self) -> None:
@@ -151,6 +203,28 @@ class RankExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _require_runnable(plans: Sequence[ExecutionPlan], rank_of: Mapping[Device, int]) -> None:
+    """Check what GPUs allow; groups of CPU threads allow everything.
+
+    Raises:
+        UsageError: A rank owns several GPUs or none of the operators, or some run on the host.
+    """
+    if all(device.kind == "cpu" for device in rank_of):
+        return
+    if len(rank_of) > len(plans):
+        raise UsageError(
+            f"The schedule uses {len(rank_of)} GPUs; start as many processes, one for each."
+        )
+    for rank, plan in enumerate(plans):
+        if not plan.segments:
+            raise UsageError(f"Rank {rank} has nothing to run; optimize again for fewer devices.")
+        if not all(piece.captured for piece in plan.pieces):
+            raise UsageError(
+                "Part of the model runs on the host, which several processes with GPUs can't "
+                "share; load it in one process."
+            )
 
 
 def identity(model: onnx.ModelProto, plans: Sequence[ExecutionPlan]) -> dict[str, str]:
@@ -172,6 +246,11 @@ def own_version() -> str:
         return importlib.metadata.version("onnxsched")
     except importlib.metadata.PackageNotFoundError:
         return "source"
+
+
+def local_rank() -> int:
+    """The number of this process among torchrun's on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_process_count() -> int:

@@ -49,7 +49,7 @@ class PlanRunner:
         """Of segments on the host, by their index."""
         try:
             used = {piece.main for piece in plan.pieces}
-            used |= {segment.placement for segment in plan.segments}
+            used |= {plan.placement_of(step) for piece in plan.pieces for step in piece.steps}
             self._open_streams(sorted(used))
             cuda.enable_peer_access(plan.devices)
             self._open_buffers(tensors)

@@ -6,8 +6,9 @@ import numpy as np
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, PlanRunner, view
+from onnxsched_runtime.group import NcclLinks
 from onnxsched_runtime.model import ModelSource
-from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
+from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Wait
 from onnxsched_runtime.session import BoundRun
 
 
@@ -21,6 +22,7 @@ class SegmentRunner(PlanRunner):
         *,
         graph_capture: bool = False,
         custom_ops: tuple[str, ...] = (),
+        links: NcclLinks | None = None,
     ) -> None:
         """Create streams, buffers and sessions; nothing runs yet.
 
@@ -29,7 +31,9 @@ class SegmentRunner(PlanRunner):
             plan: Says which segments and on which streams.
             graph_capture: Let ORT capture each session by itself.
             custom_ops: Libraries of custom operators.
+            links: To other processes, where the plan sends and receives.
         """
+        self._links = links
         self.bound: dict[int, BoundRun | CopyRun] = {}
         super().__init__(source, plan, plan.device_tensors, custom_ops, graph_capture)
 
@@ -80,5 +84,8 @@ class SegmentRunner(PlanRunner):
                     self.bound[index].launch()
                 case Record(event, placement):
                     events[event] = self.streams[placement].record()
+                case Send(tensor, _, placement) | Receive(tensor, _, placement):
+                    assert self._links is not None
+                    self._links.issue(step, self.buffers[tensor], self.streams[placement])
                 case Wait(event, placement):
                     self.streams[placement].wait(events[event])

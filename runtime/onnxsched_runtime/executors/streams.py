@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
 from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.executors.segments import SegmentRunner
+from onnxsched_runtime.group import NcclLinks
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
 
@@ -27,6 +29,7 @@ class StreamExecutor:
         plan: ExecutionPlan,
         capture: Capture = "whole",
         custom_ops: tuple[str, ...] = (),
+        links: NcclLinks | None = None,
     ) -> None:
         """Create sessions, warm them up and capture.
 
@@ -37,6 +40,7 @@ class StreamExecutor:
                 `none` for launching at every run. What is refused falls back to the next, and
                 `refusal` says why.
             custom_ops: Libraries of custom operators.
+            links: To other processes, all of which open their parts at once.
         """
         self._plan = plan
         self.capture: Capture = "none"
@@ -44,6 +48,10 @@ class StreamExecutor:
         self._graphs: list[cuda.Graph] = []
         self._with_copies: dict[tuple[tuple[str, ...], tuple[str, ...]], cuda.Graph] = {}
         """Graphs that copy inputs in and outputs out, by their names."""
+        self.refusal: str | None = None
+        if links is not None:
+            self._open_linked(source, custom_ops, links, is_captured=capture == "whole")
+            return
         if not any(piece.captured for piece in plan.pieces):
             capture = "none"
         modes: tuple[Capture, ...] = ("whole", "ort", "none")
@@ -73,6 +81,46 @@ class StreamExecutor:
         except BaseException:
             self.close()
             raise
+
+    def _open_linked(
+        self,
+        source: ModelSource,
+        custom_ops: tuple[str, ...],
+        links: NcclLinks,
+        *,
+        is_captured: bool,
+    ) -> None:
+        """Open what sends and receives; whatever is refused here is no matter to other ranks."""
+        self._runner = runner = SegmentRunner(
+            source, self._plan, custom_ops=custom_ops, links=links
+        )
+        try:
+            issues = [partial(runner.issue, piece) for piece in self._plan.pieces]
+            for piece in self._plan.pieces:
+                runner.prepare(piece)
+            links.wait_until_ready()
+            for issue in issues:  # ranks connect when they first send, which no capture allows
+                issue()
+            self._end_stream().synchronize()
+            self._launch = list(issues)
+            if is_captured:
+                self._capture_linked(issues)
+        except BaseException:
+            self.close()
+            raise
+
+    def _capture_linked(self, issues: Sequence[Callable[[], None]]) -> None:
+        try:
+            for piece, issue in zip(self._plan.pieces, issues, strict=True):
+                main = self._runner.streams[piece.main]
+                self._graphs.append(cuda.Graph.capture(main, issue))
+        except (OnnxschedError, RuntimeError) as error:
+            self.refusal = f"whole: {error}"
+            return
+        mains = [self._runner.streams[piece.main] for piece in self._plan.pieces]
+        pairs = zip(self._graphs, mains, strict=True)
+        self._launch = [partial(graph.launch, main) for graph, main in pairs]
+        self.capture = "whole"
 
     def _prepare(self, mode: Capture) -> None:
         for piece in self._plan.pieces:
@@ -114,7 +162,7 @@ class StreamExecutor:
             feeds: Host values of every model input.
             outputs: Names of model outputs.
         """
-        if self.capture == "whole" and self.is_one_piece:
+        if isinstance(self._runner, LaneRunner) and self.is_one_piece:
             return self._run_in_one_graph(feeds, outputs)
         values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
         stream = self._end_stream()

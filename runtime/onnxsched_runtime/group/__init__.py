@@ -4,8 +4,15 @@ Nothing else touches torch.distributed.
 """
 
 from onnxsched_runtime.group.binding import joined_process_group, leave_process_group
-from onnxsched_runtime.group.links import GlooLinks
+from onnxsched_runtime.group.links import GlooLinks, NcclLinks
 from onnxsched_runtime.group.monitor import Monitor
 from onnxsched_runtime.group.peers import Peers
 
-__all__ = ["GlooLinks", "Monitor", "Peers", "joined_process_group", "leave_process_group"]
+__all__ = [
+    "GlooLinks",
+    "Monitor",
+    "NcclLinks",
+    "Peers",
+    "joined_process_group",
+    "leave_process_group",
+]

@@ -1,4 +1,4 @@
-"""Host tensors between ranks, over gloo."""
+"""Tensors between ranks: host values over gloo, device memory over NCCL."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from onnxsched_runtime.cuda import Buffer, Stream
 from onnxsched_runtime.group.binding import torch_module
 from onnxsched_runtime.group.monitor import Monitor
-from onnxsched_runtime.group.peers import Peers
+from onnxsched_runtime.group.peers import FOREVER, Peers
 from onnxsched_runtime.group.values import empty, packed, raw, unpacked
 from onnxsched_runtime.plan import Receive, Send
 from onnxsched_runtime.tensor import TensorType
-
-_FOREVER = timedelta(days=365)
-"""Rank 0 may take its time between runs; the monitor says when waiting is over."""
 
 
 class GlooLinks:
@@ -44,6 +42,7 @@ class GlooLinks:
         self._tags = {tensor: tag for tag, tensor in enumerate(sorted(set(tensors)))}
         self._rank, self._count = peers.rank, peers.count
         self._group: Any = peers.gloo_group()
+        monitor.cancels = self.cancel
 
     def computing(self) -> AbstractContextManager[None]:
         """A step between sending and receiving; see `Monitor`."""
@@ -89,7 +88,7 @@ class GlooLinks:
             return
         tensor = torch_module().from_numpy(content if content.flags.writeable else content.copy())
         tag = self._tags[step.tensor]
-        getattr(self._group, call)([tensor], step.rank, tag).wait(_FOREVER)
+        getattr(self._group, call)([tensor], step.rank, tag).wait(FOREVER)
 
     def cancel(self) -> None:
         """End whatever waits, here and at the other ends.
@@ -104,4 +103,38 @@ class GlooLinks:
 
     def close(self) -> None:
         """Give up the connections; no one may need them any more."""
+        self._group = None
+
+
+class NcclLinks:
+    """Issues sends and receives on streams of a GPU."""
+
+    def __init__(self, peers: Peers, monitor: Monitor) -> None:
+        """Make a group, whose members connect when they first send."""
+        self._monitor = monitor
+        self._group: Any = peers.nccl_group()
+        self._views: dict[Buffer, Any] = {}
+        monitor.cancels = self.cancel
+
+    def wait_until_ready(self) -> None:
+        """Wait until all ranks have opened their sessions; see `Monitor`."""
+        self._monitor.wait_until_ready()
+
+    def issue(self, step: Send | Receive, buffer: Buffer, stream: Stream) -> None:
+        """Start to send or receive, in the order of the stream."""
+        if not buffer.kind.nbytes:
+            return
+        if buffer not in self._views:  # lives as long as what is captured
+            self._views[buffer] = buffer.as_bytes()
+        call = self._group.send if isinstance(step, Send) else self._group.recv
+        with stream.as_current():
+            call([self._views[buffer]], step.rank, 0).wait()
+
+    def cancel(self) -> None:
+        """End whatever runs on the GPU."""
+        self._group.abort()
+
+    def close(self) -> None:
+        """Give up the connections; no one may need them any more."""
+        self._views = {}
         self._group = None

@@ -35,7 +35,8 @@ class Monitor:
         self._waits: list[int] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._cancel: Callable[[], None] = lambda: None
+        self.cancels: Callable[[], None] = lambda: None
+        """Ends all that this rank waits for; called once, when all ranks must end."""
         self.verdict: str | None = None
         """Why all ranks must end; None while all is well."""
         self.failed = threading.Event()
@@ -54,16 +55,12 @@ class Monitor:
         if self.verdict is not None:
             raise RankError(self.verdict)
 
-    def wait_until_ready(self, cancel: Callable[[], None]) -> None:
+    def wait_until_ready(self) -> None:
         """Tell that this rank has opened its sessions, and wait for the others to.
-
-        Args:
-            cancel: Ends all that this rank waits for, called once when all ranks must end.
 
         Raises:
             RankError: A rank died meanwhile.
         """
-        self._cancel = cancel
         self._change(replace(self._state, is_ready=True))
         self._wait_for(lambda state: state.is_ready)
         self.require_all_well()
@@ -83,6 +80,7 @@ class Monitor:
             self._state = replace(self._state, run=self._state.run + 1, is_running=True)
         try:
             yield
+            self.require_all_well()  # else what was cancelled may look like a result
         except RankError:
             raise
         except BaseException as error:
@@ -168,7 +166,7 @@ class Monitor:
             if self.verdict is not None:
                 return
             self.verdict = sentence
-        self._cancel()
+        self.cancels()
         self.failed.set()
 
     def _tell(self) -> None:

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from onnxsched_runtime.errors import RankError
+from onnxsched_runtime.errors import RankError, UsageError
 from onnxsched_runtime.group.binding import torch_module
 
+FOREVER = timedelta(days=365)
+"""Rank 0 may take its time between runs; the monitor says when waiting is over."""
 _POLL_S = 0.02
 _opened = itertools.count()
 """Sessions that this process has opened: all ranks open them in the same order."""
@@ -138,6 +140,19 @@ class Peers:
             f"Rank {rank} has another {name} ({found}) than rank {told.index(usual)} ({wanted}); "
             "give every rank the same."
         )
+
+    def nccl_group(self) -> Any:
+        """A group of all ranks over NCCL, which nothing else sends through.
+
+        Raises:
+            UsageError: This torch has no NCCL.
+        """
+        distributed = torch_module().distributed
+        if not distributed.is_nccl_available():
+            raise UsageError("This torch has no NCCL, which GPUs need; install one that has.")
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = FOREVER  # else torch ends the process when rank 0 takes its time
+        return distributed.ProcessGroupNCCL(self._own_store(), self.rank, self.count, options)
 
     def gloo_group(self) -> Any:
         """A group of all ranks over gloo, which nothing else sends through.

@@ -1,0 +1,156 @@
+"""Processes with a GPU each, on fakes: threads are processes, and queues are NCCL."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import onnx
+import pytest
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.executors import ranks
+from onnxsched_runtime.executors.streams import Capture, StreamExecutor
+from onnxsched_runtime.group import NcclLinks
+from onnxsched_runtime.load import Session
+from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.plan import ExecutionPlan, Receive, Send
+from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.ranks import on_device, split_plan, spread
+from support.fake_cuda import FakeBuffer, FakeGraph, install
+from support.models import MODELS, annotation_of, assert_same, feeds_for, host_reasons, reference
+
+CAPTURABLE = [name for name, build in MODELS.items() if not host_reasons(build())]
+SECOND = Device("cuda", 1)
+
+pytestmark = pytest.mark.timeout(60, method="thread")
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
+    return install(monkeypatch)
+
+
+class FakeLinks(NcclLinks):
+    """What a rank issues goes through queues, which others read from."""
+
+    def __init__(self, rank: int, queues: dict[Any, queue.Queue[bytes]], ready: Any) -> None:
+        self._rank, self._queues, self._ready = rank, queues, ready
+
+    def wait_until_ready(self) -> None:
+        self._ready.wait()
+
+    def issue(self, step: Send | Receive, buffer: cuda.Buffer, stream: cuda.Stream) -> None:
+        assert isinstance(buffer, FakeBuffer)
+        if isinstance(step, Send):
+            buffer.fetch(stream)
+            self._queues[self._rank, step.rank, step.tensor].put(buffer.staging.tobytes())
+        else:
+            content = self._queues[step.rank, self._rank, step.tensor].get(timeout=20)
+            buffer.staging.reshape(-1).view("u1")[:] = memoryview(content)
+            buffer.upload(stream)
+
+
+def rank_plans(model: onnx.ModelProto) -> tuple[ModelSource, tuple[ExecutionPlan, ...]]:
+    annotation = annotation_of(model, (0, 1), device=Device("cuda"), device_count=2)
+    plan = plan_model(model, annotation.placements, {})
+    plans = split_plan(plan, spread(annotation.devices, 2), 2)
+    plans = (plans[0], on_device(plans[1], Device("cuda", 0)))  # each machine has one GPU
+    return ModelSource(model, annotation.tensors), plans
+
+
+def together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        return [job.result() for job in [threads.submit(task) for task in tasks]]
+
+
+def opened(
+    source: ModelSource, plans: Sequence[ExecutionPlan], capture: Capture
+) -> list[StreamExecutor]:
+    queues = {
+        (source, target, tensor): queue.Queue[bytes]()
+        for source, plan in enumerate(plans)
+        for piece in plan.pieces
+        for step in piece.steps
+        if isinstance(step, Send)
+        for target, tensor in [(step.rank, step.tensor)]
+    }
+    ready = threading.Barrier(len(plans))
+    return together(
+        [
+            lambda rank=rank, plan=plan: StreamExecutor(  # type: ignore[misc]
+                source, plan, capture, (), FakeLinks(rank, queues, ready)
+            )
+            for rank, plan in enumerate(plans)
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_two_gpus_compute_the_model(name: str, graph: type[FakeGraph]) -> None:
+    model = MODELS[name]()
+    outputs = [value.name for value in model.graph.output]
+    first, second = opened(*rank_plans(model), "whole")
+    assert (first.capture, first.refusal) == ("whole", None)
+    for seed in range(3):
+        feeds = feeds_for(model, seed)
+        graph.launches = 0
+        results, nothing = together(
+            [lambda f=feeds: first.run(f, outputs), lambda: second.run({}, [])]  # type: ignore[misc]
+        )
+        assert_same(results, reference(model, feeds))
+        assert nothing == []
+        assert graph.launches  # of two threads, which count past each other
+    first.close()
+    second.close()
+
+
+def test_what_no_capture_allows_is_issued_at_every_run(graph: type[FakeGraph]) -> None:
+    model = MODELS["fork_join"]()
+    graph.refusals = 2
+    first, second = opened(*rank_plans(model), "whole")
+    assert first.capture == second.capture == "none"
+    assert first.refusal == "whole: The capture was refused (planted)."
+    feeds = feeds_for(model)
+    (results, _) = together([lambda: first.run(feeds, ["y"]), lambda: second.run({}, [])])
+    assert_same(results, reference(model, feeds))
+    assert graph.launches == 0
+
+
+class Alone:
+    """The only rank of a group."""
+
+    rank, count = 0, 1
+
+
+@pytest.mark.parametrize(
+    ("name", "rank_of", "sentence"),
+    [
+        ("diamond", {Device("cuda"): 0, SECOND: 0}, "2 GPUs; start as many processes, one for"),
+        ("branch", {Device("cuda"): 0}, "runs on the host, which several processes with GPUs"),
+    ],
+)
+def test_what_gpus_do_not_allow_is_refused(
+    name: str, rank_of: Mapping[Device, int], sentence: str, graph: type[FakeGraph]
+) -> None:
+    model = MODELS[name]()
+    annotation = annotation_of(model, device=Device("cuda"), device_count=len(rank_of))
+    membership = ranks.Membership(Alone(), rank_of)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=sentence):
+        Session(model, annotation, membership=membership)
+
+
+def test_a_rank_runs_on_the_gpu_that_its_launcher_gives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    membership = ranks.Membership(Alone(), {Device("cuda", 5): 0})  # type: ignore[arg-type]
+    assert membership.device == SECOND
+    on_threads = replace(membership, rank_of={Device("cpu", 5): 0})
+    assert on_threads.device == Device("cpu", 5)
