@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OnnxschedError as error:
         _say(str(error))
         return error.exit_code
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        return 130
     return 0
 
 
@@ -177,4 +180,7 @@ def _say(sentence: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    if exit_code:  # else a launcher's SIGTERM, or a thread that is stuck, might have its way
+        os._exit(exit_code)

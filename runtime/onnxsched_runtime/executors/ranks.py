@@ -124,9 +124,10 @@ class RankExecutor:
                     source, plans[self.rank], peers, custom_ops, tensors
                 )
         except BaseException as error:
-            if not isinstance(error, RankError):
-                self._monitor.fail_with(error)
+            verdict = self._monitor.verdict or self._monitor.fail_with(error)
             self.close()
+            if isinstance(error, RankError):
+                raise RankError(verdict) from error
             raise
 
     def _threads(

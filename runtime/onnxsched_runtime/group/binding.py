@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from datetime import timedelta
@@ -56,5 +57,8 @@ def joined_process_group(timeout_s: float) -> Any:
 
 
 def leave_process_group() -> None:
-    """End what `joined_process_group` began."""
-    torch_module().distributed.destroy_process_group()
+    """End what `joined_process_group` began, once all are done: rank 0 may keep the store."""
+    distributed = torch_module().distributed
+    with contextlib.suppress(RuntimeError):  # someone has left already, with nothing to wait for
+        distributed.barrier()
+    distributed.destroy_process_group()

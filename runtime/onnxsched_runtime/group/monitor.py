@@ -129,7 +129,9 @@ class Monitor:
 
     def fail_with(self, error: BaseException) -> str:
         """End all ranks for what went wrong on this one; returns as `fail`."""
-        return self.fail(f"Rank {self._peers.rank} failed: {str(error) or type(error).__name__}")
+        reason = str(error) or type(error).__name__
+        is_whole = isinstance(error, RankError)  # a sentence that names a rank already
+        return self.fail(reason if is_whole else f"Rank {self._peers.rank} failed: {reason}")
 
     def fail(self, sentence: str) -> str:
         """End all ranks; returns why, which is what the first of them said."""

@@ -160,7 +160,7 @@ class Peers:
         Raises:
             RankError: They can't be connected in time.
         """
-        timeout = timedelta(seconds=self.timeout_s)
+        timeout = timedelta(seconds=1.2 * self.timeout_s)  # so that the monitor finds out first
         kind = torch_module().distributed.ProcessGroupGloo
         try:
             return kind(self._own_store(), self.rank, self.count, timeout)
