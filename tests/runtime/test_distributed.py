@@ -40,13 +40,13 @@ def assert_all_end(ended: list[Ended], sentence: str, *, but: int | None = None)
 
 
 def test_two_processes_compute_every_model(tmp_path: Path) -> None:
-    ended = run_ranks(2, "models", "99", folder=tmp_path)
+    ended = run_ranks(2, "models", "cpu", "99", folder=tmp_path)
     assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 2
-    assert ended[0].stdout.split() == list(MODELS)
+    assert ended[0].stdout.split() == [f"{name}:none" for name in MODELS]
 
 
 def test_four_processes_compute_models(tmp_path: Path) -> None:
-    ended = run_ranks(4, "models", "3", folder=tmp_path)
+    ended = run_ranks(4, "models", "cpu", "3", folder=tmp_path)
     assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 4
     assert len(ended[0].stdout.split()) == 3
 

@@ -1,7 +1,7 @@
 """Several processes on gloo, and one of them, which may be made to misbehave.
 
-python -m support.ranks models COUNT             run that many of the test models
-python -m support.ranks command KIND@RANK ...    the command line, which one rank spoils
+python -m support.ranks models cpu|cuda COUNT     run that many of the test models
+python -m support.ranks command KIND@RANK ...     the command line, which one rank spoils
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from onnxsched_runtime.device import Device, DeviceKind
 
 ROOT = Path(__file__).parents[2]
 _PYTHONPATH = os.pathsep.join(str(ROOT / folder) for folder in (".", "runtime", "tests"))
@@ -78,13 +80,14 @@ def run_ranks(
     return results
 
 
-def _run_models(count: int) -> None:
-    """Run test models over as many devices as there are ranks, or one more."""
+def _run_models(kind: DeviceKind, count: int) -> None:
+    """Run test models over as many GPUs as there are ranks, or one more group of threads."""
     import torch.distributed
 
     from onnxsched_runtime.annotation import write_annotation
     from onnxsched_runtime.load import load
-    from support.models import MODELS, annotation_of, assert_same, feeds_for, reference
+    from support.models import MODELS, annotation_of, feeds_for, host_reasons, reference
+    from support.optimizing import assert_close
 
     torch.distributed.init_process_group("gloo")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -92,21 +95,26 @@ def _run_models(count: int) -> None:
     done: list[str] = []
     for name, build in MODELS.items():
         model = build()
-        if len(model.graph.node) < size or len(done) == count:
+        is_refused = kind == "cuda" and host_reasons(model)
+        if len(model.graph.node) < size or is_refused or len(done) == count:
             continue
-        device_count = min(len(model.graph.node), size + 1)
-        write_annotation(model, annotation_of(model, (0, 1), device_count=device_count))
+        device_count = min(len(model.graph.node), size + (kind == "cpu"))
+        write_annotation(
+            model,
+            annotation_of(model, (0, 1), device=Device(kind), device_count=device_count),
+        )
         path = folder / f"{name}.{rank}.onnx"
         path.write_bytes(model.SerializeToString())
         with load(path, process_group=torch.distributed.group.WORLD) as session:
             for seed in range(3):
                 feeds = feeds_for(model, seed)
                 if rank == 0:
-                    assert_same(session.run(None, feeds), reference(model, feeds))
+                    tolerance = 1e-5 if kind == "cpu" else 1e-2  # TF32
+                    assert_close(session.run(None, feeds), reference(model, feeds), tolerance)
                 else:
                     assert session.get_inputs() == session.get_outputs() == []
                     assert session.run(None, {}) == []
-        done.append(name)
+            done.append(f"{name}:{session.capture}")
     torch.distributed.destroy_process_group()
     print(*done)
 
@@ -149,6 +157,6 @@ def _run_command(spoiler: str, arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "models":
-        _run_models(int(sys.argv[2]))
+        _run_models("cuda" if sys.argv[2] == "cuda" else "cpu", int(sys.argv[3]))
     else:
         sys.exit(_run_command(sys.argv[2], sys.argv[3:]))
