@@ -34,6 +34,8 @@ class Monitor:
         self._busy_count = 0
         self._waits: list[int] = []
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
+        """One message after the other, but streams don't wait for the store."""
         self._ended = threading.Event()
         self.cancels: Callable[[], None] = lambda: None
         """Ends all that this rank waits for; called once, when all ranks must end."""
@@ -172,10 +174,11 @@ class Monitor:
         self.failed.set()
 
     def _tell(self) -> None:
-        with self._lock:
+        with self._telling:
             self._beat += 1
-            waits = tuple(sorted(set(self._waits)))
-            state = replace(self._state, is_busy=self._busy_count > 0, waits_for=waits)
+            with self._lock:
+                waits = tuple(sorted(set(self._waits)))
+                state = replace(self._state, is_busy=self._busy_count > 0, waits_for=waits)
             self._peers.tell("state", json.dumps([self._beat, asdict(state)]))
 
     def _watch(self) -> None:
