@@ -74,6 +74,12 @@ def test_all_end_when_one_is_killed(path: Path) -> None:
     assert_all_end(ended, "Rank 2 has died or left while others were running.", but=2)
 
 
+def test_all_end_when_one_is_killed_before_it_is_connected(path: Path) -> None:
+    ended = command(2, path, "connect@1", "--timeout", "2")
+    sentence = "Rank 1 has given no sign of life for 2 s; it died or hangs."
+    assert_all_end(ended, sentence, but=1)
+
+
 def test_all_end_when_the_one_with_the_store_is_killed(path: Path) -> None:
     ended = command(2, path, "SIGKILL@0", "--bench")
     assert ended[1].code == 1

@@ -7,12 +7,26 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import onnx
 import pytest
 
+from onnxsched_runtime.executors import threads
 from onnxsched_runtime.executors.threads import thread_count
 from onnxsched_runtime.load import Session
+from onnxsched_runtime.model import ModelPart, ModelSource
+from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.ranks import split_plan, spread
 from onnxsched_runtime.session import OrtSession
-from support.models import MODELS, annotation_of, assert_same, diamond, feeds_for, reference
+from onnxsched_runtime.settings import SessionSettings
+from support.models import (
+    MODELS,
+    annotation_of,
+    assert_same,
+    diamond,
+    feeds_for,
+    fork_join,
+    reference,
+)
 
 Feeds = Mapping[str, Any]
 
@@ -88,6 +102,34 @@ def test_one_stream_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     with Session(model, annotation_of(model, (5,))) as session:
         session.run(None, feeds_for(model))
     assert callers == {threading.current_thread()}
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_a_process_of_several_opens_its_own_segments_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = fork_join()
+    annotation = annotation_of(model, (0, 1), device_count=3)
+    plan = plan_model(model, annotation.placements, {})
+    weights = {weight.name for weight in model.graph.initializer}
+    opened: list[str] = []
+
+    def open_session(part: ModelPart, settings: SessionSettings) -> OrtSession:
+        opened.extend(w.name for w in onnx.load_from_string(part.content).graph.initializer)
+        return OrtSession(part, settings)
+
+    monkeypatch.setattr(threads, "OrtSession", open_session)
+    for number, rank_plan in enumerate(split_plan(plan, spread(annotation.devices, 3), 3)):
+        opened.clear()
+        source = ModelSource(model, annotation.tensors)
+        with threads.ThreadExecutor(source, rank_plan):
+            own = {
+                name
+                for node in model.graph.node
+                if annotation.placements[node.name].device.index == number
+                for name in node.input
+            }
+            assert sorted(opened) == sorted(own & weights)
 
 
 @pytest.mark.parametrize(("cores", "streams", "count"), [(8, 3, 2), (2, 4, 1), (1, 1, 1)])

@@ -45,7 +45,7 @@ def run_ranks(
 ) -> list[Ended]:
     """Start processes of this module side by side, as torchrun would; returns them by rank.
 
-    One that is left when all others have ended is killed after three seconds.
+    One that is stopped is killed when all others have ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,7 +68,8 @@ def run_ranks(
         for rank, process in enumerate(started):
             if rank not in ended and process.poll() is not None:
                 ended[rank] = time.monotonic() - start_s
-        if len(ended) == count - 1 and time.monotonic() > start_s + max(ended.values()) + 3:
+        left = [process.pid for rank, process in enumerate(started) if rank not in ended]
+        if len(left) == 1 and _is_stopped(left[0]):
             break
         time.sleep(0.02)
     results = []
@@ -78,6 +79,11 @@ def run_ranks(
         stdout, stderr = process.communicate()
         results.append(Ended(process.returncode, stdout, stderr, ended.get(rank, limit_s)))
     return results
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal; needs Linux."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _run_models(kind: DeviceKind, count: int) -> None:
@@ -120,9 +126,10 @@ def _run_models(kind: DeviceKind, count: int) -> None:
 
 
 def _spoil(kind: str) -> None:
-    """Let this process misbehave once it has run two segments."""
+    """Let this process misbehave: once it has run two segments, if not said otherwise."""
     from onnxsched_runtime.errors import OnnxschedError
     from onnxsched_runtime.executors import ranks
+    from onnxsched_runtime.group import GlooLinks
     from onnxsched_runtime.session import OrtSession
 
     real = OrtSession.run
@@ -140,7 +147,12 @@ def _spoil(kind: str) -> None:
                 raise OnnxschedError("ONNX Runtime failed: planted.")
         return real(self, feeds, outputs)
 
-    if kind == "version":
+    def die(self: GlooLinks, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if kind == "connect":
+        GlooLinks.__init__ = die  # type: ignore[assignment,method-assign]
+    elif kind == "version":
         ranks.own_version = lambda: "0.0.7"
     else:
         OrtSession.run = run  # type: ignore[assignment,method-assign]
