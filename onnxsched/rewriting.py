@@ -7,16 +7,12 @@ smallest of them: whether it pays depends on the schedule, so it is tried with s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-import onnx
-from onnx import helper
-
+from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import NO_REWRITE, Model
-from onnxsched.merging import Draft, merge
+from onnxsched.merging import merge
 from onnxsched.siblings import GraphView, find_siblings
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.model import input_values, name_nodes, node_reads
 
 REWRITES: Mapping[str, Mapping[str, bool]] = {
     "merge": {},
@@ -59,46 +55,4 @@ def rewritten(model: Model, rewrite: str) -> Model:
     draft = Draft(view)
     for group in find_siblings(view, **REWRITES[rewrite]):
         merge(draft, group)
-    return _assembled(draft, rewrite)
-
-
-def _assembled(draft: Draft, rewrite: str) -> Model:
-    """The model of a draft."""
-    model, old = draft.view.model, draft.view.model.proto.graph
-    nodes = _read_nodes(draft)
-    used = {name for node in nodes for name in node_reads(node)}
-    unread = {w.name for w in old.initializer if w.name in draft.view.readers} - used
-    flowing = {name for node in nodes for name in node.output}
-    flowing |= {value.name for value in input_values(model.proto)}
-    tensors = {**model.tensors, **draft.tensors}
-    proto = onnx.ModelProto(
-        ir_version=model.proto.ir_version,
-        opset_import=model.proto.opset_import,
-        metadata_props=model.proto.metadata_props,
-    )
-    graph = proto.graph
-    graph.name = old.name
-    graph.node.extend(nodes)
-    graph.initializer.extend(weight for weight in old.initializer if weight.name not in unread)
-    graph.initializer.extend(draft.weights)
-    graph.input.extend(value for value in old.input if value.name not in unread)
-    graph.output.extend(old.output)
-    graph.value_info.extend(value for value in old.value_info if value.name in flowing)
-    graph.value_info.extend(
-        helper.make_tensor_value_info(name, kind.element_type, kind.shape)
-        for name, kind in draft.tensors.items()
-    )
-    name_nodes(proto)
-    types = {name: kind for name, kind in tensors.items() if name in flowing}
-    return replace(model, proto=proto, tensors=types, rewrite=rewrite)
-
-
-def _read_nodes(draft: Draft) -> list[onnx.NodeProto]:
-    """The nodes of a draft but for those that only replaced ones have read."""
-    view, nodes = draft.view, draft.nodes()
-    used = {name for node in nodes for name in node_reads(node)} | view.outputs
-    return [
-        node
-        for node in nodes
-        if used.intersection(node.output) or not any(map(view.readers.get, node.output))
-    ]
+    return assembled(draft, rewrite)
