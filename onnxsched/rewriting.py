@@ -1,16 +1,20 @@
 """Other operators that compute the same: rewrites of the portable model, chosen by measurement.
 
 Merging siblings makes fewer and larger operators, but a longer way through the model for the
-smallest of them: whether it pays depends on the schedule, so it is tried with schedules.
+smallest of them: whether it pays depends on the schedule, so it is tried with schedules. Bands of
+rows are more and smaller operators, which only several devices can gain from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from onnxsched.bands import banded
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import merge
+from onnxsched.regions import find_bands
 from onnxsched.siblings import GraphView, find_siblings
 from onnxsched_runtime.device import Device
 
@@ -22,8 +26,11 @@ REWRITES: Mapping[str, Mapping[str, bool]] = {
 """Which siblings each rewrite merges, as `find_siblings` takes it."""
 
 
-def possible_rewrites(model: Model, device: Device) -> tuple[str, ...]:
-    """The rewrites that change a model, each in another way, the most thorough first."""
+def possible_rewrites(model: Model, device: Device, device_count: int = 1) -> tuple[str, ...]:
+    """The rewrites that change a model, each in another way, the most thorough first.
+
+    Several devices add those of `find_bands` with a band for each, e.g. `bands-2`.
+    """
     if device.kind == "cpu" or model.host_reasons:
         return ()
     view = GraphView(model)
@@ -33,24 +40,29 @@ def possible_rewrites(model: Model, device: Device) -> tuple[str, ...]:
         names = tuple(tuple(sibling.node.name for sibling in group) for group in groups)
         if names:
             found.setdefault(names, name)
-    return tuple(found.values())
+    schemes = find_bands(model, device_count) if device_count > 1 else ()
+    return (*found.values(), *(f"{scheme}-{device_count}" for scheme in schemes))
 
 
 def rewritten(model: Model, rewrite: str) -> Model:
-    """The model with siblings merged: equal within rounding, the same inputs and outputs.
+    """The model merged or in bands: equal within rounding, the same inputs and outputs.
 
     Only standard operators are added, and the same model is always rewritten to the same nodes
     and names. O(nodes, edges and bytes of weights).
 
     Args:
         model: A portable model that is not rewritten.
-        rewrite: A name in `REWRITES`, or `none`.
+        rewrite: A name in `REWRITES`, a scheme of `find_bands` and a count of bands, or `none`.
 
     Raises:
         KeyError: There is no such rewrite.
     """
     if rewrite == NO_REWRITE:
         return model
+    scheme, _, count = rewrite.rpartition("-")
+    if count.isdecimal():
+        region = find_bands(model, int(count))[scheme]
+        return replace(banded(model, region.groups, region.count), rewrite=rewrite)
     view = GraphView(model)
     draft = Draft(view)
     for group in find_siblings(view, **REWRITES[rewrite]):
