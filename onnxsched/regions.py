@@ -11,6 +11,7 @@ import onnx
 from onnxsched.bands import BandPlan, plan_bands
 from onnxsched.loading import Model
 from onnxsched.rows import Rows, height_of, image_inputs, owned_rows, row_window
+from onnxsched.seeding import band_of
 from onnxsched.siblings import GraphView, attributes_of
 
 _OVERHEAD_BOUND = 0.1
@@ -55,16 +56,17 @@ def find_bands(model: Model, count: int) -> dict[str, BandRegion]:
 
     `bands` takes all operators over large images, in groups as long as little work is done twice.
     `bands-prefix` takes the first of these groups only, where images are largest: nothing is
-    exchanged, and all is joined once. Left out is what would be the same again.
-    O(nodes * count * log(nodes)) where groups are short.
+    exchanged, and all is joined once. Left out is what would be the same again, and a model that
+    is in bands is not cut once more. O(nodes * count * log(nodes)) where groups are short.
 
     Args:
         model: A portable model.
         count: Bands, at least 2.
     """
     view = GraphView(model)
+    is_cut = any(band_of(node.name) is not None for node in model.proto.graph.node)
     nodes = [node for node in model.proto.graph.node if _is_large(view, node, count)]
-    if view.opset < _LEAST_OPSET or not nodes:
+    if view.opset < _LEAST_OPSET or is_cut or not nodes:
         return {}
     groups = _grouped(view, list(_pieces(view, nodes, count, 1)), count)
     found = {"bands": region_of(view, groups, count)}

@@ -33,7 +33,7 @@ def band_schedule(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Sc
         ScheduleError: The model does not fit into the devices' memory.
     """
     bands = [band_of(operator.name) for operator in graph.operators]
-    if len(machine.devices) < 2 or not any(bands):
+    if len(machine.devices) < 2 or all(band is None for band in bands):
         return None
     numbers = [
         0 if band is None or _cuts_what_is_whole(graph, bands, operator) else band

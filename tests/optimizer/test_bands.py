@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn
-from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched.bands import banded, plan_bands
-from onnxsched.loading import Model
-from onnxsched.rows import Rows, RowWindow, owned_rows
+from onnxsched.bands import Groups, banded, plan_bands
+from onnxsched.loading import Model, graph_from_model
+from onnxsched.regions import find_bands, region_of
+from onnxsched.rows import Rows, RowWindow, owned_rows, row_window
+from onnxsched.seeding import band_of
 from onnxsched.shapes import tensor_types
 from onnxsched.siblings import GraphView
-from support.models import Array, feeds_for, reference
-from support.optimizing import as_it_is, assert_close
-
-CHANNELS = 2
-AUTO_PADS = ("NOTSET", "NOTSET", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
-Groups = list[list[str]]
+from sample_models import build
+from support.images import cut_stacks
+from support.models import Array, feeds_for, model_of, reference
+from support.optimizing import as_it_is, assert_close, loaded
 
 
 @settings(max_examples=300)
@@ -67,139 +67,6 @@ def test_all_rows_belong_to_one_band() -> None:
             assert max(r.count for r in owned) - min(r.count for r in owned) <= 1
 
 
-class Stack:
-    """A random model of image operators under construction, each of which reads any before it."""
-
-    def __init__(self, draw: DrawFn, *, is_exact: bool) -> None:
-        self.draw = draw
-        self.is_exact = is_exact
-        self.rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-        self.shapes: dict[str, tuple[int, ...]] = {
-            "x": (1, CHANNELS, draw(st.integers(6, 24)), draw(st.integers(5, 8))),
-        }
-
-    def weight(self, *shape: int) -> str:
-        drawn = self.rng.integers(-1, 2, shape) if self.is_exact else self.rng.normal(size=shape)
-        self.weights.append(
-            numpy_helper.from_array(drawn.astype(np.float32), f"w{len(self.weights)}")
-        )
-        return str(self.weights[-1].name)
-
-    def add(self, kind: str, inputs: list[str], shape: tuple[int, ...], **attributes: Any) -> None:
-        number = len(self.nodes)
-        self.nodes.append(
-            helper.make_node(kind, inputs, [f"t{number}"], f"n{number}", **attributes)
-        )
-        self.shapes[f"t{number}"] = shape
-
-    def window(self, sizes: tuple[int, ...], *, is_pool: bool) -> tuple[dict[str, Any], list[int]]:
-        """Attributes of a random window, and the size of what it makes of an image."""
-        draw = self.draw
-        auto = "NOTSET" if is_pool else draw(st.sampled_from([*AUTO_PADS]))
-        columns: dict[str, list[int]] = {"kernel_shape": [], "strides": [], "dilations": []}
-        begins, ends, made = [], [], []
-        for size in sizes:
-            kernel, stride = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-            # ONNX Runtime does not dilate with SAME.
-            dilation = 1 if is_pool or auto.startswith("SAME") else draw(st.integers(1, 2))
-            for column, number in zip(columns.values(), (kernel, stride, dilation), strict=True):
-                column.append(number)
-            span = (kernel - 1) * dilation + 1
-            begin, end = (draw(st.integers(0, span - 1)) for _ in range(2))
-            begins.append(begin)
-            ends.append(end)
-            if auto.startswith("SAME"):
-                made.append(-(-size // stride))
-            else:
-                padding = begin + end if auto == "NOTSET" else 0
-                made.append((size + padding - span) // stride + 1)
-        given = {"pads": begins + ends} if auto == "NOTSET" else {"auto_pad": auto}
-        return {**columns, **given}, made
-
-    def grow(self) -> None:
-        draw, source = self.draw, self.draw(st.sampled_from([*self.shapes]))
-        batch, channels, height, width = shape = self.shapes[source]
-        kinds = ["Conv", "Conv", "MaxPool", "Relu", "Add", "Mul", "Concat"]
-        kinds += [] if self.is_exact else ["AveragePool", "BatchNormalization", "Clip"]
-        kind = draw(st.sampled_from(kinds))
-        peers = [name for name, other in self.shapes.items() if other == shape]
-        if kind == "Conv":
-            attributes, sizes = self.window((height, width), is_pool=False)
-            if min(sizes) < 1:
-                return
-            group = draw(st.sampled_from([1, channels]))
-            weight = self.weight(CHANNELS * group, channels // group, *attributes["kernel_shape"])
-            bias = [self.weight(CHANNELS * group)] if draw(st.booleans()) else []
-            made = (batch, CHANNELS * group, *sizes)
-            if group > 2:
-                return
-            self.add(kind, [source, weight, *bias], made, group=group, **attributes)
-        elif kind.endswith("Pool"):
-            attributes, sizes = self.window((height, width), is_pool=True)
-            del attributes["dilations"]
-            if min(sizes) < 1:
-                return
-            if kind == "AveragePool":
-                attributes["count_include_pad"] = draw(st.integers(0, 1))
-            self.add(kind, [source], (batch, channels, *sizes), **attributes)
-        elif kind == "Add":
-            self.add(kind, [source, draw(st.sampled_from(peers))], shape)
-        elif kind == "Mul":
-            dims = draw(
-                st.sampled_from([(), (width,), (1, 1), (channels, 1, 1), (1, 1, 1, width)])
-            )
-            self.add(kind, [source, self.weight(*dims)][:: draw(st.sampled_from([1, -1]))], shape)
-        elif kind == "Concat":
-            joined = [source, *draw(st.lists(st.sampled_from(peers), max_size=2))]
-            made = (batch, channels * len(joined), height, width)
-            if made[1] <= 6:
-                self.add(kind, joined, made, axis=draw(st.sampled_from([1, -3])))
-        elif kind == "BatchNormalization":
-            parts = [self.weight(channels) for _ in range(3)]
-            self.weights.append(
-                numpy_helper.from_array(np.ones(channels, np.float32), f"w{len(self.weights)}")
-            )
-            self.add(kind, [source, *parts, self.weights[-1].name], shape)
-        else:
-            self.add(kind, [source], shape)
-
-    def model(self) -> Model:
-        read = {name for node in self.nodes for name in node.input}
-        ends = [name for name in self.shapes if name not in read and name != "x"]
-        extra = self.draw(st.lists(st.sampled_from([*self.shapes][1:]), max_size=1))
-        outputs = list(dict.fromkeys([*ends, *extra]))
-        value = {
-            name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, shape in self.shapes.items()
-        }
-        graph = helper.make_graph(
-            self.nodes, "stack", [value["x"]], [value[name] for name in outputs], self.weights,
-            value_info=[value[name] for name in self.shapes if name not in (*outputs, "x")],
-        )  # fmt: skip
-        opsets = [helper.make_opsetid("", 17)]
-        proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        onnx.checker.check_model(proto, full_check=True)
-        return as_it_is(proto)
-
-
-@st.composite
-def cut_stacks(draw: DrawFn, *, is_exact: bool) -> tuple[Model, Groups, int]:
-    """A model, groups of its operators, and a count of bands that its images have rows for."""
-    stack = Stack(draw, is_exact=is_exact)
-    stack.add("Relu", ["x"], stack.shapes["x"])
-    for _ in range(draw(st.integers(1, 7))):
-        stack.grow()
-    count = draw(st.integers(1, 4))
-    groups: Groups = [[] for _ in range(draw(st.integers(1, 3)))]
-    for node in stack.nodes:
-        number = draw(st.integers(-1 if draw(st.booleans()) else 0, len(groups) - 1))
-        if number >= 0 and stack.shapes[node.output[0]][2] >= count:
-            groups[number].append(node.name)
-    return stack.model(), groups, count
-
-
 def assert_well_formed(model: Model) -> None:
     """Every tensor typed as onnx infers it, every weight read, and names that are unique."""
     graph = model.proto.graph
@@ -210,7 +77,8 @@ def assert_well_formed(model: Model) -> None:
     assert model.tensors.keys() == flowing
     bare = onnx.ModelProto()
     bare.CopyFrom(model.proto)
-    del bare.graph.value_info[:]
+    if all(node.domain == "" for node in graph.node):  # of others onnx infers nothing
+        del bare.graph.value_info[:]
     inferred = tensor_types(bare)
     assert {name: inferred[name] for name in model.tensors} == dict(model.tensors)
 
@@ -273,3 +141,118 @@ def test_what_a_band_answers_for_it_has(problem: tuple[Model, Groups, int]) -> N
         if tensor in plan.joined:
             for band, own in enumerate(rows):
                 assert own.covers(owned_rows(height, count, band))
+
+
+ZOO = {"googlenet": 64, "inception_v3": 107, "squeezenet": 64, "nasnet_mobile": 64}
+"""Sample models, and the sizes of their images."""
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ZOO)
+def test_sample_models_in_bands_keep_their_outputs(name: str, count: int, tmp_path: Path) -> None:
+    model = loaded(build(name, image=ZOO[name]), tmp_path)
+    feeds = feeds_for(model.proto, seed=3)
+    outputs = reference(model.proto, feeds)
+    found = find_bands(model, count)
+    assert "bands" in found
+    for scheme, region in found.items():
+        result = checked(model, region.groups, count)
+        assert_close(reference(result.proto, feeds), outputs, 1e-5)
+        assert not find_bands(result, count), scheme
+
+
+def of_text(text: str, **weights: Array) -> Model:
+    return as_it_is(
+        model_of(f"(float[1,2,12,12] x) => (float[1,c,h,w] y) {{ {text} }}", **weights)
+    )
+
+
+KERNEL = np.zeros((2, 2, 3, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = Relu(x)  y = GlobalAveragePool(a)",
+        "y = MaxPool<kernel_shape = [2,2], ceil_mode = 1>(x)",
+        "y, i = MaxPool<kernel_shape = [2,2]>(x)",
+        "a = Relu(k)  y = Conv(x, a)",
+        "y = Concat<axis = 2>(x, x)",
+        "a = GlobalAveragePool(x)  y = Mul(x, a)",
+        "y = Add(x, rows)",
+        "y = Conv<pads = [3,0,0,0]>(x, k)",
+        "y = Transpose<perm = [0,1,3,2]>(x)",
+        "y = Softmax<axis = 2>(x)",
+    ],
+)
+def test_what_has_no_rows_of_its_own_is_not_cut(text: str) -> None:
+    given = {"k": KERNEL, "rows": np.zeros((12, 1), np.float32)}
+    model = of_text(text, **{name: a for name, a in given.items() if name in text})
+    [node] = [node for node in model.proto.graph.node if "y" in node.output]
+    assert row_window(GraphView(model), node) is None
+    with pytest.raises(ValueError, match="can't be cut"):
+        banded(model, [[node.name]], 2)
+    assert all(node.name not in g for r in find_bands(model, 2).values() for g in r.groups)
+
+
+def test_images_with_few_rows_are_not_cut() -> None:
+    model = of_text("y = Conv(x, k)", k=KERNEL)
+    assert find_bands(model, 2)
+    assert not find_bands(model, 3)
+    with pytest.raises(ValueError, match="11 bands"):
+        banded(model, [[model.proto.graph.node[0].name]], 11)
+
+
+@settings(deadline=None, max_examples=150)
+@given(problem=cut_stacks(is_exact=True))
+def test_regions_say_what_bands_cost(problem: tuple[Model, Groups, int]) -> None:
+    model, groups, count = problem
+    region = region_of(GraphView(model), groups, count)
+    result = banded(model, groups, count)
+    grouped = {name for group in groups for name in group}
+    copies = {f"{name}/band{band}" for name in grouped for band in range(count)}
+    assert region.operation_count == operations(model, grouped)
+    assert region.operation_count + region.extra_operation_count == operations(result, copies)
+    graph = graph_from_model(result)
+    bands = [band_of(operator.name) for operator in graph.operators]
+    crossing = {(e.tensor, bands[e.consumer]): e for e in graph.edges
+                if None is not bands[e.producer] != bands[e.consumer] is not None}  # fmt: skip
+    assert sum(edge.nbytes for edge in crossing.values()) <= region.exchanged_nbytes
+    if count == 1:  # rows that no one reads are left out
+        assert region.extra_operation_count <= 0 == region.joined_nbytes
+
+
+def operations(model: Model, names: set[str]) -> int:
+    """Products and sums of convolutions, taps of pools, and one for each element of others."""
+    view, total = GraphView(model), 0
+    for node in model.proto.graph.node:
+        if node.name in names:
+            each = 1
+            if node.op_type == "Conv":
+                each = 2 * int(np.prod(view.weights[node.input[1]].dims[1:]))
+            elif node.op_type == "MaxPool":
+                [kernel] = [a.ints for a in node.attribute if a.name == "kernel_shape"]
+                each = int(np.prod(kernel))
+            total += each * int(np.prod(model.tensors[node.output[0]].shape or ()))
+    return total
+
+
+def test_groups_are_as_long_as_little_is_done_twice() -> None:
+    """Deep chains are cut into groups; one more piece would do too much twice."""
+    lines = "  ".join(f"a{n + 1} = Conv<pads = [1,1,1,1]>(a{n}, k)" for n in range(12))
+    text = f"(float[1,2,64,8] a0) => (float[1,2,64,8] a12) {{ {lines} }}"
+    model = as_it_is(model_of(text, k=KERNEL))
+    view, names = GraphView(model), [node.name for node in model.proto.graph.node]
+    region = find_bands(model, 2)["bands"]
+    assert [name for group in region.groups for name in group] == names
+    assert len(region.groups) > 1
+    for group, after in pairwise(region.groups):
+        assert region_of(view, [group], 2).overhead <= 0.1
+        assert region_of(view, [(*group, after[0])], 2).overhead > 0.1
+    prefix = find_bands(model, 2)["bands-prefix"]
+    assert prefix.groups == region.groups[:1]
+    assert prefix.exchanged_nbytes == 0 < region.exchanged_nbytes
+    whole = region_of(view, [names], 2)
+    assert whole.overhead > region.overhead
+    # Halos of 11, 10, ... 0 rows, on both sides of one border.
+    assert whole.extra_operation_count * 12 * 64 == whole.operation_count * 2 * sum(range(12))

@@ -122,8 +122,25 @@ def test_only_a_gpu_and_models_that_are_captured_whole_have_rewrites() -> None:
     host = as_it_is(model.proto, {model.proto.graph.node[0].name: "for once"})
     assert possible_rewrites(host, GPU) == ()
     assert rewritten(model, "none") is model
-    with pytest.raises(KeyError):
-        rewritten(model, "melt")
+    for name in ("melt", "melt-2", "bands-2"):
+        with pytest.raises(KeyError):
+            rewritten(model, name)
+
+
+def test_several_devices_add_bands(tmp_path: Path) -> None:
+    model = loaded(build("googlenet", image=128), tmp_path)
+    assert not any("bands" in name for name in possible_rewrites(model, GPU))
+    assert possible_rewrites(model, CPU, 2) == ()
+    names = [name for name in possible_rewrites(model, GPU, 2) if name.startswith("bands")]
+    assert names == ["bands-2", "bands-prefix-2"]
+    feeds = feeds_for(model.proto)
+    for name in names:
+        result = rewritten(model, name)
+        assert result.rewrite == name
+        assert result.proto == rewritten(model, name).proto
+        assert_well_formed(result)
+        assert_close(reference(result.proto, feeds), reference(model.proto, feeds))
+        assert not any("bands" in name for name in possible_rewrites(result, GPU, 2))
 
 
 def of_text(text: str, weights: Mapping[str, Array], opset: int = 17) -> Model:
