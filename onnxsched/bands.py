@@ -291,7 +291,7 @@ def _set_pads(
 ) -> None:
     """Give the copy of a convolution or pool its own padding above and below, in place."""
     window = explicit_window(view, node)
-    kept = [a for a in copy.attribute if a.name not in ("auto_pad", "pads")]
+    kept = [a for a in copy.attribute if a.name not in ("auto_pad", "ceil_mode", "pads")]
     del copy.attribute[:]
     copy.attribute.extend(kept)
     begins, ends = (pads[0], *window.begins[1:]), (pads[1], *window.ends[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -130,32 +130,35 @@ def row_window(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
 
 
 def explicit_window(view: GraphView, node: onnx.NodeProto) -> Window:
-    """The window of a convolution or pool, with the padding that `auto_pad` stands for.
+    """The window of a convolution or pool, with the padding that its other attributes stand for.
 
-    The padding is the least with which the result is as large as it is, and none for `VALID`.
+    `auto_pad` is the least padding with which the result is as large as it is, none for `VALID`;
+    `ceil_mode` of a maximum, which sees no padding, is as much more of it below.
     """
     given = attributes_of(node)
     is_pool = kind_of(node) in _POOLS
     kernel = given["kernel_shape"] if is_pool else view.weights[node.input[1]].dims[2:]
     window = window_of(node, kernel)
-    auto_pad = given.get("auto_pad", b"NOTSET")
-    if auto_pad == b"NOTSET":
-        return window
     sizes, results = (
         (view.model.tensors[t].shape or ())[HEIGHT_AXIS:] for t in (node.input[0], node.output[0])
     )
     rows = zip(results, window.strides, window.kernel, window.dilations, sizes, strict=True)
     sums = [max(0, (n - 1) * s + (k - 1) * d + 1 - size) for n, s, k, d, size in rows]
+    auto_pad = given.get("auto_pad", b"NOTSET")
+    if auto_pad == b"NOTSET":
+        pads = zip(window.ends, window.begins, sums, strict=True)
+        return replace(window, ends=tuple(max(end, both - begin) for end, begin, both in pads))
     less, more = tuple(n // 2 for n in sums), tuple(n - n // 2 for n in sums)
     begins, ends = (more, less) if auto_pad == b"SAME_LOWER" else (less, more)
-    return Window(window.kernel, window.strides, window.dilations, begins, ends)
+    return replace(window, begins=begins, ends=ends)
 
 
 def _sliding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
     """The rows of a convolution or pool; None where a row may read nothing but padding."""
-    if attributes_of(node).get("ceil_mode") or any(
-        name not in view.weights for name in node.input[1:] if name
-    ):
+    is_rounded_up = bool(attributes_of(node).get("ceil_mode"))
+    if is_rounded_up and node.op_type != "MaxPool":  # a mean counts rows of padding, or does not
+        return None
+    if any(name not in view.weights for name in node.input[1:] if name):
         return None
     window = explicit_window(view, node)
     span = (window.kernel[0] - 1) * window.dilations[0] + 1

@@ -174,7 +174,7 @@ KERNEL = np.zeros((2, 2, 3, 3), np.float32)
     "text",
     [
         "a = Relu(x)  y = GlobalAveragePool(a)",
-        "y = MaxPool<kernel_shape = [2,2], ceil_mode = 1>(x)",
+        "y = AveragePool<kernel_shape = [2,2], ceil_mode = 1>(x)",
         "y, i = MaxPool<kernel_shape = [2,2]>(x)",
         "a = Relu(k)  y = Conv(x, a)",
         "y = Concat<axis = 2>(x, x)",

@@ -94,6 +94,8 @@ class Stack:
                 return
             if kind == "AveragePool":
                 attributes["count_include_pad"] = draw(st.integers(0, 1))
+            elif draw(st.booleans()) and (more := rounded_up((height, width), attributes)):
+                attributes["ceil_mode"], sizes = 1, more
             self.add(kind, [source], (batch, channels, *sizes), **attributes)
         elif kind == "Add":
             self.add(kind, [source, draw(st.sampled_from(peers))], shape)
@@ -133,6 +135,22 @@ class Stack:
         proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         onnx.checker.check_model(proto, full_check=True)
         return as_it_is(proto)
+
+
+def rounded_up(sizes: tuple[int, ...], window: dict[str, Any]) -> list[int] | None:
+    """What a pool with `ceil_mode` makes of an image; None where a window starts behind it.
+
+    Whether that window counts onnx and ONNX Runtime do not agree on.
+    """
+    pads, made = window["pads"], []
+    for axis, (size, kernel, stride) in enumerate(
+        zip(sizes, window["kernel_shape"], window["strides"], strict=True)
+    ):
+        begin, end = pads[axis], pads[axis + len(sizes)]
+        made.append(-(-(size + begin + end - kernel) // stride) + 1)
+        if (made[-1] - 1) * stride >= size + begin:
+            return None
+    return made
 
 
 @st.composite
