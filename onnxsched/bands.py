@@ -15,13 +15,13 @@ import onnx
 from onnx import helper
 
 from onnxsched.drafting import Draft, assembled
+from onnxsched.fitting import fit
 from onnxsched.loading import Model
 from onnxsched.rows import (
     HEIGHT_AXIS,
     Rows,
     RowWindow,
     common,
-    explicit_window,
     height_of,
     hull,
     image_inputs,
@@ -167,8 +167,8 @@ class _Cutting:
     """By tensor and band."""
     held: dict[tuple[int, str, int], _Part] = field(default_factory=dict)
     """Of tensors from outside a group, by group, tensor and band."""
-    pieces: dict[_Part, str] = field(default_factory=dict)
-    """What was cut out of other tensors."""
+    pieces: dict[tuple[_Part, int], str] = field(default_factory=dict)
+    """What was cut out of other tensors, and for which band: each cuts its own."""
     numbers: dict[int, str] = field(default_factory=dict)
     """Weights that say where to cut."""
 
@@ -203,7 +203,7 @@ class _Cutting:
             self._trimmed(sources[t], rows, band, added) if t in sources else t for t in node.input
         ]
         if window != RowWindow():
-            _set_pads(copy, view, node, window.pads(rows, height))
+            fit(self.draft, node, copy, window.pads(rows, height))
         [output] = [name for name in node.output if name]
         part = self._declared(output, f"{output}/band{band}", self.plan.made[output][band])
         self.made[output, band] = part
@@ -254,7 +254,7 @@ class _Cutting:
         """A tensor with just these rows of a part, cut out for a band where it has more."""
         if part.rows == rows:
             return part.tensor
-        piece = _Part(part.tensor, rows)
+        piece = (_Part(part.tensor, rows), band)
         if piece not in self.pieces:
             is_new = part.tensor in self.draft.tensors
             stem = part.tensor if is_new else f"{part.tensor}/band{band}"
@@ -284,15 +284,3 @@ class _Cutting:
 
 def _concat(parts: Iterable[str], output: str, name: str) -> onnx.NodeProto:
     return helper.make_node("Concat", list(parts), [output], name, axis=HEIGHT_AXIS)
-
-
-def _set_pads(
-    copy: onnx.NodeProto, view: GraphView, node: onnx.NodeProto, pads: tuple[int, int]
-) -> None:
-    """Give the copy of a convolution or pool its own padding above and below, in place."""
-    window = explicit_window(view, node)
-    kept = [a for a in copy.attribute if a.name not in ("auto_pad", "ceil_mode", "pads")]
-    del copy.attribute[:]
-    copy.attribute.extend(kept)
-    begins, ends = (pads[0], *window.begins[1:]), (pads[1], *window.ends[1:])
-    copy.attribute.append(helper.make_attribute("pads", [*begins, *ends]))

@@ -11,6 +11,7 @@ from onnxsched.siblings import GraphView, Window, attributes_of, kind_of, window
 
 HEIGHT_AXIS = 2
 """Of images, which are `[batch, channels, height, width]`."""
+_RANK = 4
 _CONVOLUTIONS = {("", "Conv"), ("com.microsoft", "FusedConv")}
 _POOLS = {("", "MaxPool"), ("", "AveragePool")}
 _ROW_BY_ROW = {
@@ -69,32 +70,36 @@ class RowWindow:
     """Rows from the first to the last that it reads."""
     stride: int = 1
     above: int = 0
-    """Rows of padding, fewer than `span`."""
+    """Rows of padding; fewer than 0 where the image is cropped."""
     below: int = 0
 
     def reads(self, rows: Rows, height: int) -> Rows:
-        """The rows of an image of `height` that are read for rows of the result."""
+        """The rows of an image of `height` that are read for rows of the result; at least one."""
         start = rows.start * self.stride - self.above
         stop = (rows.stop - 1) * self.stride - self.above + self.span
-        return Rows(max(0, start), min(height, stop))
+        start = min(max(0, start), height - 1)
+        return Rows(start, max(min(height, stop), start + 1))
 
     def writes(self, rows: Rows, height: int) -> Rows:
         """The rows of the result that can be written from rows of an image of `height`."""
-        first = -(-(rows.start + self.above) // self.stride) if rows.start else 0
-        end = height + self.below if rows.stop == height else rows.stop
+        first = max(0, -(-(rows.start + self.above) // self.stride)) if rows.start else 0
+        is_last = rows.stop == height
+        end = height + self.below if is_last else min(rows.stop, height + min(0, self.below))
         return Rows(first, (end + self.above - self.span) // self.stride + 1)
 
     def entered(self, rows: Rows, height: int) -> Rows:
         """Those of the rows that the operator must be given to write what it can from them.
 
-        Within an image it starts with the first row that a whole window starts with.
+        Within an image it starts with the first row that a whole window starts with. What is
+        cropped is left out, so that nothing is left to crop.
         """
         first = self.writes(rows, height).start * self.stride - self.above
-        return Rows(first if rows.start else 0, rows.stop)
+        return Rows(max(rows.start, first), min(rows.stop, height + min(0, self.below)))
 
     def pads(self, rows: Rows, height: int) -> tuple[int, int]:
         """The padding above and below those rows: only the edges of the image have any."""
-        return (0 if rows.start else self.above, self.below if rows.stop == height else 0)
+        above = 0 if rows.start else self.above
+        return (max(0, above), max(0, self.below) if rows.stop == height else 0)
 
 
 def image_inputs(view: GraphView, node: onnx.NodeProto) -> list[str]:
@@ -110,8 +115,9 @@ def height_of(view: GraphView, tensor: str) -> int:
 def row_window(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
     """What a node reads for a row of its only result; None where it can't be cut into bands.
 
-    It can be where it is a convolution or a pool over images with stored weights, or treats every
-    row alike: elementwise with what is as large or stored without rows, or over channels.
+    It can be where it is a convolution or a pool over images with stored weights, pads an image
+    with one value, crops it, or treats every row alike: elementwise with what is as large or
+    stored without rows, or over channels.
     """
     flowing = image_inputs(view, node)
     written = [name for name in node.output if name]
@@ -124,6 +130,10 @@ def row_window(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
     kind = kind_of(node)
     if kind in _ROW_BY_ROW:
         return RowWindow() if _is_row_by_row(view, node, flowing) else None
+    if kind == ("", "Pad"):
+        return _padding(view, node)
+    if kind == ("", "Slice"):
+        return _cropping(view, node)
     if kind not in _CONVOLUTIONS | _POOLS or len(flowing) != 1 or len(node.input) > 3:
         return None
     return _sliding(view, node)
@@ -167,9 +177,45 @@ def _sliding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
     return RowWindow(span, window.strides[0], above, below) if is_sound else None
 
 
+def _padding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
+    """The rows that a Pad adds; None where they are not all of one value, or not stored."""
+    mode = attributes_of(node).get("mode", b"constant")
+    if mode != b"constant" or len(node.input) not in (2, 3) or node.input[1] not in view.weights:
+        return None
+    pads = view.array(node.input[1])
+    rank = len(pads) // 2
+    if min(pads) < 0 or pads[0] or pads[rank]:
+        return None
+    return RowWindow(above=int(pads[HEIGHT_AXIS]), below=int(pads[rank + HEIGHT_AXIS]))
+
+
+def crop_axes(view: GraphView, node: onnx.NodeProto) -> list[int]:
+    """The axes of an image that a Slice cuts, in the order of its bounds."""
+    count = len(view.array(node.input[1]))
+    axes = view.array(node.input[3]).tolist() if len(node.input) > 3 else range(count)
+    return [axis % _RANK for axis in axes]
+
+
+def _cropping(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
+    """The rows that a Slice leaves out; None where it takes steps, or bounds are not stored."""
+    if len(node.input) < 3 or any(name not in view.weights for name in node.input[1:]):
+        return None
+    starts, ends = (view.array(name).tolist() for name in node.input[1:3])
+    if len(node.input) > 4 and any(step != 1 for step in view.array(node.input[4])):
+        return None
+    height, axes = height_of(view, node.input[0]), crop_axes(view, node)
+    if HEIGHT_AXIS not in axes:
+        return RowWindow()
+    place = axes.index(HEIGHT_AXIS)
+    start, stop, _ = slice(starts[place], ends[place]).indices(height)
+    return RowWindow(above=-start, below=stop - height)
+
+
 def _is_image(view: GraphView, tensor: str) -> bool:
     kind = view.model.tensors.get(tensor)
-    return kind is not None and kind.is_static and len(kind.shape or ()) == 4 and kind.nbytes > 0
+    return (
+        kind is not None and kind.is_static and len(kind.shape or ()) == _RANK and kind.nbytes > 0
+    )
 
 
 def _is_row_by_row(view: GraphView, node: onnx.NodeProto, flowing: Sequence[str]) -> bool:

@@ -72,7 +72,7 @@ class Stack:
     def grow(self) -> None:
         draw, source = self.draw, self.draw(st.sampled_from([*self.shapes]))
         batch, channels, height, width = shape = self.shapes[source]
-        kinds = ["Conv", "Conv", "MaxPool", "Relu", "Add", "Mul", "Concat"]
+        kinds = ["Conv", "Conv", "MaxPool", "Relu", "Add", "Mul", "Concat", "Pad", "Slice"]
         kinds += [] if self.is_exact else ["AveragePool", "BatchNormalization", "Clip"]
         kind = draw(st.sampled_from(kinds))
         peers = [name for name, other in self.shapes.items() if other == shape]
@@ -109,6 +109,15 @@ class Stack:
             made = (batch, channels * len(joined), height, width)
             if made[1] <= 6:
                 self.add(kind, joined, made, axis=draw(st.sampled_from([1, -3])))
+        elif kind == "Pad":
+            pads = draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
+            stored = self.stored([0, 0, *pads[:2], 0, 0, *pads[2:]])
+            made = (batch, channels, height + pads[0] + pads[2], width + pads[1] + pads[3])
+            self.add(kind, [source, stored], made)
+            # A second reader, or ONNX Runtime makes padding of a pool of it that the pool refuses.
+            self.add("Abs", [self.nodes[-1].output[0]], made)
+        elif kind == "Slice":
+            self.crop(source)
         elif kind == "BatchNormalization":
             parts = [self.weight(channels) for _ in range(3)]
             self.weights.append(
@@ -117,6 +126,27 @@ class Stack:
             self.add(kind, [source, *parts, self.weights[-1].name], shape)
         else:
             self.add(kind, [source], shape)
+
+    def crop(self, source: str) -> None:
+        """Leave out rows, columns or both, with bounds counted from either end."""
+        draw, shape = self.draw, list(self.shapes[source])
+        axes = draw(st.sampled_from([[2], [3], [2, 3], [3, 2], [-2], [-1, -2]]))
+        starts, ends = [], []
+        for axis in axes:
+            size = shape[axis]
+            start = draw(st.integers(0, size - 1))
+            end = draw(st.integers(start + 1, size))
+            shape[axis] = end - start
+            starts.append(start - draw(st.sampled_from([0, size])))
+            ends.append(draw(st.sampled_from([end, end - size])) if end < size else 2**31 - 1)
+        stored = [self.stored(numbers) for numbers in (starts, ends, axes)]
+        self.add("Slice", [source, *stored], tuple(shape))
+
+    def stored(self, numbers: list[int]) -> str:
+        """A weight of whole numbers."""
+        name = f"w{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
+        return name
 
     def model(self) -> Model:
         read = {name for node in self.nodes for name in node.input}
