@@ -16,7 +16,7 @@ from onnxsched.siblings import GraphView, attributes_of
 
 _OVERHEAD_BOUND = 0.1
 """The largest share of work done twice for which a group is made longer."""
-_LEAST_ROWS = 4
+_LEAST_ROWS = 8
 """Of a band: with fewer, halos are most of it."""
 _LEAST_OPSET = 10
 """From here on a Slice takes its bounds as inputs, before as attributes."""

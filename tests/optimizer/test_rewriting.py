@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
+from onnxsched import regions
 from onnxsched.loading import Model
 from onnxsched.rewriting import REWRITES, possible_rewrites, rewritten
 from onnxsched.shapes import tensor_types
@@ -127,7 +128,8 @@ def test_only_a_gpu_and_models_that_are_captured_whole_have_rewrites() -> None:
             rewritten(model, name)
 
 
-def test_several_devices_add_bands(tmp_path: Path) -> None:
+def test_several_devices_add_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "_LEAST_ROWS", 4)
     model = loaded(build("googlenet", image=128), tmp_path)
     assert not any("bands" in name for name in possible_rewrites(model, GPU))
     assert possible_rewrites(model, CPU, 2) == ()
