@@ -87,12 +87,7 @@ def plan_bands(view: GraphView, groups: Groups, count: int) -> BandPlan:
     """
     group_of = {name: number for number, group in enumerate(groups) for name in group}
     nodes = [node for node in view.model.proto.graph.node if node.name in group_of]
-    windows: dict[str, RowWindow] = {}
-    for node in nodes:
-        window = row_window(view, node)
-        if window is None or height_of(view, node.output[0]) < count:
-            raise ValueError(f"'{node.name}' can't be cut into {count} bands")
-        windows[node.name] = window
+    windows = {node.name: _window(view, node, count) for node in nodes}
     joined = frozenset(
         tensor for node in nodes for tensor in node.output if _is_joined(view, group_of, tensor)
     )
@@ -116,6 +111,13 @@ def plan_bands(view: GraphView, groups: Groups, count: int) -> BandPlan:
             for band in range(count)
         )
     return replace(plan, made=made, held=held)
+
+
+def _window(view: GraphView, node: onnx.NodeProto, count: int) -> RowWindow:
+    window = row_window(view, node)
+    if window is None or height_of(view, node.output[0]) < count:
+        raise ValueError(f"'{node.name}' can't be cut into {count} bands")
+    return window
 
 
 def _is_joined(view: GraphView, group_of: Mapping[str, int], tensor: str) -> bool:
