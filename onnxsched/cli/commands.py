@@ -102,6 +102,9 @@ def bench(
     fail_under: Annotated[
         float | None, typer.Option(help="Exit 6 if less than this many times faster than ORT.")
     ] = None,
+    throughput: Annotated[
+        bool, typer.Option(help="Instead: requests a second, with more and more in flight.")
+    ] = False,
     json_to: _Json = None,
 ) -> None:
     """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
@@ -111,6 +114,9 @@ def bench(
     for option, value in (("--warmup", warmup), ("--duration", duration)):
         if not 0 <= value < 1e6:
             raise UsageError(f"{option} {value} is no time that can be measured for.")
+    if throughput:
+        _bench_throughput(model, duration, custom_ops, json_to)
+        return
     if fail_under is not None and not fail_under >= 0:
         raise UsageError(f"--fail-under {fail_under} is no ratio; give a number, at least 0.")
     with render.progress() as progress:
@@ -131,6 +137,21 @@ def bench(
             f"'{model}' is {reached:.2f} times as fast as {result.rival}, below the "
             f"{fail_under:g} that --fail-under asks for."
         )
+
+
+def _bench_throughput(
+    model: Path, duration_s: float, custom_ops: list[Path] | None, json_to: str | None
+) -> None:
+    from onnxsched.throughput import ARMS, COPIES, measure_throughput
+
+    with render.progress() as progress:
+        served = measure_throughput(
+            model,
+            duration_s=duration_s / (len(COPIES) * len(ARMS)),
+            custom_ops=[str(path) for path in custom_ops or []],
+            progress=progress,
+        )
+    render.emit(json_to, served.to_json(), lambda: render.throughput_result(served))
 
 
 @app.command(name="run")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxsched.doctor import Diagnosis
     from onnxsched.inspection import Inspection
     from onnxsched.pipeline import OptimizeResult
+    from onnxsched.throughput import ThroughputResult
 
 Progress = Callable[[str, int, int], None]
 
@@ -174,6 +175,26 @@ def bench_result(result: BenchResult) -> None:
         shown = arm.device or arm.latency
         if shown.variation > 0.05:
             print(f"{arm.name} varies by {shown.variation:.0%}: something else uses the machine.")
+
+
+def throughput_result(result: ThroughputResult) -> None:
+    """Requests a second and latencies of every load."""
+    rows = [
+        (
+            load.arm,
+            str(load.in_flight),
+            f"{load.requests_per_s:.0f}",
+            _us(load.latency.median_us),
+            _us(load.latency.p99_us),
+        )
+        for load in result.loads
+    ]
+    _table(("arm", "in flight", "requests/s", "latency us", "p99 us"), rows)
+    best = result.best
+    print(
+        f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}: "
+        f"most requests with {best.in_flight} in flight, {best.arm}."
+    )
 
 
 def run_outputs(outputs: Mapping[str, Any]) -> None:

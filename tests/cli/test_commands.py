@@ -136,6 +136,16 @@ def test_bench_against_chosen_arms_and_the_original(call: Any) -> None:
     assert content["policy"] == "nimble"
 
 
+def test_bench_tells_how_many_requests_are_served(call: Any) -> None:
+    content = json.loads(
+        call("bench", "out.onnx", "--throughput", "--duration", "0.2", "--json", "-")
+    )
+    assert {load["arm"] for load in content["loads"]} == {"schedule", "sequential"}
+    lines = call("bench", "out.onnx", "--throughput", "--duration", "0.2").splitlines()
+    assert lines[0].split() == ["arm", "in", "flight", "requests/s", "latency", "us", "p99", "us"]
+    assert "most requests with" in lines[-1]
+
+
 def test_run_draws_inputs_and_shows_outputs(call: Any) -> None:
     first = call("run", "out.onnx")
     assert first.startswith("logits  float32[1, 10]  min ")
