@@ -14,7 +14,12 @@ from onnxsched.annotate import annotation_for
 from onnxsched.checking import check_numerics, run_plain
 from onnxsched.comparison import Difference
 from onnxsched.decision import Decision, recall, remember
-from onnxsched.environment import choose_device, describe_environment
+from onnxsched.environment import (
+    choose_devices,
+    describe_environment,
+    device_name,
+    machine_of,
+)
 from onnxsched.loading import Model, Precision, graph_from_model, load_model, with_refusals
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
@@ -37,7 +42,8 @@ class OptimizeResult:
     """What `optimize` wrote, and what it measured."""
 
     path: Path
-    device: Device
+    devices: tuple[Device, ...]
+    """Those that the schedule uses."""
     policy: str
     variant: Variant
     """How sessions execute the model."""
@@ -51,8 +57,8 @@ class OptimizeResult:
     """Why it is not captured as one CUDA graph; None where it is."""
     host_reasons: Mapping[str, str]
     measured_us: float
-    sequential_us: float
-    """The same model as one session, in the same rounds."""
+    sequential_us: float | None
+    """The same model as one session, in the same rounds; None where no device alone holds it."""
     differences: tuple[Difference, ...]
     """Of each output that no random number reaches, against plain ONNX Runtime."""
     alternatives: tuple[Mapping[str, Any], ...]
@@ -62,7 +68,8 @@ class OptimizeResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         content = dataclasses.asdict(self)
-        return {"schema_version": 1, **content, "path": str(self.path), "device": str(self.device)}
+        devices = [str(device) for device in self.devices]
+        return {"schema_version": 1, **content, "path": str(self.path), "devices": devices}
 
 
 def optimize(
@@ -86,8 +93,11 @@ def optimize(
     Args:
         source: An ONNX model.
         target: Where to write it; nothing is written unless all went well.
-        device: `auto` (the first GPU, else the CPU), `cuda:0`, `cpu`.
-        streams: The most streams to use; 16 on a GPU, up to 4 threads on the CPU if None.
+        device: `auto` (the first GPU, else the CPU), `cuda:0`, `cpu`; or several of a kind:
+            `cuda:0,cuda:1`, or `cpu:0,cpu:1` for groups of threads. Operators are measured on the
+            first, which is taken to be like the others.
+        streams: The most streams to use on each device; 16 on a GPU, up to 4 threads on the CPU if
+            None.
         policy: `auto` measures the best few of all; a policy's name is obeyed.
         shapes: Shapes of inputs whose dimensions are symbols.
         budget_s: No more schedules are tried after this many seconds.
@@ -107,8 +117,9 @@ def optimize(
         OnnxschedError: `target` can't be written.
     """
     _check_arguments(target, streams, policy, precision)
-    chosen = choose_device(device)
-    libraries = tuple(custom_ops)
+    devices = choose_devices(device)
+    chosen, libraries = devices[0], tuple(custom_ops)
+    machine = machine_of(devices, streams or _DEFAULT_STREAMS[chosen.kind])
     progress("loading", 0, 1)
     model = load_model(Path(source), chosen, shapes, libraries, precision)
     environment = describe_environment(chosen)
@@ -116,27 +127,24 @@ def optimize(
     cache = MeasurementCache(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
-    cap = streams or _DEFAULT_STREAMS[chosen.kind]
-    request = Request(policy, cap, budget_s, variants, libraries)
+    request = Request(policy, machine, budget_s, variants, libraries)
     progress("checking", 0, 1)
     plain = run_plain(model, chosen, seed, libraries)
     key = _decision_key(model, request)
     decision = kept = recall(
-        cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), chosen
+        cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), machine
     )
     if decision is None:
-        decision, is_complete = measured_decision(model, chosen, cache, plain, request, progress)
+        decision, is_complete = measured_decision(model, cache, plain, request, progress)
         if is_complete:
-            remember(cache, key, decision)
+            remember(cache, key, decision, devices)
     model = with_refusals(rewritten(model, decision.rewrite), decision.refusals)
-    details = _details(model, decision, chosen, environment, seed)
+    details = _details(model, decision, environment, seed)
     annotation = annotation_for(model, decision.schedule, decision.variant, details)
     progress("checking", 0, 1)
     with Session(model.proto, annotation, custom_ops=libraries) as session:
         differences = check_numerics(model, session, plain)
-        result = _result(
-            Path(target), chosen, model, decision, session, differences, kept is not None
-        )
+        result = _result(Path(target), model, decision, session, differences, kept is not None)
     write_annotation(model.proto, annotation)
     write_model(model.proto, target)
     return result
@@ -161,13 +169,16 @@ def _check_arguments(
 def _decision_key(model: Model, request: Request) -> str:
     signatures = OperatorSignatures(model)
     operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
-    asked = [request.policy, request.streams, request.budget_s, request.variants]
+    devices, streams = request.machine.devices, request.machine.stream_count
+    asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]
+    if len(devices) > 1:  # one is as good as another of its kind, but pairs have their own links
+        asked += [[str(device), device_name(device)] for device in devices]
     parts = ["decision", fingerprint(model.proto), operators, *asked]
     return json.dumps(parts, sort_keys=True)
 
 
 def _details(
-    model: Model, decision: Decision, device: Device, environment: Mapping[str, Any], seed: int
+    model: Model, decision: Decision, environment: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     return {
         "policy": decision.policy,
@@ -175,7 +186,7 @@ def _details(
         "streams": decision.schedule.stream_count,
         "precision": model.precision,
         "bound_shapes": {name: list(shape) for name, shape in model.bound_shapes.items()},
-        "device_names": {str(device): environment["device"]},
+        "device_names": {str(d): device_name(d) for d in decision.schedule.devices},
         "measured_us": decision.measured_us,
         "sequential_us": decision.sequential_us,
         "alternatives": [
@@ -190,7 +201,6 @@ def _details(
 
 def _result(
     target: Path,
-    device: Device,
     model: Model,
     decision: Decision,
     session: Session,
@@ -199,7 +209,7 @@ def _result(
 ) -> OptimizeResult:
     return OptimizeResult(
         path=target,
-        device=device,
+        devices=decision.schedule.devices,
         policy=decision.policy,
         variant=decision.variant,
         rewrite=decision.rewrite,

@@ -31,8 +31,12 @@ _CustomOps = Annotated[
 def optimize(
     model: Annotated[Path, typer.Argument(metavar="IN", help="An ONNX model.")],
     output: _Output,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-    streams: Annotated[int | None, typer.Option(help="The most streams to use.")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda:INDEX, or several: cuda:0,cuda:1.")
+    ] = "auto",
+    streams: Annotated[
+        int | None, typer.Option(help="The most streams to use on a device.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="auto, or the name of one policy.")] = "auto",
     shape: Annotated[
         list[str] | None, typer.Option(help="NAME:1x3x224x224, where it is not fixed.")

@@ -110,13 +110,19 @@ def optimize_result(result: OptimizeResult) -> None:
     ]
     columns = ("policy/streams", "variant", "rewrite", "predicted us", "tried us", "measured us")
     _table(columns, rows)
-    gain = result.sequential_us / result.measured_us if result.measured_us else 1.0
+    gain = result.sequential_us / result.measured_us if result.sequential_us else None
     print(
-        f"\nChose {result.policy} on {result.stream_count} stream(s) of {result.device}, "
-        f"{_form(result.variant, result.rewrite)}: {result.measured_us:.1f} us, {gain:.2f} times "
-        "the speed of the model unscheduled" + (" (from the cache)." if result.from_cache else ".")
+        f"\nChose {result.policy} on {result.stream_count} stream(s) of "
+        f"{', '.join(map(str, result.devices))}, {_form(result.variant, result.rewrite)}: "
+        f"{result.measured_us:.1f} us, "
+        + (
+            "where one device alone has not the memory"
+            if gain is None
+            else f"{gain:.2f} times the speed of the model unscheduled"
+        )
+        + (" (from the cache)." if result.from_cache else ".")
     )
-    if gain < 1:
+    if gain is not None and gain < 1:
         print("One stream is faster on this machine; --policy auto would have chosen it.")
     print(
         f"{result.operator_count} operators in {result.segment_count} segment(s), " + _how(result)
@@ -135,7 +141,7 @@ def _agreement(differences: Sequence[Difference]) -> str:
 
 def _how(result: OptimizeResult) -> str:
     """How the segments are executed."""
-    if result.device.kind == "cpu":
+    if result.devices[0].kind == "cpu":
         return f"on {result.stream_count} worker thread(s)."
     if result.host_reasons:
         count = len(result.host_reasons)
@@ -165,7 +171,8 @@ def bench_result(result: BenchResult) -> None:
     columns = ("arm", "device us", "p99 us", "latency us", "memory MB", "speed-up", "95 %")
     _table(columns, rows)
     print(
-        f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}, "
+        f"\n{result.model} on {result.environment['device']} "
+        f"({', '.join(map(str, result.devices))}), {result.policy}, "
         f"{_form(result.variant, result.rewrite)}."
     )
     for arm in result.arms:

@@ -91,6 +91,9 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ((*OPTIMIZE, "--streams", "0"), "--streams 0 is too few"),
         ((*OPTIMIZE, "--policy", "magic"), "no policy 'magic'"),
         ((*OPTIMIZE, "--device", "tpu"), "'tpu' is no device"),
+        ((*OPTIMIZE, "--device", "cpu:0,cpu:0"), "names cpu:0 twice"),
+        ((*OPTIMIZE, "--device", "cpu:0,cuda:1"), "mixes cpu:0 and cuda:1"),
+        (("verify", "tiny.onnx", "tiny.onnx", "--device", "cpu:0,cpu:1"), "runs on one"),
         ((*OPTIMIZE, "--shape", "input"), "--shape input can't be read"),
         ((*OPTIMIZE, "--shape", "input:1x3"), "2 dimensions, it has 4"),
         ((*OPTIMIZE, "--shape", "z:1x3"), "names 'z', which is no input"),
@@ -157,11 +160,20 @@ def test_a_model_that_does_not_do_is_5(
     assert message in text
 
 
-@pytest.mark.parametrize("device", ["cuda:9", "cpu:1", "cuda:0,cuda:1"])
+@pytest.mark.parametrize("device", ["cuda:9", "cpu:1"])
 def test_a_device_that_is_not_there_is_4(device: str, fail: Any) -> None:
     code, text = fail(*OPTIMIZE, "--device", device)
     assert code == 4
     assert device in text
+
+
+@pytest.mark.parametrize(
+    ("devices", "missing"), [("cuda:8,cuda:9", "cuda:8"), ("cpu,cpu:2", "cpu:2")]
+)
+def test_one_of_several_that_is_not_there_is_4(devices: str, missing: str, fail: Any) -> None:
+    code, text = fail(*OPTIMIZE, "--device", devices)
+    assert code == 4
+    assert f"Device {missing} is not available" in text
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])

@@ -1,0 +1,213 @@
+"""Models over several devices: groups of threads in the place of GPUs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import onnxsched
+from onnxsched import pipeline, scheduling
+from onnxsched.comparison import Tolerances
+from onnxsched.decision import Decision, decide
+from onnxsched.environment import device_name
+from onnxsched.inspection import inspect_model
+from onnxsched.machine import Machine
+from onnxsched.policies import SPREADING
+from onnxsched.profiling.transfers import Transfers
+from onnxsched.running import run_files
+from onnxsched.tuning import Outcome, tune
+from onnxsched.verify import verify
+from onnxsched_runtime.annotation import read_annotation
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import DeviceError
+from sample_models import build
+from support.graphs import linear
+from support.models import MODELS, feeds_for, model_of, weight
+from support.optimizing import assert_close, contents, plain_outputs, saved
+
+GROUPS = (Device("cpu", 0), Device("cpu", 1))
+
+
+def optimized(source: Path, target: Path, **options: Any) -> onnxsched.OptimizeResult:
+    """What `optimize` returns over two groups of threads, where nothing is kept."""
+    defaults: dict[str, Any] = {"device": "cpu:0,cpu:1", "streams": 2, "cache_dir": None}
+    return onnxsched.optimize(source, target, **defaults | options)
+
+
+def free_transfers(devices: Sequence[Device], *_: Any) -> Transfers:
+    """Links so fast that even the smallest operators are spread."""
+    return {pair: linear(0.0, 2.0**40) for pair in permutations(devices, 2)}
+
+
+@pytest.fixture
+def spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets transfers be free, and whichever is faster, what uses both devices be chosen."""
+
+    def chosen(outcomes: Sequence[Outcome], *rest: Any) -> Decision:
+        ranked = sorted(
+            outcomes, key=lambda o: (not o.samples_us, len(o.candidate.schedule.devices) < 2)
+        )
+        return decide(ranked, *rest)
+
+    monkeypatch.setattr(scheduling, "measure_transfers", free_transfers)
+    monkeypatch.setattr(scheduling, "decide", chosen)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return saved(build("tiny"), tmp_path, "tiny.onnx")
+
+
+def assert_runs_like(target: Path, source: Path, model: onnx.ModelProto) -> None:
+    with onnxsched.load(target) as session:
+        for seed in range(3):
+            feeds = feeds_for(model, seed)
+            assert_close(session.run(None, feeds), plain_outputs(source, feeds))
+
+
+@pytest.mark.parametrize("policy", ["auto", "hios-lp", "heft"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_keeps_its_outputs(
+    name: str, policy: str, spread: None, tmp_path: Path
+) -> None:
+    model = MODELS[name]()
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    result = optimized(source, target, policy=policy)
+    assert set(result.devices) <= set(GROUPS)
+    assert_runs_like(target, source, model)
+
+
+@pytest.mark.parametrize("policy", SPREADING)
+def test_a_policy_uses_both_devices_and_all_commands_know_them(
+    policy: str, spread: None, tiny: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.onnx"
+    result = optimized(tiny, target, policy=policy)
+    assert (result.policy, result.devices) == (policy, GROUPS)
+    assert result.sequential_us is not None
+    assert json.loads(json.dumps(result.to_json()))["devices"] == ["cpu:0", "cpu:1"]
+    annotation = read_annotation(onnx.load(target))
+    assert annotation.devices == GROUPS
+    assert annotation.details["device_names"] == {str(d): device_name(d) for d in GROUPS}
+    found = inspect_model(target)
+    assert {node.placement.device for node in found.nodes} == set(GROUPS)
+    assert found.plan.copies
+    assert_runs_like(target, tiny, build("tiny"))
+    assert all(d.is_within for d in verify(target, tiny, tolerances=Tolerances(1e-4)))
+    assert run_files(target, {}, None).keys() == {"logits"}
+    timed = onnxsched.bench(target, warmup_ms=0, duration_s=0, iterations=20)
+    assert timed.to_json()["devices"] == ["cpu:0", "cpu:1"]
+    assert [arm.name for arm in timed.arms] == ["ort", "sequential", "schedule"]
+
+
+def test_what_uses_one_device_stays_on_the_first_and_takes_part(
+    tiny: Path, tmp_path: Path
+) -> None:
+    result = optimized(tiny, tmp_path / "out.onnx", policy="nimble")
+    assert (result.policy, result.devices) == ("nimble", GROUPS[:1])
+    found = optimized(tiny, tmp_path / "out.onnx")
+    measured = {a["policy"]: a["devices"] for a in found.alternatives if a["measured_us"]}
+    assert measured["sequential"] == ["cpu:0"]
+    assert found.measured_us <= (found.sequential_us or 0.0)
+
+
+def test_more_are_tried_while_the_budget_lasts(tiny: Path, tmp_path: Path) -> None:
+    plenty = optimized(tiny, tmp_path / "out.onnx")
+    assert all(a["tried_us"] for a in plenty.alternatives)
+    none = optimized(tiny, tmp_path / "out.onnx", budget_s=0.0)
+    assert not any(a["tried_us"] for a in none.alternatives)
+    assert sum(a["measured_us"] is not None for a in none.alternatives) == 4
+
+
+def test_a_decision_is_kept_for_these_devices(
+    spread: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"cache_dir": tmp_path / "cache"}
+    first = optimized(tiny, tmp_path / "first.onnx", **options)
+    assert not optimized(tiny, tmp_path / "one.onnx", device="cpu", **options).from_cache
+    for what in ("measure_profile", "measure_transfers", "tune"):
+        monkeypatch.delattr(scheduling, what)
+    again = optimized(tiny, tmp_path / "again.onnx", **options)
+    assert (first.from_cache, again.from_cache) == (False, True)
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "first.onnx").read_bytes()
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr(
+        pipeline,
+        "machine_of",
+        lambda devices, count: Machine(devices, count, dict.fromkeys(devices, nbytes)),
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["a = MatMul(x, v)  y = MatMul(a, w)", "a = MatMul(x, v)  b = MatMul(x, w)  y = Add(a, b)"],
+)
+@pytest.mark.parametrize("policy", ["auto", "heft", "nimble"])
+def test_a_model_too_large_for_one_device_is_spread_even_inside_a_chain(
+    policy: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(
+        f"(float[1,64] x) => (float[1,64] y) {{ {body} }}", v=weight(64, 64), w=weight(64, 64)
+    )
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    limited(monkeypatch, 64 * 64 * 4 + 4096)
+    if policy == "nimble":  # which does not know how to
+        with pytest.raises(DeviceError, match="of policy nimble fits"):
+            optimized(source, target, policy=policy)
+        return
+    result = optimized(source, target, policy=policy)
+    assert (result.devices, result.sequential_us) == (GROUPS, None)
+    assert {tuple(a["devices"]) for a in result.alternatives} == {("cpu:0", "cpu:1")}
+    assert_runs_like(target, source, model)
+
+
+def test_a_model_too_large_for_all_devices_is_refused_in_a_sentence(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(monkeypatch, 1000)
+    with pytest.raises(DeviceError, match=r"auto fits .* cpu:0 with 1000 bytes, cpu:1") as caught:
+        optimized(tiny, tmp_path / "out.onnx")
+    assert caught.value.exit_code == 4
+    assert contents(tmp_path).keys() == {"tiny.onnx"}
+
+
+def test_ctrl_c_and_the_budget_are_told_to_tuning(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Machine] = []
+
+    def noted(subjects: Any, machine: Machine, **options: Any) -> Any:
+        asked.append(machine)
+        return tune(subjects, machine, **options)
+
+    monkeypatch.setattr(scheduling, "tune", noted)
+    optimized(tiny, tmp_path / "out.onnx", budget_s=0.0, streams=3)
+    assert asked == [Machine(GROUPS, 3)]
+
+
+def test_a_schedule_is_moved_to_other_devices_or_refused(
+    spread: None, tiny: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.onnx"
+    optimized(tiny, target, policy="hios-lp")
+    feeds = feeds_for(build("tiny"))
+    expected = plain_outputs(tiny, feeds)
+    for device_map in (
+        {"cpu:0": "cpu:1", "cpu:1": "cpu:0"},
+        {"cpu:1": "cpu:5"},
+        {"cpu:1": "cpu:0"},
+    ):
+        with onnxsched.load(target, device_map=device_map) as session:
+            assert_close(session.run(None, feeds), expected)
+    with pytest.raises(DeviceError) as caught:
+        onnxsched.load(target, device_map={"cpu:0": "cuda:98", "cpu:1": "cuda:99"})
+    assert caught.value.exit_code == 4
+    assert str(caught.value).startswith("Device cuda:98 is not available: this machine has ")
