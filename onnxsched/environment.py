@@ -71,10 +71,10 @@ def choose_devices(text: str) -> tuple[Device, ...]:
     devices = tuple(Device.parse(part) for part in text.split(","))
     for number, device in enumerate(devices):
         if device in devices[:number]:
-            raise UsageError(f"--device {text} names {device} twice; name each device once.")
+            raise UsageError(f"'{text}' names {device} twice; name each device once.")
         if device.kind != devices[0].kind:
             raise UsageError(
-                f"--device {text} mixes {devices[0]} and {device}; name GPUs, or the CPU."
+                f"'{text}' mixes {devices[0]} and {device}; a model runs on GPUs or on the CPU."
             )
         if device.kind == "cpu" and device.index >= len(devices):
             raise DeviceError(

@@ -21,11 +21,13 @@ from onnxsched.environment import (
     machine_of,
 )
 from onnxsched.loading import Model, Precision, graph_from_model, load_model, with_refusals
+from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
 from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched.rewriting import rewritten
+from onnxsched.schedule_file import ScheduleFile, read_schedule_file, schedule_of
 from onnxsched.scheduling import Request, measured_decision
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
@@ -79,6 +81,7 @@ def optimize(
     device: str = "auto",
     streams: int | None = None,
     policy: str = "auto",
+    schedule: str | os.PathLike[str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     budget_s: float = 60.0,
     variants: bool = True,
@@ -99,6 +102,8 @@ def optimize(
         streams: The most streams to use on each device; 16 on a GPU, up to 4 threads on the CPU if
             None.
         policy: `auto` measures the best few of all; a policy's name is obeyed.
+        schedule: A JSON file with a schedule that is obeyed instead, as policy `file`; see
+            docs/annotation.md. Its devices are taken where `device` is `auto`.
         shapes: Shapes of inputs whose dimensions are symbols.
         budget_s: No more schedules are tried after this many seconds.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
@@ -116,10 +121,10 @@ def optimize(
         NumericsError: The scheduled model computes something else than plain ORT.
         OnnxschedError: `target` can't be written.
     """
-    _check_arguments(target, streams, policy, precision)
-    devices = choose_devices(device)
-    chosen, libraries = devices[0], tuple(custom_ops)
-    machine = machine_of(devices, streams or _DEFAULT_STREAMS[chosen.kind])
+    _check_arguments(target, streams, policy, precision, schedule)
+    given = None if schedule is None else read_schedule_file(schedule)
+    machine = _machine(device, streams, given)
+    chosen, libraries = machine.devices[0], tuple(custom_ops)
     progress("loading", 0, 1)
     model = load_model(Path(source), chosen, shapes, libraries, precision)
     environment = describe_environment(chosen)
@@ -128,6 +133,9 @@ def optimize(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
     request = Request(policy, machine, budget_s, variants, libraries)
+    if given is not None:
+        obeyed = schedule_of(given, graph_from_model(model), machine)
+        request = dataclasses.replace(request, policy="file", schedule=obeyed)
     progress("checking", 0, 1)
     plain = run_plain(model, chosen, seed, libraries)
     key = _decision_key(model, request)
@@ -137,7 +145,7 @@ def optimize(
     if decision is None:
         decision, is_complete = measured_decision(model, cache, plain, request, progress)
         if is_complete:
-            remember(cache, key, decision, devices)
+            remember(cache, key, decision, machine.devices)
     model = with_refusals(rewritten(model, decision.rewrite), decision.refusals)
     details = _details(model, decision, environment, seed)
     annotation = annotation_for(model, decision.schedule, decision.variant, details)
@@ -151,7 +159,11 @@ def optimize(
 
 
 def _check_arguments(
-    target: str | os.PathLike[str], streams: int | None, policy: str, precision: str
+    target: str | os.PathLike[str],
+    streams: int | None,
+    policy: str,
+    precision: str,
+    schedule: str | os.PathLike[str] | None,
 ) -> None:
     if precision not in get_args(Precision):
         raise UsageError(f"There is no precision '{precision}'; there are keep and fp16.")
@@ -159,11 +171,24 @@ def _check_arguments(
         raise UsageError(f"There is no policy '{policy}'; there are auto, {', '.join(POLICIES)}.")
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} is too few; give at least 1.")
+    if schedule is not None and (policy != "auto" or streams is not None):
+        option = "--streams" if policy == "auto" else "--policy"
+        raise UsageError(f"--schedule and {option} contradict each other; give one.")
     folder = Path(target).absolute().parent
     if not folder.is_dir():
         raise UsageError(f"There is no folder '{folder}' to write to; make it first.")
     if Path(target).is_dir():
         raise UsageError(f"'{target}' is a folder; give the path of a file to write.")
+
+
+def _machine(device: str, streams: int | None, given: ScheduleFile | None) -> Machine:
+    """The devices and streams that are asked for, or those of a schedule that is given."""
+    if given is not None and device == "auto":
+        device = ",".join(map(str, given.devices))
+    devices = choose_devices(device)
+    if given is not None:
+        return machine_of(devices, given.stream_count)
+    return machine_of(devices, streams or _DEFAULT_STREAMS[devices[0].kind])
 
 
 def _decision_key(model: Model, request: Request) -> str:
@@ -173,6 +198,8 @@ def _decision_key(model: Model, request: Request) -> str:
     asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]
     if len(devices) > 1:  # one is as good as another of its kind, but pairs have their own links
         asked += [[str(device), device_name(device)] for device in devices]
+    if request.schedule is not None:
+        asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
     parts = ["decision", fingerprint(model.proto), operators, *asked]
     return json.dumps(parts, sort_keys=True)
 

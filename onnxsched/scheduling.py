@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from onnxsched.annotate import portable_refusals, portable_schedule
+from onnxsched.annotate import lowered_schedule, portable_refusals, portable_schedule
 from onnxsched.calibration import TYPICAL
-from onnxsched.candidates import propose
+from onnxsched.candidates import Candidate, propose
 from onnxsched.checking import PlainRuns
-from onnxsched.contraction import contract_chains, uncontracted
+from onnxsched.contraction import Contraction, contract_chains, uncontracted
 from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.decision import Decision, decide
+from onnxsched.graph import OperatorGraph
 from onnxsched.loading import AS_LOADED, Form, Model, graph_from_model, with_refusals
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
@@ -20,6 +21,8 @@ from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.measure import Progress, measure_profile
 from onnxsched.profiling.transfers import Transfers, measure_transfers
 from onnxsched.rewriting import possible_rewrites
+from onnxsched.schedule import Schedule
+from onnxsched.simulate import simulate
 from onnxsched.tuning import Subject, tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.device import Device
@@ -33,11 +36,14 @@ class Request:
     """What the user asks for, checked."""
 
     policy: str
+    """Its name, `auto`, or `file` for `schedule`."""
     machine: Machine
     """All devices, and the cap of streams on each. Models are profiled on the first."""
     budget_s: float
     variants: bool
     custom_ops: tuple[str, ...]
+    schedule: Schedule | None = None
+    """Of the model as it was loaded: nothing else is proposed beside one stream."""
 
     @property
     def device(self) -> Device:
@@ -136,7 +142,8 @@ def _raced(
         progress: Told what is being done.
     """
     device = request.device
-    variants, rewrites = possible_variants(model, device), possible_rewrites(model, device)
+    variants = possible_variants(model, device)
+    rewrites = possible_rewrites(model, device) if request.schedule is None else ()
     if not request.variants or (len(variants) == 1 and not rewrites):
         return [(model, default)]
     raced = race_variants(
@@ -163,21 +170,14 @@ def _subject(
     transfers: Transfers,
     request: Request,
 ) -> Subject:
-    """Let policies schedule a variant."""
+    """Let policies schedule a variant, or take the schedule that is given."""
     graph = graph_from_model(lowered)
     cost = TableCost(
         tuple(profile.cost(operator.name) for operator in graph.operators),
         contention=TYPICAL if request.device.kind == "cuda" else Contention(),
         transfers=transfers,
     )
-    policies = list(POLICIES) if request.policy == "auto" else [request.policy]
-    for contraction in (contract_chains(graph), uncontracted(graph)):
-        proposed = propose(graph, contraction, cost, request.machine, policies)
-        if proposed:  # else a chain may be too large for a device, but not its operators
-            break
-    candidates = tuple(
-        replace(c, schedule=portable_schedule(portable, lowered, c.schedule)) for c in proposed
-    )
+    contraction, candidates = _candidates(portable, lowered, graph, cost, request)
     return Subject(
         portable,
         lowered,
@@ -187,6 +187,30 @@ def _subject(
         _solo_times(portable, lowered, profile),
         portable.host_reasons,
     )
+
+
+def _candidates(
+    portable: Model, lowered: Model, graph: OperatorGraph, cost: TableCost, request: Request
+) -> tuple[Contraction, tuple[Candidate, ...]]:
+    """What policies propose for the lowered operators; or one stream, and the schedule given."""
+    machine, given = request.machine, request.schedule
+    if given is not None:
+        contraction = uncontracted(graph)
+        proposed = propose(graph, contraction, cost, machine, ())
+    else:
+        policies = list(POLICIES) if request.policy == "auto" else [request.policy]
+        for contraction in (contract_chains(graph), uncontracted(graph)):
+            proposed = propose(graph, contraction, cost, machine, policies)
+            if proposed:  # else a chain may be too large for a device, but not its operators
+                break
+    found = [
+        replace(c, schedule=portable_schedule(portable, lowered, c.schedule)) for c in proposed
+    ]
+    if given is not None:
+        carried = lowered_schedule(portable, lowered, given)
+        predicted_us = simulate(graph, cost, carried).makespan_us
+        found.append(Candidate(request.policy, given, carried, predicted_us))
+    return contraction, tuple(found)
 
 
 def _unscheduled(model: Model, default: Model, machine: Machine) -> Subject:

@@ -69,11 +69,20 @@ def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None
         print(json.dumps(content, indent=1))
         return
     if target is not None:
-        from onnxsched_runtime.model import written_whole
-
-        with written_whole(target) as draft:
-            draft.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(target, content)
     show()
+
+
+def write_json(target: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        OnnxschedError: It can't be written.
+    """
+    from onnxsched_runtime.model import written_whole
+
+    with written_whole(target) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -221,7 +230,8 @@ def inspection(found: Inspection) -> None:
     if all(isinstance(time, float) for time in times):
         print(f"measured {times[0]:.1f} us, one stream {times[1]:.1f} us", end="")
         names = details.get("device_names")
-        print(f", on {', '.join(map(str, names.values()))}" if isinstance(names, dict) else "")
+        kinds = dict.fromkeys(map(str, names.values())) if isinstance(names, dict) else {}
+        print(f", on {', '.join(kinds)}" if kinds else "")
     rows = []
     for placement in sorted({node.placement for node in found.nodes}):
         nodes = [node for node in found.nodes if node.placement == placement]

@@ -119,6 +119,41 @@ def test_json_goes_to_a_file_beside_the_text(folder: Path, call: Any) -> None:
     assert json.loads((folder / "result.json").read_text())["path"] == "new.onnx"
 
 
+def test_a_schedule_goes_to_a_file_and_comes_back(folder: Path, call: Any) -> None:
+    before = contents(folder)
+    assert call("inspect", "out.onnx", "--schedule", "s.json") == call("inspect", "out.onnx")
+    assert contents(folder).keys() - before.keys() == {"s.json"}
+    text = call("optimize", "tiny.onnx", "-o", "new.onnx", "--schedule", "s.json", "--no-cache")
+    assert "Chose file on 2 stream(s) of cpu:0, nchw:" in text
+    placements = [read_annotation(onnx.load(name)).placements for name in ("out.onnx", "new.onnx")]
+    assert list(placements[0].items()) == list(placements[1].items())
+
+
+def test_several_devices_are_scheduled_and_shown(folder: Path, call: Any) -> None:
+    call("inspect", "out.onnx", "--schedule", "s.json")
+    content = json.loads((folder / "s.json").read_text())
+    content["operators"][-1]["device"] = "cpu:1"
+    (folder / "s.json").write_text(json.dumps(content))
+    arguments = (
+        "optimize",
+        "tiny.onnx",
+        "-o",
+        "new.onnx",
+        "--device",
+        "cpu:0,cpu:1",
+        "--no-cache",
+    )
+    text = call(*arguments, "--schedule", "s.json")
+    assert "Chose file on 3 stream(s) of cpu:0, cpu:1, nchw:" in text
+    assert "cpu:1/0" in call("inspect", "new.onnx")
+    assert "(cpu:0, cpu:1), file" in call("bench", "new.onnx", *QUICK)
+    assert call("run", "new.onnx") == call("run", "out.onnx")
+    assert (
+        call("verify", "new.onnx", "tiny.onnx", "--device", "cpu").splitlines()[1].endswith("yes")
+    )
+    assert "Chose " in call(*arguments, "--budget", "0")
+
+
 def test_bench_shows_every_arm(folder: Path, call: Any) -> None:
     before = contents(folder)
     lines = call("bench", "out.onnx", *QUICK).splitlines()

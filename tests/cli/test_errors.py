@@ -44,6 +44,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stranger = build("tiny")
     stranger.graph.node[-1].output[0] = stranger.graph.output[0].name = "other"
     saved(stranger, folder, "renamed_output.onnx")
+    (folder / "partial.json").write_text(
+        '{"schema_version": 1, "operators": [{"name": "stem/conv", "device": "cpu", "stream": 0}]}'
+    )
     (folder / "file").touch()
     return folder
 
@@ -94,6 +97,12 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ((*OPTIMIZE, "--device", "cpu:0,cpu:0"), "names cpu:0 twice"),
         ((*OPTIMIZE, "--device", "cpu:0,cuda:1"), "mixes cpu:0 and cuda:1"),
         (("verify", "tiny.onnx", "tiny.onnx", "--device", "cpu:0,cpu:1"), "runs on one"),
+        ((*OPTIMIZE, "--schedule", "none.json"), "no file 'none.json' to read a schedule from"),
+        ((*OPTIMIZE, "--schedule", "tiny.onnx"), "'tiny.onnx' is no schedule: "),
+        ((*OPTIMIZE, "--schedule", "partial.json"), "not place operator 'branch1"),
+        ((*OPTIMIZE, "--schedule", "partial.json", "--policy", "heft"), "--policy contradict"),
+        ((*OPTIMIZE, "--schedule", "partial.json", "--streams", "2"), "--streams contradict"),
+        (("inspect", "out.onnx", "--schedule", "out.onnx"), "is the model's own file"),
         ((*OPTIMIZE, "--shape", "input"), "--shape input can't be read"),
         ((*OPTIMIZE, "--shape", "input:1x3"), "2 dimensions, it has 4"),
         ((*OPTIMIZE, "--shape", "z:1x3"), "names 'z', which is no input"),
@@ -227,6 +236,8 @@ def test_a_schedule_that_is_too_slow_is_6(
         ("restore", "out.onnx", "-o", "file/new.onnx"),
         ("run", "out.onnx", "--output-dir", "file/deep"),
         ("inspect", "out.onnx", "--json", "none/result.json"),
+        ("inspect", "out.onnx", "--schedule", "none/s.json"),
+        ("inspect", "out.onnx", "--schedule", "folder"),
         ("inspect", "out.onnx", "--json", "file/result.json"),
         ("inspect", "out.onnx", "--json", "folder"),
     ],

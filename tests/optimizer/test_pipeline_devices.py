@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import tempfile
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import onnxsched
 from onnxsched import pipeline, scheduling
@@ -21,14 +25,16 @@ from onnxsched.machine import Machine
 from onnxsched.policies import SPREADING
 from onnxsched.profiling.transfers import Transfers
 from onnxsched.running import run_files
+from onnxsched.schedule_file import placements_to_json
 from onnxsched.tuning import Outcome, tune
 from onnxsched.verify import verify
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError
+from onnxsched_runtime.errors import DeviceError, UsageError
+from onnxsched_runtime.model import node_reads
 from sample_models import build
 from support.graphs import linear
-from support.models import MODELS, feeds_for, model_of, weight
+from support.models import MODELS, feeds_for, model_of, random_models, weight
 from support.optimizing import assert_close, contents, plain_outputs, saved
 
 GROUPS = (Device("cpu", 0), Device("cpu", 1))
@@ -211,3 +217,92 @@ def test_a_schedule_is_moved_to_other_devices_or_refused(
         onnxsched.load(target, device_map={"cpu:0": "cuda:98", "cpu:1": "cuda:99"})
     assert caught.value.exit_code == 4
     assert str(caught.value).startswith("Device cuda:98 is not available: this machine has ")
+
+
+def random_schedule(path: Path, seed: int) -> dict[str, Any]:
+    """Any order that the operators of an annotated file allow, on any of four streams."""
+    rng = random.Random(seed)
+    nodes = {node.name: node for node in onnx.load(path).graph.node}
+    entries = []
+    while nodes:
+        waiting = {tensor for node in nodes.values() for tensor in node.output}
+        ready = [name for name, node in nodes.items() if waiting.isdisjoint(node_reads(node))]
+        name = rng.choice(ready)
+        del nodes[name]
+        device, stream = rng.randrange(2), rng.randrange(2)
+        entries.append({"name": name, "device": f"cpu:{device}", "stream": stream})
+    return {"schema_version": 1, "operators": entries}
+
+
+def placed(path: Path) -> list[tuple[str, str, int]]:
+    """Names, devices and streams that an annotated file carries, in launch order."""
+    placements = read_annotation(onnx.load(path)).placements
+    return [(name, str(place.device), place.stream) for name, place in placements.items()]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", [*MODELS, "tiny"])
+def test_any_schedule_from_a_file_is_obeyed_and_keeps_the_outputs(
+    name: str, seed: int, tmp_path: Path
+) -> None:
+    model = MODELS[name]() if name in MODELS else build("tiny")
+    source, target, file = saved(model, tmp_path), tmp_path / "out.onnx", tmp_path / "s.json"
+    optimized(source, target, policy="sequential", device="cpu")
+    content = random_schedule(target, seed)
+    file.write_text(json.dumps(content))
+    result = optimized(source, target, schedule=file, streams=None)
+    entries = [(e["name"], e["device"], e["stream"]) for e in content["operators"]]
+    assert (result.policy, placed(target)) == ("file", entries)
+    assert {a["policy"] for a in result.alternatives} == {"sequential", "file"}
+    assert_runs_like(target, source, model)
+
+
+@settings(deadline=None, max_examples=15)
+@given(model=random_models(), seed=st.integers(0, 1000))
+def test_random_models_keep_their_outputs_too(model: onnx.ModelProto, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source, target, file = (Path(folder, name) for name in ("in.onnx", "out.onnx", "s.json"))
+        saved(model, Path(folder))
+        optimized(source, target, policy="sequential", device="cpu")
+        file.write_text(json.dumps(random_schedule(target, seed)))
+        optimized(source, target, schedule=file, streams=None)
+        assert_runs_like(target, source, model)
+
+
+@pytest.mark.parametrize("policy", ["nimble", "hios-lp", "search"])
+def test_an_exported_schedule_comes_back_as_it_was(
+    policy: str, spread: None, tiny: Path, tmp_path: Path
+) -> None:
+    target, again, file = (tmp_path / name for name in ("out.onnx", "again.onnx", "s.json"))
+    optimized(tiny, target, policy=policy)
+    content = placements_to_json(inspect_model(target).annotation.placements)
+    file.write_text(json.dumps(content))
+    for source in (tiny, target):  # the file before optimize, and the optimized one
+        optimized(source, again, schedule=file, device="auto", streams=None)
+        assert placed(again) == placed(target)
+    options = {"schedule": file, "device": "auto", "streams": None, "cache_dir": tmp_path / "kept"}
+    assert not optimized(tiny, again, **options).from_cache
+    assert optimized(tiny, again, **options).from_cache
+    content["operators"][-1]["stream"] += 1
+    file.write_text(json.dumps(content))
+    assert not optimized(tiny, again, **options).from_cache
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "heft", "streams": None}, "--schedule and --policy contradict"),
+        ({"streams": 2}, "--schedule and --streams contradict"),
+        ({"streams": None, "device": "cpu"}, "on cpu:1, which --device does not name"),
+    ],
+)
+def test_what_a_file_contradicts_is_refused(
+    options: dict[str, Any], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    optimized(tiny, tmp_path / "out.onnx", policy="sequential", device="cpu")
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps(random_schedule(tmp_path / "out.onnx", seed=1)))
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        optimized(tiny, tmp_path / "new.onnx", schedule=file, **options)
+    assert contents(tmp_path) == before
