@@ -28,12 +28,12 @@ from onnxsched.schedule_file import (
 )
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
+from support.documents import code_blocks
 from support.graphs import graph_of
 from support.strategies import DEVICES, graphs
 
-SCHEMA = json.loads(
-    (Path(__file__).parents[2] / "docs" / "schedule.schema.json").read_text(encoding="utf-8")
-)
+DOCS = Path(__file__).parents[2] / "docs"
+SCHEMA = json.loads((DOCS / "schedule.schema.json").read_text(encoding="utf-8"))
 MACHINE = Machine(DEVICES, LARGEST_STREAM + 1)
 DIAMOND = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
 
@@ -174,6 +174,12 @@ def test_fields_that_others_add_are_ignored() -> None:
         "operators": [entry(start_us=1.5)],
     }
     assert placements_from_json(content) == (("a", Placement(Device("cpu"), 0)),)
+
+
+def test_the_example_in_the_documentation_is_one() -> None:
+    [example] = code_blocks((DOCS / "annotation.md").read_text(encoding="utf-8"), "json")
+    placed = placements_from_json(json.loads(example.text))
+    assert {placement.device for _, placement in placed} == set(DEVICES[:2])
 
 
 def test_the_json_schema_says_the_same() -> None:
