@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,35 @@ from hypothesis import strategies as st
 
 import onnxsched
 from onnxsched import pipeline, scheduling
+from onnxsched.annotate import annotation_for
+from onnxsched.checking import run_plain
 from onnxsched.comparison import Tolerances
 from onnxsched.decision import Decision, decide
 from onnxsched.environment import device_name
 from onnxsched.inspection import inspect_model
+from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
 from onnxsched.policies import SPREADING
+from onnxsched.profile import OperatorProfile, Profile
+from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.transfers import Transfers
+from onnxsched.racing import time_runs_us
 from onnxsched.running import run_files
+from onnxsched.schedule import check_schedule
 from onnxsched.schedule_file import placements_to_json
 from onnxsched.tuning import Outcome, tune
 from onnxsched.verify import verify
+from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, UsageError
+from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import node_reads
 from sample_models import build
+from support.fake_cuda import install
 from support.graphs import linear
-from support.models import MODELS, feeds_for, model_of, random_models, weight
-from support.optimizing import assert_close, contents, plain_outputs, saved
+from support.models import CPU, MODELS, feeds_for, model_of, random_models, reference, weight
+from support.optimizing import assert_close, contents, loaded, plain_outputs, saved
 
 GROUPS = (Device("cpu", 0), Device("cpu", 1))
 
@@ -94,7 +104,7 @@ def test_a_policy_uses_both_devices_and_all_commands_know_them(
     policy: str, spread: None, tiny: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "out.onnx"
-    result = optimized(tiny, target, policy=policy)
+    result = optimized(tiny, target, policy=policy, streams=1)  # so that a device must help
     assert (result.policy, result.devices) == (policy, GROUPS)
     assert result.sequential_us is not None
     assert json.loads(json.dumps(result.to_json()))["devices"] == ["cpu:0", "cpu:1"]
@@ -203,7 +213,7 @@ def test_a_schedule_is_moved_to_other_devices_or_refused(
     spread: None, tiny: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "out.onnx"
-    optimized(tiny, target, policy="hios-lp")
+    optimized(tiny, target, policy="hios-lp", streams=1)
     feeds = feeds_for(build("tiny"))
     expected = plain_outputs(tiny, feeds)
     for device_map in (
@@ -269,12 +279,12 @@ def test_random_models_keep_their_outputs_too(model: onnx.ModelProto, seed: int)
         assert_runs_like(target, source, model)
 
 
-@pytest.mark.parametrize("policy", ["nimble", "hios-lp", "search"])
+@pytest.mark.parametrize("policy", ["heft", "hios-lp", "search"])
 def test_an_exported_schedule_comes_back_as_it_was(
     policy: str, spread: None, tiny: Path, tmp_path: Path
 ) -> None:
     target, again, file = (tmp_path / name for name in ("out.onnx", "again.onnx", "s.json"))
-    optimized(tiny, target, policy=policy)
+    assert optimized(tiny, target, policy=policy, streams=1).devices == GROUPS
     content = placements_to_json(inspect_model(target).annotation.placements)
     file.write_text(json.dumps(content))
     for source in (tiny, target):  # the file before optimize, and the optimized one
@@ -306,3 +316,50 @@ def test_what_a_file_contradicts_is_refused(
     with pytest.raises(UsageError, match=message):
         optimized(tiny, tmp_path / "new.onnx", schedule=file, **options)
     assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[Device, ...]:
+    """Two GPUs that are the CPU, on which all operators are said to take the same."""
+
+    def profiled(model: Model, *_: Any) -> Profile:
+        names = [node.name for node in model.proto.graph.node]
+        equal = dict.fromkeys(names, OperatorProfile((100.0,)))
+        return Profile(equal, dict.fromkeys(names, "compute"), None, len(names))
+
+    def time_launches_us(stream: Any, launch: Callable[[], None], count: int) -> tuple[float, ...]:
+        return time_runs_us(launch, count)
+
+    install(monkeypatch)
+    monkeypatch.setattr(cuda, "time_launches_us", time_launches_us)
+    monkeypatch.setattr(scheduling, "measure_profile", profiled)
+    monkeypatch.setattr(scheduling, "lowered_model", lambda model, *_: model)
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ())
+    monkeypatch.setattr(scheduling, "measure_transfers", free_transfers)
+    return (Device("cuda", 0), Device("cuda", 1))
+
+
+@pytest.mark.parametrize("policy", ["auto", "hios-lp"])
+@pytest.mark.parametrize("name", ["fork_join", "two_towers", "data_dependent", "views", "tiny"])
+def test_gpus_are_scheduled_and_captured_together(
+    name: str, policy: str, spread: None, gpus: tuple[Device, ...], tmp_path: Path
+) -> None:
+    proto = MODELS[name]() if name in MODELS else build("tiny")
+    model = loaded(proto, tmp_path)
+    machine = Machine(gpus, 1, dict.fromkeys(gpus, 1 << 20))
+    decision, is_complete = scheduling.measured_decision(
+        model,
+        MeasurementCache(None, ""),
+        run_plain(model, CPU, 0, ()),
+        scheduling.Request(policy, machine, 20.0, False, ()),
+        lambda *_: None,
+    )
+    assert is_complete
+    check_schedule(graph_from_model(model), machine, decision.schedule)
+    assert policy == "auto" or decision.schedule.devices == gpus
+    annotation = annotation_for(model, decision.schedule, decision.variant)
+    with Session(model.proto, annotation) as session:
+        assert session.refusal is None
+        for seed in range(2):
+            feeds = feeds_for(proto, seed)
+            assert_close(session.run(None, feeds), reference(proto, feeds))
