@@ -94,7 +94,7 @@ def choose_device(text: str) -> Device:
     """
     device, *others = choose_devices(text)
     if others:
-        raise UsageError(f"--device {text} names several; a model without a schedule runs on one.")
+        raise UsageError(f"'{text}' names several; a model without a schedule runs on one.")
     return device
 
 

@@ -108,6 +108,7 @@ def optimize_result(result: OptimizeResult) -> None:
     rows = [
         (
             f"{entry['policy']}/{entry['streams']}",
+            str(len(entry["devices"])),
             entry["variant"],
             entry["rewrite"],
             _us(entry["predicted_us"]),
@@ -117,8 +118,8 @@ def optimize_result(result: OptimizeResult) -> None:
         for entry in result.alternatives
         if entry["measured_us"] is not None or entry["tried_us"] is not None
     ]
-    columns = ("policy/streams", "variant", "rewrite", "predicted us", "tried us", "measured us")
-    _table(columns, rows)
+    measured = ("predicted us", "tried us", "measured us")
+    _table(("policy/streams", "devices", "variant", "rewrite", *measured), rows)
     gain = result.sequential_us / result.measured_us if result.sequential_us else None
     print(
         f"\nChose {result.policy} on {result.stream_count} stream(s) of "
@@ -225,7 +226,8 @@ def inspection(found: Inspection) -> None:
         f"{len(found.plan.segments)} segments, ",
         end="",
     )
-    print(f"{found.plan.wait_count} event waits, {len(found.plan.pieces)} piece(s)")
+    copies = f", {len(found.plan.copies)} copies between devices" if found.plan.copies else ""
+    print(f"{found.plan.wait_count} event waits, {len(found.plan.pieces)} piece(s){copies}")
     times = [details.get("measured_us"), details.get("sequential_us")]
     if all(isinstance(time, float) for time in times):
         print(f"measured {times[0]:.1f} us, one stream {times[1]:.1f} us", end="")

@@ -53,7 +53,8 @@ def test_optimize_writes_the_model_and_says_what_it_chose(folder: Path, call: An
     before = contents(folder)
     text = optimize(call, "--no-cache", "--policy", "nimble", "--streams", "2")
     assert text.splitlines()[0].split() == [
-        "policy/streams", "variant", "rewrite", "predicted", "us", "tried", "us", "measured", "us",
+        "policy/streams", "devices", "variant", "rewrite",
+        "predicted", "us", "tried", "us", "measured", "us",
     ]  # fmt: skip
     assert "Chose nimble on 2 stream(s) of cpu:0, nchw:" in text
     assert "plain ONNX Runtime's. Wrote new.onnx." in text
@@ -145,7 +146,11 @@ def test_several_devices_are_scheduled_and_shown(folder: Path, call: Any) -> Non
     )
     text = call(*arguments, "--schedule", "s.json")
     assert "Chose file on 3 stream(s) of cpu:0, cpu:1, nchw:" in text
-    assert "cpu:1/0" in call("inspect", "new.onnx")
+    text = call("inspect", "new.onnx")
+    assert "cpu:1/0" in text
+    shown = json.loads(call("inspect", "new.onnx", "--json", "-"))["copies"]
+    assert {copy["device"] for copy in shown} == {"cpu:1"}
+    assert f", {len(shown)} copies between devices" in text
     assert "(cpu:0, cpu:1), file" in call("bench", "new.onnx", *QUICK)
     assert call("run", "new.onnx") == call("run", "out.onnx")
     assert (

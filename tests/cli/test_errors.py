@@ -47,6 +47,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "partial.json").write_text(
         '{"schema_version": 1, "operators": [{"name": "stem/conv", "device": "cpu", "stream": 0}]}'
     )
+    (folder / "gpu.json").write_text(
+        '{"schema_version": 1, "operators": [{"name": "a", "device": "cuda:9", "stream": 0}]}'
+    )
     (folder / "file").touch()
     return folder
 
@@ -183,6 +186,13 @@ def test_one_of_several_that_is_not_there_is_4(devices: str, missing: str, fail:
     code, text = fail(*OPTIMIZE, "--device", devices)
     assert code == 4
     assert f"Device {missing} is not available" in text
+
+
+def test_a_device_of_a_schedule_file_that_is_not_there_is_4(fail: Any) -> None:
+    optimize = OPTIMIZE[:4]
+    code, text = fail(*optimize, "--no-cache", "--schedule", "gpu.json")
+    assert code == 4
+    assert "Device cuda:9 is not available" in text
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
