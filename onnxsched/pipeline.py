@@ -22,6 +22,7 @@ from onnxsched.environment import (
 )
 from onnxsched.loading import Model, Precision, graph_from_model, load_model, with_refusals
 from onnxsched.machine import Machine
+from onnxsched.memory import fits_on_first
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
 from onnxsched.profiling.measure import Progress
@@ -132,12 +133,14 @@ def optimize(
     cache = MeasurementCache(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
+    graph = graph_from_model(model)
     request = Request(policy, machine, budget_s, variants, libraries)
     if given is not None:
-        obeyed = schedule_of(given, graph_from_model(model), machine)
+        obeyed = schedule_of(given, graph, machine)
         request = dataclasses.replace(request, policy="file", schedule=obeyed)
     progress("checking", 0, 1)
-    plain = run_plain(model, chosen, seed, libraries)
+    reference = chosen if fits_on_first(graph, machine) else Device("cpu")
+    plain = run_plain(model, reference, seed, libraries)
     key = _decision_key(model, request)
     decision = kept = recall(
         cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), machine

@@ -15,6 +15,7 @@ from onnxsched.decision import Decision, decide
 from onnxsched.graph import OperatorGraph
 from onnxsched.loading import AS_LOADED, Form, Model, graph_from_model, with_refusals
 from onnxsched.machine import Machine
+from onnxsched.memory import fits_on_first
 from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
@@ -133,6 +134,8 @@ def _raced(
 ) -> list[tuple[Model, Model]]:
     """What is worth scheduling: portable models, each with what it is lowered to.
 
+    Of a model that the first device has no room for nothing can be raced there.
+
     Args:
         model: As it was loaded.
         default: What it is lowered to by default.
@@ -144,7 +147,9 @@ def _raced(
     device = request.device
     variants = possible_variants(model, device)
     rewrites = possible_rewrites(model, device) if request.schedule is None else ()
-    if not request.variants or (len(variants) == 1 and not rewrites):
+    is_alone = len(variants) == 1 and not rewrites
+    fits = fits_on_first(graph_from_model(default), request.machine)
+    if is_alone or not request.variants or not fits:
         return [(model, default)]
     raced = race_variants(
         model,
