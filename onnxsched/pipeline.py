@@ -116,9 +116,9 @@ def optimize(
         progress: Told what is being done.
 
     Raises:
-        UsageError: An argument or a shape does not fit, or `source` is not there.
+        UsageError: An argument, a shape or `schedule` does not fit, or a file is not there.
         ModelError: The model can't be read or is not supported.
-        DeviceError: The device is not available.
+        DeviceError: A device is not available, or all together have no room for the model.
         NumericsError: The scheduled model computes something else than plain ORT.
         OnnxschedError: `target` can't be written.
     """
