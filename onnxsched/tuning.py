@@ -19,19 +19,20 @@ from onnxsched.loading import AS_LOADED, Form, Model
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.measure import Progress
-from onnxsched.racing import race
+from onnxsched.racing import race, timed_run
 from onnxsched.refinement import refine
 from onnxsched.schedule import Schedule
 from onnxsched.simulate import simulate
 from onnxsched.trial import TrialRunner
-from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import CaptureError
+from onnxsched_runtime.errors import CaptureError, OnnxschedError
 from onnxsched_runtime.load import Session
 
 _CALIBRATION_COUNT = 8
 """Trials that the contention of the machine is fitted to."""
 _START_COUNT = 3
 """Schedules that local search starts from."""
+_SAMPLE_COUNT = 12
+"""Runs of a schedule that is tried as it will run."""
 _FINALIST_COUNT = 3
 """Candidates that are built as they will run, beside sequential ones."""
 
@@ -61,7 +62,8 @@ class Outcome:
 
     candidate: Candidate
     trial_us: float | None = None
-    """Median device time from one session a chain; None where it was not tried so."""
+    """Median time from one session a chain, or over several devices as it will run; None where it
+    was not tried."""
     samples_us: tuple[float, ...] = ()
     """Times as it will run, from rounds interleaved with the other finalists."""
     form: Form = AS_LOADED
@@ -85,9 +87,8 @@ class Tuned:
 
 def tune(
     subjects: Sequence[Subject],
-    device: Device,
+    machine: Machine,
     *,
-    stream_count: int,
     budget_s: float,
     is_refined: bool = True,
     custom_ops: tuple[str, ...],
@@ -95,15 +96,15 @@ def tune(
 ) -> Tuned:
     """Measure candidates and rank them.
 
-    All are tried in the order of their predictions while the budget lasts (on a GPU, where the
-    model is captured whole); the best few and every sequential one are then built as they will
-    run and measured in interleaved rounds. Ctrl-C ends the trials, and what is best so far is
-    kept.
+    All are tried in the order of their predictions while the budget lasts: on a GPU, where the
+    model is captured whole, from sessions of its chains; over several devices, where each chain
+    would need a session on every one, built as they will run, one after another. The best few and
+    every sequential one are then built as they will run and measured in interleaved rounds. Ctrl-C
+    ends the trials, and what is best so far is kept.
 
     Args:
         subjects: Variants and rewrites of one model, and what is proposed for each.
-        device: Where to measure.
-        stream_count: The cap for schedules that are found here.
+        machine: Where to measure; its streams are the cap for schedules that are found here.
         budget_s: Shared evenly between the subjects; what one leaves goes to those after it.
         is_refined: Spend what is left of it on local search from the best schedules.
         custom_ops: Libraries of custom operators.
@@ -117,20 +118,22 @@ def tune(
             deadline = now + (end - now) / (len(subjects) - number)
             trials = _Trials(
                 subject,
-                device,
-                stream_count,
+                machine,
                 custom_ops,
                 lambda deadline=deadline: (  # type: ignore[misc]
                     time.monotonic() < deadline and not interruption.is_requested
                 ),
                 progress,
             )
-            outcomes += _tried(trials, is_refined)
+            if len(machine.devices) > 1:
+                outcomes += _tried_in_turn(trials)
+            else:
+                outcomes += _tried(trials, is_refined)
         ranked = sorted(outcomes, key=_expected)
         others = [o for o in ranked if o.candidate.policy != "sequential"]
         sequential = [o for o in ranked if o.candidate.policy == "sequential"]
         finalists = [*sequential, *others[:_FINALIST_COUNT]]
-        measured = _measure_finalists(subjects, finalists, custom_ops, progress)
+        measured = _measure_finalists(subjects, finalists, machine, custom_ops, progress)
         measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
         return Tuned((*measured, *others[_FINALIST_COUNT:]), not interruption.is_requested)
 
@@ -140,9 +143,7 @@ class _Trials:
     """What trying the schedules of one subject needs."""
 
     subject: Subject
-    device: Device
-    stream_count: int
-    """The cap."""
+    machine: Machine
     custom_ops: tuple[str, ...]
     is_time_left: Callable[[], bool]
     progress: Progress
@@ -159,12 +160,11 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
     subject = trials.subject
     outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
     tried = sorted(outcomes, key=_expected)
-    if trials.device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
+    [device] = trials.machine.devices
+    if device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
         return tried
     trials.progress("preparing trials", 0, len(tried))
-    with TrialRunner(
-        subject.model, subject.contraction, trials.device, trials.custom_ops
-    ) as runner:
+    with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
         try:
             for index, outcome in enumerate(tried):
                 if not trials.is_time_left():
@@ -179,6 +179,32 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
         except CaptureError:
             pass
     return tried
+
+
+def _tried_in_turn(trials: _Trials) -> list[Outcome]:
+    """The outcomes of a subject's candidates, each built as it will run, timed and closed.
+
+    What can't be built, for want of memory say, is left out.
+    """
+    subject = trials.subject
+    outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
+    waiting = sorted(outcomes, key=_expected)
+    if len(waiting) <= 1 + _FINALIST_COUNT:  # which are all finalists anyway
+        return waiting
+    feeds = random_inputs(subject.portable.baseline, subject.portable.tensors, seed=0)
+    tried: list[Outcome] = []
+    while waiting and trials.is_time_left():
+        outcome = waiting.pop(0)
+        trials.progress("trying schedules", len(tried), len(outcomes))
+        try:
+            with _session_of(subject, outcome, trials.custom_ops) as session:
+                samples_us = timed_run(session, feeds)(_SAMPLE_COUNT)
+        except OnnxschedError:
+            if not trials.machine.is_limited or not (tried or waiting):
+                raise
+            continue
+        tried.append(replace(outcome, trial_us=statistics.median(samples_us)))
+    return tried + waiting
 
 
 def _median_us(runner: TrialRunner, contracted: Schedule) -> float:
@@ -208,9 +234,8 @@ def _searched(
     """What search finds on the calibrated simulator, and then on the machine."""
     subject = trials.subject
     graph = subject.contraction.graph
-    machine = Machine((trials.device,), trials.stream_count)
     trials.progress("searching", 0, 1)
-    start = POLICIES["search"](graph, cost, machine)
+    start = POLICIES["search"](graph, cost, trials.machine)
     found = _found(subject, cost, start, _median_us(runner, start))
     return [found, *_refined(trials, cost, [found, *tried], runner)]
 
@@ -235,7 +260,7 @@ def _refined(
     """What local search on the machine makes of the best schedules that were tried."""
     graph = trials.subject.contraction.graph
     best = sorted(tried, key=_expected)[:_START_COUNT]
-    placements = Machine((trials.device,), trials.stream_count).placements
+    placements = trials.machine.placements
     found = []
     for number, outcome in enumerate(best):
         trials.progress("refining schedules", number, len(best))
@@ -259,26 +284,38 @@ def subject_of(outcome: Outcome, subjects: Sequence[Subject]) -> Subject:
 def _measure_finalists(
     subjects: Sequence[Subject],
     finalists: Sequence[Outcome],
+    machine: Machine,
     custom_ops: tuple[str, ...],
     progress: Progress,
 ) -> list[Outcome]:
+    """Race the finalists; where memory is limited, those that can be held at the same time."""
     first = subjects[0].portable
     feeds = random_inputs(first.baseline, first.tensors, seed=0)
     with ExitStack() as stack:
-        sessions = []
+        built: list[tuple[Outcome, Session]] = []
         for number, outcome in enumerate(finalists):
             progress("building finalists", number, len(finalists))
-            subject = subject_of(outcome, subjects)
-            variant, _ = outcome.form
-            session = Session(
-                subject.portable.proto,
-                annotation_for(subject.portable, outcome.candidate.schedule, variant),
-                custom_ops=custom_ops,
-                lowered=subject.model.source,
-            )
+            try:
+                session = _session_of(subject_of(outcome, subjects), outcome, custom_ops)
+            except OnnxschedError:
+                if not machine.is_limited or (not built and outcome is finalists[-1]):
+                    raise
+                continue
             stack.callback(session.close)
-            sessions.append(session)
-        samples = race(sessions, feeds, progress)
+            built.append((outcome, session))
+        samples = race([session for _, session in built], feeds, progress)
     return [
-        replace(outcome, samples_us=kept) for outcome, kept in zip(finalists, samples, strict=True)
+        replace(outcome, samples_us=kept)
+        for (outcome, _), kept in zip(built, samples, strict=True)
     ]
+
+
+def _session_of(subject: Subject, outcome: Outcome, custom_ops: tuple[str, ...]) -> Session:
+    """A candidate as it will run."""
+    variant, _ = outcome.form
+    return Session(
+        subject.portable.proto,
+        annotation_for(subject.portable, outcome.candidate.schedule, variant),
+        custom_ops=custom_ops,
+        lowered=subject.model.source,
+    )

@@ -31,9 +31,16 @@ _CustomOps = Annotated[
 def optimize(
     model: Annotated[Path, typer.Argument(metavar="IN", help="An ONNX model.")],
     output: _Output,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-    streams: Annotated[int | None, typer.Option(help="The most streams to use.")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda:INDEX, or several: cuda:0,cuda:1.")
+    ] = "auto",
+    streams: Annotated[
+        int | None, typer.Option(help="The most streams to use on a device.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="auto, or the name of one policy.")] = "auto",
+    schedule: Annotated[
+        Path | None, typer.Option(help="A JSON file with the schedule to obey instead.")
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(help="NAME:1x3x224x224, where it is not fixed.")
     ] = None,
@@ -74,6 +81,7 @@ def optimize(
             device=device,
             streams=streams,
             policy=policy,
+            schedule=schedule,
             shapes=parse_shapes(shape or []),
             budget_s=budget,
             variants=not no_variants,
@@ -243,11 +251,22 @@ def _tolerances(option: str, texts: list[str]) -> tuple[float | None, dict[str, 
 
 
 @app.command()
-def inspect(model: _Model, json_to: _Json = None) -> None:
+def inspect(
+    model: _Model,
+    schedule: Annotated[
+        Path | None, typer.Option(help="Write the schedule alone to a JSON file.")
+    ] = None,
+    json_to: _Json = None,
+) -> None:
     """Show the schedule: streams, segments, and why what is not captured is not."""
     from onnxsched.inspection import inspect_model
+    from onnxsched.schedule_file import placements_to_json
 
+    if schedule is not None and schedule.absolute() == model.absolute():
+        raise UsageError(f"--schedule {schedule} is the model's own file; give another.")
     found = inspect_model(model)
+    if schedule is not None:
+        render.write_json(schedule, placements_to_json(found.annotation.placements))
     render.emit(json_to, found.to_json(), lambda: render.inspection(found))
 
 
