@@ -9,9 +9,9 @@ from typing import Any
 from onnxsched.graph import OperatorGraph
 from onnxsched.loading import AS_LOADED
 from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.schedule import Schedule, Slot, check_schedule
-from onnxsched.tuning import Outcome, Subject, subject_of
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
 from onnxsched_runtime.variant import Variant

@@ -16,6 +16,7 @@ from onnxsched.graph import OperatorGraph
 from onnxsched.loading import AS_LOADED, Form, Model, graph_from_model, with_refusals
 from onnxsched.machine import Machine
 from onnxsched.memory import fits_on_first
+from onnxsched.outcomes import Subject
 from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
@@ -24,7 +25,7 @@ from onnxsched.profiling.transfers import Transfers, measure_transfers
 from onnxsched.rewriting import possible_rewrites
 from onnxsched.schedule import Schedule
 from onnxsched.simulate import simulate
-from onnxsched.tuning import Subject, tune
+from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError

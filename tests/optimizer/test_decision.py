@@ -17,9 +17,9 @@ from onnxsched.decision import Decision, decide, recall, remember
 from onnxsched.graph import Weight
 from onnxsched.loading import Model
 from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.schedule import Schedule, Slot
-from onnxsched.tuning import Outcome, Subject
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.graphs import graph_of

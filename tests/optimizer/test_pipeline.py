@@ -19,8 +19,9 @@ from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
 from onnxsched.inspection import inspect_model
 from onnxsched.loading import load_model
+from onnxsched.outcomes import Tuned
 from onnxsched.policies import POLICIES
-from onnxsched.tuning import Tuned, tune
+from onnxsched.tuning import tune
 from onnxsched.verify import verify
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.errors import (

@@ -25,6 +25,7 @@ from onnxsched.environment import device_name
 from onnxsched.inspection import inspect_model
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome
 from onnxsched.policies import SPREADING
 from onnxsched.profile import OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
@@ -33,7 +34,7 @@ from onnxsched.racing import time_runs_us
 from onnxsched.running import run_files
 from onnxsched.schedule import check_schedule
 from onnxsched.schedule_file import placements_to_json
-from onnxsched.tuning import Outcome, tune
+from onnxsched.tuning import tune
 from onnxsched.verify import verify
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
@@ -138,7 +139,7 @@ def test_more_are_tried_while_the_budget_lasts(tiny: Path, tmp_path: Path) -> No
     assert all(a["tried_us"] for a in plenty.alternatives)
     none = optimized(tiny, tmp_path / "out.onnx", budget_s=0.0)
     assert not any(a["tried_us"] for a in none.alternatives)
-    assert sum(a["measured_us"] is not None for a in none.alternatives) == 4
+    assert sum(a["measured_us"] is not None for a in none.alternatives) == 2
 
 
 def test_a_decision_is_kept_for_these_devices(

@@ -12,16 +12,17 @@ from typing import Any, Self
 
 import pytest
 
-from onnxsched import tuning
+from onnxsched import finalists, tuning
 from onnxsched.candidates import Candidate, propose
 from onnxsched.contraction import Contraction, contract_chains, contract_cost, expand
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject, Tuned
 from onnxsched.policies import POLICIES
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
-from onnxsched.tuning import Outcome, Subject, Tuned, tune
+from onnxsched.tuning import tune
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError, OnnxschedError
 from sample_models import build
@@ -89,6 +90,17 @@ def test_the_few_most_promising_and_sequential_are_measured(model: Model) -> Non
     assert sorted(promising) == sorted(others)[:3]
 
 
+def test_without_time_only_one_stream_and_the_most_promising_are_built(model: Model) -> None:
+    outcomes = tuned(model, budget_s=-1.0)
+    assert_ranked(outcomes)
+    _, candidates = candidates_of(model)
+    assert len(outcomes) == len(candidates)
+    finalists = [o.candidate for o in outcomes if o.samples_us]
+    assert sorted(c.policy == "sequential" for c in finalists) == [False, True]
+    (found,) = [c.predicted_us for c in finalists if c.policy != "sequential"]
+    assert found == min(c.predicted_us for c in candidates if c.policy != "sequential")
+
+
 @pytest.mark.parametrize("name", ["branch", "loop", "sequence", "data_dependent", "chain"])
 def test_every_kind_of_model_can_be_tuned(name: str, tmp_path: Path) -> None:
     assert_ranked(tuned(loaded(MODELS[name](), tmp_path)))
@@ -141,7 +153,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrials]:
     """Makes tuning believe in a GPU."""
     kind = type("Trials", (FakeTrials,), {"tried": []})
     monkeypatch.setattr(tuning, "TrialRunner", kind)
-    monkeypatch.setattr(tuning, "Session", FakeSession)
+    monkeypatch.setattr(finalists, "Session", FakeSession)
     return kind
 
 
@@ -315,7 +327,7 @@ def test_over_several_devices_each_is_built_tried_and_closed(
             super().run(names, feeds)
 
     most: list[int] = []
-    monkeypatch.setattr(tuning, "Session", Counted)
+    monkeypatch.setattr(finalists, "Session", Counted)
     monkeypatch.delattr(tuning, "TrialRunner")
     contraction, candidates = candidates_of(model)
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
@@ -351,7 +363,7 @@ def test_what_memory_is_too_small_for_is_left_out_where_memory_is_limited(
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(tuning, "Session", Refusing)
+    monkeypatch.setattr(finalists, "Session", Refusing)
     contraction, candidates = candidates_of(model)
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
     devices = (GPU, Device("cuda", 1))
