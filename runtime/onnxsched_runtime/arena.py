@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from onnxsched_runtime.clocks import Clock, Clocks
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
 from onnxsched_runtime.plan import ExecutionPlan, Record, Run, Wait
 
 ALIGNMENT_NBYTES = 256
 """What `cudaMalloc` guarantees, and kernels with wide loads count on."""
-
-_Clock = dict[Placement, int]
-"""For each stream up to which of its runs everything is finished."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,8 @@ def check_arena(plan: ExecutionPlan, nbytes: Mapping[str, int], arena: Arena) ->
 def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifetime]:
     """When each of these tensors of a plan is in use. O((steps + uses) x streams)."""
     kept = {*plan.inputs, *plan.outputs}
-    born: dict[str, _Clock] = {}
-    uses: dict[str, _Clock] = {}
+    born: dict[str, Clock] = {}
+    uses: dict[str, Clock] = {}
     for placement, tick, start, index in _runs(plan):
         segment = plan.segments[index]
         for name in (*segment.inputs, *segment.outputs):
@@ -130,29 +128,25 @@ def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifet
     }
 
 
-def _runs(plan: ExecutionPlan) -> list[tuple[Placement, int, _Clock, int]]:
+def _runs(plan: ExecutionPlan) -> list[tuple[Placement, int, Clock, int]]:
     """Each run of a segment: its stream, its number there, and what is finished at its start."""
-    done: _Clock = {}
+    done: Clock = {}
     runs = []
-    ticks: _Clock = {}
-    for piece in plan.pieces:
-        clocks: dict[Placement, _Clock] = {}
-        events: dict[int, _Clock] = {}
+    for piece in plan.pieces:  # which starts when the one before it is finished
+        clocks = Clocks(common=done)
         for step in piece.steps:
-            placement = step.placement if not isinstance(step, Run) else (
-                plan.segments[step.segment].placement
-            )  # fmt: skip
-            clock = clocks.setdefault(placement, dict(done))
-            if isinstance(step, Record):
-                events[step.event] = dict(clock)
-            elif isinstance(step, Wait):
-                for stream, tick in events[step.event].items():
-                    clock[stream] = max(clock.get(stream, 0), tick)
-            else:
-                ticks[placement] = ticks.get(placement, 0) + 1
-                runs.append((placement, ticks[placement], dict(clock), step.segment))
-                clock[placement] = ticks[placement]
-        done = dict(ticks)  # a piece starts when the one before it is finished
+            match step:
+                case Run(index):
+                    placement = plan.segments[index].placement
+                    known = dict(clocks.of(placement))
+                    runs.append((placement, clocks.run(placement), known, index))
+                case Record(event, placement):
+                    clocks.record(event, placement)
+                case Wait(event, placement):
+                    clocks.wait(event, placement)
+        done |= {
+            stream: clock[stream] for stream, clock in clocks.streams.items() if stream in clock
+        }
     return runs
 
 

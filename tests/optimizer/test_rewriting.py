@@ -44,7 +44,7 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
     "randwire": ({"image": 32}, {}),
     "t5_encoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
     "t5_decoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
-    "bert": ({"sequence": 8}, {"merge": {"Gemm": -24, "Reshape": -24, "Split": 12}}),
+    "bert": ({"sequence": 8}, {"merge": {"MatMul": -24, "Split": 12}}),
     "deepfm": ({}, {}),
 }
 """Sample models as small as they can be built, and what each rewrite adds and removes."""
