@@ -86,6 +86,7 @@ def optimize(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     budget_s: float = 60.0,
     variants: bool = True,
+    split: bool = True,
     precision: Precision = "keep",
     cache_dir: str | os.PathLike[str] | None = "",
     seed: int = 0,
@@ -109,6 +110,7 @@ def optimize(
         budget_s: No more schedules are tried after this many seconds.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
             `Variant` and `rewriting`.
+        split: On several devices, also cut operators on large images into bands of rows.
         precision: `fp16` computes in float16; inputs and outputs keep their types.
         cache_dir: Where measurements are kept; "" for the user's cache, None for nowhere.
         seed: For the inputs that outputs are compared on.
@@ -134,7 +136,7 @@ def optimize(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
     graph = graph_from_model(model)
-    request = Request(policy, machine, budget_s, variants, libraries)
+    request = Request(policy, machine, budget_s, variants, libraries, split)
     if given is not None:
         obeyed = schedule_of(given, graph, machine)
         request = dataclasses.replace(request, policy="file", schedule=obeyed)
@@ -200,7 +202,7 @@ def _decision_key(model: Model, request: Request) -> str:
     devices, streams = request.machine.devices, request.machine.stream_count
     asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]
     if len(devices) > 1:  # one is as good as another of its kind, but pairs have their own links
-        asked += [[str(device), device_name(device)] for device in devices]
+        asked += [request.split, *([str(device), device_name(device)] for device in devices)]
     if request.schedule is not None:
         asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
     parts = ["decision", fingerprint(model.proto), operators, *asked]

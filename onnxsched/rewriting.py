@@ -26,11 +26,8 @@ REWRITES: Mapping[str, Mapping[str, bool]] = {
 """Which siblings each rewrite merges, as `find_siblings` takes it."""
 
 
-def possible_rewrites(model: Model, device: Device, device_count: int = 1) -> tuple[str, ...]:
-    """The rewrites that change a model, each in another way, the most thorough first.
-
-    Several devices add those of `find_bands` with a band for each, e.g. `bands-2`.
-    """
+def possible_rewrites(model: Model, device: Device) -> tuple[str, ...]:
+    """The rewrites that merge operators, each in another way, the most thorough first."""
     if device.kind == "cpu" or model.host_reasons:
         return ()
     view = GraphView(model)
@@ -40,8 +37,14 @@ def possible_rewrites(model: Model, device: Device, device_count: int = 1) -> tu
         names = tuple(tuple(sibling.node.name for sibling in group) for group in groups)
         if names:
             found.setdefault(names, name)
-    schemes = find_bands(model, device_count) if device_count > 1 else ()
-    return (*found.values(), *(f"{scheme}-{device_count}" for scheme in schemes))
+    return tuple(found.values())
+
+
+def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
+    """The rewrites that cut a model into a band of rows for each device, e.g. `bands-2`."""
+    if device_count < 2 or model.host_reasons:
+        return ()
+    return tuple(f"{scheme}-{device_count}" for scheme in find_bands(model, device_count))
 
 
 def rewritten(model: Model, rewrite: str) -> Model:

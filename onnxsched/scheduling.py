@@ -9,7 +9,13 @@ from onnxsched.annotate import lowered_schedule, portable_refusals, portable_sch
 from onnxsched.calibration import TYPICAL
 from onnxsched.candidates import Candidate, propose
 from onnxsched.checking import PlainRuns
-from onnxsched.contraction import Contraction, contract_chains, uncontracted
+from onnxsched.contraction import (
+    Contraction,
+    contract_chains,
+    contract_cost,
+    expand,
+    uncontracted,
+)
 from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.decision import Decision, decide
 from onnxsched.graph import OperatorGraph
@@ -22,15 +28,16 @@ from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.measure import Progress, measure_profile
 from onnxsched.profiling.transfers import Transfers, measure_transfers
-from onnxsched.rewriting import possible_rewrites
-from onnxsched.schedule import Schedule
+from onnxsched.rewriting import possible_bands, possible_rewrites, rewritten
+from onnxsched.schedule import Schedule, check_schedule
+from onnxsched.seeding import band_schedule
 from onnxsched.simulate import simulate
 from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError
+from onnxsched_runtime.errors import DeviceError, ScheduleError
 from onnxsched_runtime.lowering import origins
-from onnxsched_runtime.variant import DEFAULT_VARIANT
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Request:
     budget_s: float
     variants: bool
     custom_ops: tuple[str, ...]
+    split: bool = True
+    """Cut operators on images into bands of rows, where there are several devices."""
     schedule: Schedule | None = None
     """Of the model as it was loaded: nothing else is proposed beside one stream."""
 
@@ -81,8 +90,10 @@ def measured_decision(
             profiles[lowered.form] = measure_profile(lowered, device, cache, libraries, progress)
         return profiles[lowered.form]
 
+    raced = _raced(model, default, profile_of, plain, request, progress)
+    raced += _in_bands(model, raced[0][1].variant, request)
     subjects = []
-    for portable, lowered in _raced(model, default, profile_of, plain, request, progress):
+    for portable, lowered in raced:
         own = profile_of(lowered)
         if lowered.form == AS_LOADED or not own.refusals:
             subjects.append(_subject(portable, lowered, own, transfers, request))
@@ -169,6 +180,19 @@ def _raced(
     ]
 
 
+def _in_bands(model: Model, variant: Variant, request: Request) -> list[tuple[Model, Model]]:
+    """The model in bands, portable and lowered: no race in one stream would tell their worth."""
+    if not (request.split and request.variants) or request.schedule is not None:
+        return []
+    found = []
+    for name in possible_bands(model, len(request.machine.devices)):
+        portable = lowered = rewritten(model, name)
+        if request.device.kind == "cuda":
+            lowered = lowered_model(portable, variant, request.device, request.custom_ops)
+        found.append((portable, lowered))
+    return found
+
+
 def _subject(
     portable: Model,
     lowered: Model,
@@ -207,6 +231,7 @@ def _candidates(
         policies = list(POLICIES) if request.policy == "auto" else [request.policy]
         for contraction in (contract_chains(graph), uncontracted(graph)):
             proposed = propose(graph, contraction, cost, machine, policies)
+            proposed += _bands(graph, contraction, cost, machine)
             if proposed:  # else a chain may be too large for a device, but not its operators
                 break
     found = [
@@ -217,6 +242,23 @@ def _candidates(
         predicted_us = simulate(graph, cost, carried).makespan_us
         found.append(Candidate(request.policy, given, carried, predicted_us))
     return contraction, tuple(found)
+
+
+def _bands(
+    graph: OperatorGraph, contraction: Contraction, cost: TableCost, machine: Machine
+) -> tuple[Candidate, ...]:
+    """The schedule that gives each band of rows a device of its own, where there are bands."""
+    chain_cost = contract_cost(contraction, cost)
+    try:
+        contracted = band_schedule(contraction.graph, chain_cost, machine)
+        if contracted is None:
+            return ()
+        schedule = expand(contraction, contracted)
+        check_schedule(graph, machine, schedule)
+    except ScheduleError:  # no room
+        return ()
+    predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
+    return (Candidate("bands", schedule, contracted, predicted_us),)
 
 
 def _unscheduled(model: Model, default: Model, machine: Machine) -> Subject:

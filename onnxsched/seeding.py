@@ -13,7 +13,8 @@ from onnxsched.schedule import Schedule
 from onnxsched.spreading import shortest
 from onnxsched.windows import WINDOW, with_windows
 
-_BAND = re.compile(r".*/band(\d+)(?:/|$)")
+_BAND = re.compile(r".*/band(\d+)(?:/|_token_|$)")
+"""A node of a band, or what ONNX Runtime calls it when it has lowered it."""
 
 
 def band_schedule(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule | None:

@@ -54,6 +54,9 @@ def optimize(
             "--no-variants", help="Keep ONNX Runtime's own layout, kernels and operators."
         ),
     ] = False,
+    no_split: Annotated[
+        bool, typer.Option("--no-split", help="Cut no operators into rows for several devices.")
+    ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,
     custom_ops: _CustomOps = None,
@@ -85,6 +88,7 @@ def optimize(
             shapes=parse_shapes(shape or []),
             budget_s=budget,
             variants=not no_variants,
+            split=not no_split,
             precision=precision,  # type: ignore[arg-type]
             cache_dir=None if no_cache else cache_dir or "",
             seed=seed,

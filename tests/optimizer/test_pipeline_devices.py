@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxsched
-from onnxsched import pipeline, scheduling
+from onnxsched import pipeline, regions, scheduling
 from onnxsched.annotate import annotation_for
 from onnxsched.checking import PlainRuns, run_plain
 from onnxsched.comparison import Tolerances
@@ -390,3 +390,27 @@ def test_gpus_are_scheduled_and_captured_together(
         for seed in range(2):
             feeds = feeds_for(proto, seed)
             assert_close(session.run(None, feeds), reference(proto, feeds))
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_bands_of_rows_are_candidates_unless_they_are_unwanted(
+    split: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regions, "_LEAST_ROWS", 4)
+
+    def in_bands(outcomes: Sequence[Outcome], *rest: Any) -> Decision:
+        ranked = sorted(outcomes, key=lambda o: (not o.samples_us, o.candidate.policy != "bands"))
+        return decide(ranked, *rest)
+
+    monkeypatch.setattr(scheduling, "decide", in_bands)
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(build("squeezenet", image=64), source)
+    result = optimized(source, target, split=split, policy="heft", budget_s=8.0)
+    tried = {entry["rewrite"] for entry in result.alternatives if entry["policy"] == "bands"}
+    assert tried <= {"bands-2", "bands-prefix-2"}
+    assert bool(tried) == split
+    assert all(difference.is_within for difference in result.differences)
+    if result.policy == "bands":
+        feeds = feeds_for(onnx.load(source))
+        with onnxsched.load(target) as session:
+            assert_close(session.run(None, feeds), plain_outputs(source, feeds))
