@@ -8,7 +8,7 @@ from typing import Any
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.annotation import Annotation
-from onnxsched_runtime.lowering import origins, to_portable
+from onnxsched_runtime.lowering import origins, to_lowered, to_portable
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 
@@ -44,6 +44,17 @@ def portable_schedule(model: Model, lowered: Model, schedule: Schedule) -> Sched
     placements = {names[slot.operator]: slot.placement for slot in schedule.slots}
     index = {node.name: number for number, node in enumerate(model.proto.graph.node)}
     carried = to_portable(placements, model.proto, lowered.proto)
+    return Schedule(tuple(Slot(index[name], placement) for name, placement in carried.items()))
+
+
+def lowered_schedule(model: Model, lowered: Model, schedule: Schedule) -> Schedule:
+    """A schedule of a portable model's operators as one of the lowered model's."""
+    if lowered.proto is model.proto:
+        return schedule
+    names = [node.name for node in model.proto.graph.node]
+    placements = {names[slot.operator]: slot.placement for slot in schedule.slots}
+    index = {node.name: number for number, node in enumerate(lowered.proto.graph.node)}
+    carried = to_lowered(placements, model.proto, lowered.proto)
     return Schedule(tuple(Slot(index[name], placement) for name, placement in carried.items()))
 
 

@@ -54,7 +54,7 @@ class Arm:
     latency_us: tuple[tuple[float, ...], ...]
     """Time of a call that takes and returns host arrays, one tuple a round."""
     memory_nbytes: int | None
-    """What it holds on the device once it has run, libraries not counted; None on the CPU."""
+    """What it holds on all devices once it has run, libraries not counted; None on the CPU."""
 
     @property
     def device(self) -> Summary | None:
@@ -72,7 +72,8 @@ class BenchResult:
     """Every arm, measured in the same interleaved rounds."""
 
     model: str
-    device: Device
+    devices: tuple[Device, ...]
+    """Those of the schedule; all other arms run on the first."""
     policy: str
     variant: str
     """How the schedule's sessions execute the model, e.g. `nhwc+bias`."""
@@ -107,7 +108,7 @@ class BenchResult:
         return {
             "schema_version": 1,
             "model": self.model,
-            "device": str(self.device),
+            "devices": [str(device) for device in self.devices],
             "policy": self.policy,
             "variant": self.variant,
             "rewrite": self.rewrite,
@@ -165,7 +166,8 @@ def bench(
     """
     model = read_model(path)
     annotation = read_annotation(model)
-    device = annotation.devices[0]
+    devices = annotation.devices
+    device = devices[0]
     names = _arm_names(against, device, _needed_by_ort_graph(annotation, original is not None))
     libraries = tuple(custom_ops)
     lowered = lowered_source(model, annotation, libraries)
@@ -175,20 +177,21 @@ def bench(
     with ExitStack() as stack:
         runs = []
         sources = {name: baseline if name.startswith("ort") else lowered for name in names}
-        if device.kind == "cuda":  # the first session loads libraries, which belong to no arm
-            with _open(names[0], sources[names[0]], model, annotation, libraries) as executor:
+        if device.kind == "cuda":  # the first sessions load libraries, which belong to no arm
+            first = _SCHEDULE if len(devices) > 1 else names[0]
+            with _open(first, sources[first], model, annotation, libraries) as executor:
                 executor.run(feeds, outputs)
         for number, name in enumerate(names):
             progress("preparing", number, len(names))
-            free_nbytes = cuda.free_memory_nbytes(device) if device.kind == "cuda" else None
+            free_nbytes = _free_nbytes(devices)
             executor = _open(name, sources[name], model, annotation, libraries)
             stack.callback(executor.close)
-            runs.append(_ArmRun(name, executor, feeds, outputs, device, free_nbytes))
+            runs.append(_ArmRun(name, executor, feeds, outputs, devices, free_nbytes))
         _measure(runs, warmup_ms, duration_s, iterations, progress)
         arms = tuple(run.result() for run in runs)
     return BenchResult(
         model=Path(path).name,
-        device=device,
+        devices=devices,
         policy=str(annotation.details.get("policy", "")),
         variant=str(annotation.variant),
         rewrite=str(annotation.details.get("rewrite", "none")),
@@ -263,6 +266,13 @@ def _open(
     return open_executor(source, plan, capture=capture.get(name, "whole"), custom_ops=custom_ops)
 
 
+def _free_nbytes(devices: Sequence[Device]) -> int | None:
+    """Memory that is free on all GPUs together; None on the CPU."""
+    if devices[0].kind == "cpu":
+        return None
+    return sum(cuda.free_memory_nbytes(device) for device in devices)
+
+
 class _ArmRun:
     """An executor being measured."""
 
@@ -272,15 +282,16 @@ class _ArmRun:
         executor: Executor,
         feeds: dict[str, Any],
         outputs: list[str],
-        device: Device,
+        devices: Sequence[Device],
         free_nbytes: int | None,
     ) -> None:
         """Run once, and see what that has taken of the memory that was free before."""
         self._name, self._executor = name, executor
         self._run: Callable[[], list[Any]] = lambda: executor.run(feeds, outputs)
         self._run()
+        left_nbytes = _free_nbytes(devices)
         self._memory_nbytes = (
-            None if free_nbytes is None else free_nbytes - cuda.free_memory_nbytes(device)
+            None if free_nbytes is None or left_nbytes is None else free_nbytes - left_nbytes
         )
         self._device_us: list[tuple[float, ...]] = []
         self._latency_us: list[tuple[float, ...]] = []

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from onnxsched.contraction import Contraction, contract_cost, expand
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
-from onnxsched.policies import POLICIES
+from onnxsched.memory import too_full
+from onnxsched.policies import POLICIES, SPREADING
 from onnxsched.policies.ios import GROUP_COUNT
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
-from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import ScheduleError
 
 STREAM_COUNTS = (2, 3, 4, 6, 8, 12, 16, 32)
 """Tried up to the cap: more is not better, and which count is best depends on the model."""
@@ -45,41 +46,58 @@ def propose(
     graph: OperatorGraph,
     contraction: Contraction,
     cost: CostModel,
-    device: Device,
+    machine: Machine,
     policies: Sequence[str],
-    max_streams: int,
 ) -> tuple[Candidate, ...]:
     """Let policies schedule the graph for every stream count up to the cap.
 
-    Sequential comes first; of equal schedules only the first is kept. Every schedule has
-    passed `check_schedule`.
+    First on the first device alone, sequential before all others; then, by the policies that use
+    several, on all of them. Of equal schedules only the first is kept. Every schedule has passed
+    `check_schedule`; what does not fit into the devices' memory is left out.
 
     Args:
         graph: The operators.
         contraction: Its chains, which the policies schedule.
         cost: Costs of the operators.
-        device: Where they run.
+        machine: Where they run; its streams are the cap.
         policies: Names in `POLICIES`.
-        max_streams: The cap.
     """
     chain_cost = contract_cost(contraction, cost)
     found: dict[bytes, Candidate] = {}
-    tried = [("sequential", 1)]
-    for policy in policies:
-        if policy == "hios-mr" and "hios-lp" in policies:
-            continue  # Without devices to map to they are the same.
-        tried += [(policy, count) for count in _stream_counts(policy, max_streams)]
-    for policy, count in tried:
-        machine = Machine((device,), count)
-        contracted = POLICIES[policy](contraction.graph, chain_cost, machine)
+    for policy, tried in _questions(machine, policies):
+        try:
+            contracted = POLICIES[policy](contraction.graph, chain_cost, tried)
+        except ScheduleError:
+            if not tried.is_limited:
+                raise
+            continue
         shape = contracted.shape
         if shape in found:
             continue
         schedule = expand(contraction, contracted)
-        check_schedule(graph, machine, schedule)
+        check_schedule(graph, replace(tried, memory_nbytes={}), schedule)
+        if too_full(graph, tried, [s.operator for s in schedule.slots], schedule.placement_of):
+            continue
         predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
         found[shape] = Candidate(policy, schedule, contracted, predicted_us)
     return tuple(found.values())
+
+
+def _questions(machine: Machine, policies: Sequence[str]) -> Iterator[tuple[str, Machine]]:
+    """Which policies are asked for which part of the machine."""
+    first = replace(machine, devices=machine.devices[:1])
+    yield "sequential", replace(first, stream_count=1)
+    for policy in policies:
+        if policy == "hios-mr" and "hios-lp" in policies:
+            continue  # Without devices to map to they are the same.
+        for count in _stream_counts(policy, machine.stream_count):
+            yield policy, replace(first, stream_count=count)
+    if len(machine.devices) == 1:
+        return
+    for policy in policies:
+        if policy in SPREADING:
+            for count in sorted({1, *_stream_counts(policy, machine.stream_count)}):
+                yield policy, replace(machine, stream_count=count)
 
 
 def _stream_counts(policy: str, max_streams: int) -> list[int]:

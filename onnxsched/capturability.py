@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import onnx
 from onnx import TensorProto
 
+from onnxsched.graph import RANDOM_TYPES
 from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.tensor import TensorType
 
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
-           "Multinomial", "Bernoulli"}  # fmt: skip
 
 
 def host_reasons(
@@ -72,7 +71,7 @@ def random_tensors(model: onnx.ModelProto) -> set[str]:
 def _is_random(node: onnx.NodeProto) -> bool:
     """Whether an operator draws numbers; a Dropout does if it may be in training mode."""
     trains = node.op_type == "Dropout" and len(node.input) > 2 and bool(node.input[2])
-    return trains or node.op_type in _RANDOM
+    return trains or node.op_type in RANDOM_TYPES
 
 
 def _draws(node: onnx.NodeProto) -> bool:

@@ -92,6 +92,11 @@ def contract_chains(graph: OperatorGraph) -> Contraction:
     return Contraction(OperatorGraph(operators, edges), tuple(map(tuple, groups)))
 
 
+def uncontracted(graph: OperatorGraph) -> Contraction:
+    """The graph as it is: every operator is a chain of its own."""
+    return Contraction(graph, tuple((operator,) for operator in range(len(graph))))
+
+
 def contract_cost(contraction: Contraction, cost: CostModel) -> ContractedCost:
     """The costs of `contraction.graph`, given those of the graph it was made from."""
     return ContractedCost(contraction.groups, cost)

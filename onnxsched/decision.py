@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxsched.graph import OperatorGraph
 from onnxsched.loading import AS_LOADED
 from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.schedule import Schedule, Slot, check_schedule
-from onnxsched.tuning import Outcome, Subject, subject_of
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
 from onnxsched_runtime.variant import Variant
@@ -27,8 +27,9 @@ class Decision:
     rewrite: str
     """What was made of the model before it was scheduled; a name in `REWRITES`, or `none`."""
     measured_us: float
-    sequential_us: float
-    """The model as it was loaded as one session of the default variant, in the same rounds."""
+    sequential_us: float | None
+    """The model as it was loaded as one session of the default variant, in the same rounds; None
+    where no device alone has the memory."""
     alternatives: tuple[Mapping[str, Any], ...]
     """Every candidate: policy, variant, rewrite, streams, predicted, tried and measured times."""
     operators: Mapping[str, tuple[float, str]]
@@ -50,7 +51,7 @@ def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str
     chosen = allowed[0]
     subject = subject_of(chosen, subjects)
     unscheduled = [o for o in measured if o.candidate.policy == "sequential"]
-    plain = next((o for o in unscheduled if o.form == AS_LOADED), unscheduled[0])
+    unscheduled.sort(key=lambda outcome: outcome.form != AS_LOADED)
     variant, rewrite = chosen.form
     return Decision(
         schedule=chosen.candidate.schedule,
@@ -58,7 +59,7 @@ def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str
         variant=variant,
         rewrite=rewrite,
         measured_us=chosen.measured_us or 0.0,
-        sequential_us=plain.measured_us or 0.0,
+        sequential_us=unscheduled[0].measured_us if unscheduled else None,
         alternatives=tuple(_alternative(outcome) for outcome in outcomes),
         operators=subject.operators,
         refusals=subject.refusals,
@@ -72,6 +73,7 @@ def _alternative(outcome: Outcome) -> Mapping[str, Any]:
         "variant": str(variant),
         "rewrite": rewrite,
         "streams": outcome.candidate.stream_count,
+        "devices": [str(device) for device in outcome.candidate.schedule.devices],
         "predicted_us": outcome.candidate.predicted_us,
         "tried_us": outcome.trial_us,
         "measured_us": outcome.measured_us,
@@ -79,10 +81,15 @@ def _alternative(outcome: Outcome) -> Mapping[str, Any]:
     }
 
 
-def remember(cache: MeasurementCache, key: str, decision: Decision) -> None:
-    """Keep a decision."""
+def remember(
+    cache: MeasurementCache, key: str, decision: Decision, devices: Sequence[Device]
+) -> None:
+    """Keep a decision for `devices`, which it refers to by their numbers."""
     content = {
-        "slots": [[slot.operator, slot.placement.stream] for slot in decision.schedule.slots],
+        "slots": [
+            [slot.operator, devices.index(slot.placement.device), slot.placement.stream]
+            for slot in decision.schedule.slots
+        ],
         "policy": decision.policy,
         "variant": decision.variant.to_json(),
         "rewrite": decision.rewrite,
@@ -99,33 +106,36 @@ def recall(
     cache: MeasurementCache,
     key: str,
     graph_of: Callable[[str], OperatorGraph],
-    device: Device,
+    machine: Machine,
 ) -> Decision | None:
-    """The decision kept for `key`; None where there is none, or it does not fit the graph.
+    """The decision kept for `key`; None where there is none, or it does not fit any more.
 
     Args:
         cache: Where it is kept.
         key: What it was kept for.
         graph_of: The operators as a rewrite leaves them, by its name; KeyError for a stranger.
-        device: Where it is to run.
+        machine: Where it is to run; it may use more streams.
     """
     content = cache.read(key)
     try:
         rewrite = str(content["rewrite"])
-        slots = [Slot(int(o), Placement(device, int(stream))) for o, stream in content["slots"]]
-        schedule = Schedule(tuple(slots))
-        count = 1 + max(slot.placement.stream for slot in slots)
-        check_schedule(graph_of(rewrite), Machine((device,), count), schedule)
+        placed = [(int(o), int(device), int(stream)) for o, device, stream in content["slots"]]
+        schedule = Schedule(
+            tuple(Slot(o, Placement(machine.devices[device], s)) for o, device, s in placed)
+        )
+        count = 1 + max(stream for _, _, stream in placed)
+        check_schedule(graph_of(rewrite), replace(machine, stream_count=count), schedule)
+        sequential_us = content["sequential_us"]
         return Decision(
             schedule=schedule,
             policy=str(content["policy"]),
             variant=Variant.from_json(content["variant"]),
             rewrite=rewrite,
             measured_us=float(content["measured_us"]),
-            sequential_us=float(content["sequential_us"]),
+            sequential_us=None if sequential_us is None else float(sequential_us),
             alternatives=tuple(content["alternatives"]),
             operators={n: (float(us), str(b)) for n, (us, b) in content["operators"].items()},
             refusals={str(name): str(why) for name, why in content["refusals"].items()},
         )
-    except (AttributeError, KeyError, TypeError, ValueError, ScheduleError):
+    except (AttributeError, LookupError, TypeError, ValueError, ScheduleError):
         return None

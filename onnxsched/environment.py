@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from onnxsched.machine import Machine
 from onnxsched_runtime import cuda, session
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError
+from onnxsched_runtime.errors import DeviceError, UsageError
 
 
 def version() -> str:
@@ -55,19 +56,54 @@ def describe_environment(device: Device) -> dict[str, Any]:
     }
 
 
-def choose_device(text: str) -> Device:
-    """Read `--device`: `auto` is the first GPU, or the CPU where there is none.
+def choose_devices(text: str) -> tuple[Device, ...]:
+    """Read `--device`: one or several of a kind, with commas between them.
+
+    `auto` is the first GPU, or the CPU where there is none. Several CPU devices are groups of
+    threads, numbered from `cpu:0`.
 
     Raises:
-        UsageError: It is no device.
-        DeviceError: It is not on this machine, or several were asked for.
+        UsageError: Something is no device, there twice, or of another kind than the others.
+        DeviceError: A device is not on this machine.
     """
     if text == "auto":
-        return Device("cuda" if cuda.device_count() and session.is_cuda_built() else "cpu")
-    if "," in text:
-        raise DeviceError(f"--device {text} names several; this release schedules for one.")
-    device = Device.parse(text)
-    if device.kind == "cpu" and device.index:
-        raise DeviceError(f"Device {device} is not available: the CPU is cpu:0.")
-    cuda.require_device(device)
+        return (Device("cuda" if cuda.device_count() and session.is_cuda_built() else "cpu"),)
+    devices = tuple(Device.parse(part) for part in text.split(","))
+    for number, device in enumerate(devices):
+        if device in devices[:number]:
+            raise UsageError(f"'{text}' names {device} twice; name each device once.")
+        if device.kind != devices[0].kind:
+            raise UsageError(
+                f"'{text}' mixes {devices[0]} and {device}; a model runs on GPUs or on the CPU."
+            )
+        if device.kind == "cpu" and device.index >= len(devices):
+            raise DeviceError(
+                f"Device {device} is not available: the CPU is cpu:0, and several groups of its "
+                "threads are numbered from there."
+            )
+        cuda.require_device(device)
+    return devices
+
+
+def choose_device(text: str) -> Device:
+    """Read `--device` where only one is wanted.
+
+    Raises:
+        UsageError: It is no device, or several.
+        DeviceError: It is not on this machine.
+    """
+    device, *others = choose_devices(text)
+    if others:
+        raise UsageError(f"'{text}' names several; a model without a schedule runs on one.")
     return device
+
+
+def machine_of(devices: tuple[Device, ...], stream_count: int) -> Machine:
+    """The machine to schedule for: several GPUs with the memory that is free on each now.
+
+    One device, and the CPU, are not limited: what does not fit shows when it is run.
+    """
+    if len(devices) == 1 or devices[0].kind == "cpu":
+        return Machine(devices, stream_count)
+    free = {device: cuda.free_memory_nbytes(device) for device in devices}
+    return Machine(devices, stream_count, free)

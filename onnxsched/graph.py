@@ -6,6 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+RANDOM_TYPES = frozenset({
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial",
+    "Bernoulli",
+})  # fmt: skip
+"""Types of operators that write something else each time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:

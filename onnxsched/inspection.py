@@ -59,6 +59,10 @@ class Inspection:
                 for segment in self.plan.segments
             ],
             "wait_count": self.plan.wait_count,
+            "copies": [
+                {"tensor": tensor, "device": str(self.plan.device_of[copy])}
+                for copy, tensor in self.plan.copies.items()
+            ],
             "nodes": [
                 {
                     "name": node.name,

@@ -67,7 +67,7 @@ class Model:
     precision: Precision = "keep"
     """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
     rewrite: str = NO_REWRITE
-    """What has made `proto` of the operators that were loaded; a name in `rewriting.REWRITES`."""
+    """What has made `proto` of the operators that were loaded; a name that `rewritten` knows."""
 
     @property
     def form(self) -> Form:

@@ -90,6 +90,13 @@ def too_full(
     return None
 
 
+def fits_on_first(graph: OperatorGraph, machine: Machine) -> bool:
+    """Whether the first device alone has room for the graph, one operator after another."""
+    order = range(len(graph))
+    placement = Placement(machine.devices[0], 0)
+    return too_full(graph, machine, order, dict.fromkeys(order, placement)) is None
+
+
 class Ledger:
     """How full devices are while operators are placed, as if nothing was ever freed.
 

@@ -3,63 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from onnxsched.drafting import Draft
 from onnxsched.siblings import GraphView, Sibling, Window, is_elementwise, kind_of
 from onnxsched_runtime.annotation import attribute_digests
 from onnxsched_runtime.tensor import TensorType
 
 _SPLIT_SIZES_OPSET = 13
 """From here on a Split takes its sizes as an input, before as an attribute."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What changes in a model: filled merge by merge."""
-
-    view: GraphView
-    added: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
-    """New nodes, by the name of the old one that they come before."""
-    removed: set[str] = field(default_factory=set)
-    """Names of old nodes."""
-    changed: dict[str, onnx.NodeProto] = field(default_factory=dict)
-    """What takes the place of an old node, by name."""
-    weights: list[onnx.TensorProto] = field(default_factory=list)
-    tensors: dict[str, TensorType] = field(default_factory=dict)
-    """The types of new tensors."""
-
-    def nodes(self) -> list[onnx.NodeProto]:
-        """All nodes, in topological order where the old ones were."""
-        nodes: list[onnx.NodeProto] = []
-        for node in self.view.model.proto.graph.node:
-            nodes += self.added.get(node.name, [])
-            if node.name not in self.removed:
-                nodes.append(self.changed.get(node.name, node))
-        return nodes
-
-    def store(self, name: str, array: np.ndarray) -> str:
-        """Keep a new weight; returns its name."""
-        weight = numpy_helper.from_array(np.ascontiguousarray(array), self._fresh(name))
-        self.weights.append(weight)
-        return str(weight.name)
-
-    def declare(self, name: str, kind: TensorType) -> str:
-        """Announce a new tensor; returns its name."""
-        fresh = self._fresh(name)
-        self.tensors[fresh] = kind
-        return fresh
-
-    def _fresh(self, name: str) -> str:
-        view, own = self.view, {weight.name for weight in self.weights}
-        taken = (view.model.tensors, view.weights, view.writer, self.tensors, own)
-        while any(name in names for names in taken):
-            name += "_"
-        return name
 
 
 @dataclass(frozen=True)
@@ -290,8 +247,7 @@ def _split(
 ) -> onnx.NodeProto:
     """The pieces of a tensor under the names that they are read by."""
     name = f"{tensor}/split"
-    opsets = {entry.domain: entry.version for entry in draft.view.model.proto.opset_import}
-    if max(opsets.get("", 0), opsets.get("ai.onnx", 0)) < _SPLIT_SIZES_OPSET:
+    if draft.view.opset < _SPLIT_SIZES_OPSET:
         return helper.make_node("Split", [tensor], tails, name, axis=axis, split=counts)
     sizes = draft.store(f"{name}/sizes", np.array(counts, np.int64))
     return helper.make_node("Split", [tensor, sizes], tails, name, axis=axis)

@@ -14,13 +14,21 @@ from onnxsched.annotate import annotation_for
 from onnxsched.checking import check_numerics, run_plain
 from onnxsched.comparison import Difference
 from onnxsched.decision import Decision, recall, remember
-from onnxsched.environment import choose_device, describe_environment
+from onnxsched.environment import (
+    choose_devices,
+    describe_environment,
+    device_name,
+    machine_of,
+)
 from onnxsched.loading import Model, Precision, graph_from_model, load_model, with_refusals
+from onnxsched.machine import Machine
+from onnxsched.memory import fits_on_first
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
 from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched.rewriting import rewritten
+from onnxsched.schedule_file import ScheduleFile, read_schedule_file, schedule_of
 from onnxsched.scheduling import Request, measured_decision
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
@@ -37,7 +45,8 @@ class OptimizeResult:
     """What `optimize` wrote, and what it measured."""
 
     path: Path
-    device: Device
+    devices: tuple[Device, ...]
+    """Those that the schedule uses."""
     policy: str
     variant: Variant
     """How sessions execute the model."""
@@ -51,8 +60,8 @@ class OptimizeResult:
     """Why it is not captured as one CUDA graph; None where it is."""
     host_reasons: Mapping[str, str]
     measured_us: float
-    sequential_us: float
-    """The same model as one session, in the same rounds."""
+    sequential_us: float | None
+    """The same model as one session, in the same rounds; None where no device alone holds it."""
     differences: tuple[Difference, ...]
     """Of each output that no random number reaches, against plain ONNX Runtime."""
     alternatives: tuple[Mapping[str, Any], ...]
@@ -62,7 +71,8 @@ class OptimizeResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         content = dataclasses.asdict(self)
-        return {"schema_version": 1, **content, "path": str(self.path), "device": str(self.device)}
+        devices = [str(device) for device in self.devices]
+        return {"schema_version": 1, **content, "path": str(self.path), "devices": devices}
 
 
 def optimize(
@@ -72,9 +82,11 @@ def optimize(
     device: str = "auto",
     streams: int | None = None,
     policy: str = "auto",
+    schedule: str | os.PathLike[str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     budget_s: float = 60.0,
     variants: bool = True,
+    split: bool = True,
     precision: Precision = "keep",
     cache_dir: str | os.PathLike[str] | None = "",
     seed: int = 0,
@@ -86,13 +98,19 @@ def optimize(
     Args:
         source: An ONNX model.
         target: Where to write it; nothing is written unless all went well.
-        device: `auto` (the first GPU, else the CPU), `cuda:0`, `cpu`.
-        streams: The most streams to use; 16 on a GPU, up to 4 threads on the CPU if None.
+        device: `auto` (the first GPU, else the CPU), `cuda:0`, `cpu`; or several of a kind:
+            `cuda:0,cuda:1`, or `cpu:0,cpu:1` for groups of threads. Operators are measured on the
+            first, which is taken to be like the others.
+        streams: The most streams to use on each device; 16 on a GPU, up to 4 threads on the CPU if
+            None.
         policy: `auto` measures the best few of all; a policy's name is obeyed.
+        schedule: A JSON file with a schedule that is obeyed instead, as policy `file`; see
+            docs/annotation.md. Its devices are taken where `device` is `auto`.
         shapes: Shapes of inputs whose dimensions are symbols.
         budget_s: No more schedules are tried after this many seconds.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
             `Variant` and `rewriting`.
+        split: On several devices, also cut operators on large images into bands of rows.
         precision: `fp16` computes in float16; inputs and outputs keep their types.
         cache_dir: Where measurements are kept; "" for the user's cache, None for nowhere.
         seed: For the inputs that outputs are compared on.
@@ -100,15 +118,16 @@ def optimize(
         progress: Told what is being done.
 
     Raises:
-        UsageError: An argument or a shape does not fit, or `source` is not there.
+        UsageError: An argument, a shape or `schedule` does not fit, or a file is not there.
         ModelError: The model can't be read or is not supported.
-        DeviceError: The device is not available.
+        DeviceError: A device is not available, or all together have no room for the model.
         NumericsError: The scheduled model computes something else than plain ORT.
         OnnxschedError: `target` can't be written.
     """
-    _check_arguments(target, streams, policy, precision)
-    chosen = choose_device(device)
-    libraries = tuple(custom_ops)
+    _check_arguments(target, streams, policy, precision, schedule)
+    given = None if schedule is None else read_schedule_file(schedule)
+    machine = _machine(device, streams, given)
+    chosen, libraries = machine.devices[0], tuple(custom_ops)
     progress("loading", 0, 1)
     model = load_model(Path(source), chosen, shapes, libraries, precision)
     environment = describe_environment(chosen)
@@ -116,34 +135,40 @@ def optimize(
     cache = MeasurementCache(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
-    cap = streams or _DEFAULT_STREAMS[chosen.kind]
-    request = Request(policy, cap, budget_s, variants, libraries)
+    graph = graph_from_model(model)
+    request = Request(policy, machine, budget_s, variants, libraries, split)
+    if given is not None:
+        obeyed = schedule_of(given, graph, machine)
+        request = dataclasses.replace(request, policy="file", schedule=obeyed)
     progress("checking", 0, 1)
-    plain = run_plain(model, chosen, seed, libraries)
+    reference = chosen if fits_on_first(graph, machine) else Device("cpu")
+    plain = run_plain(model, reference, seed, libraries)
     key = _decision_key(model, request)
     decision = kept = recall(
-        cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), chosen
+        cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), machine
     )
     if decision is None:
-        decision, is_complete = measured_decision(model, chosen, cache, plain, request, progress)
+        decision, is_complete = measured_decision(model, cache, plain, request, progress)
         if is_complete:
-            remember(cache, key, decision)
+            remember(cache, key, decision, machine.devices)
     model = with_refusals(rewritten(model, decision.rewrite), decision.refusals)
-    details = _details(model, decision, chosen, environment, seed)
+    details = _details(model, decision, environment, seed)
     annotation = annotation_for(model, decision.schedule, decision.variant, details)
     progress("checking", 0, 1)
     with Session(model.proto, annotation, custom_ops=libraries) as session:
         differences = check_numerics(model, session, plain)
-        result = _result(
-            Path(target), chosen, model, decision, session, differences, kept is not None
-        )
+        result = _result(Path(target), model, decision, session, differences, kept is not None)
     write_annotation(model.proto, annotation)
     write_model(model.proto, target)
     return result
 
 
 def _check_arguments(
-    target: str | os.PathLike[str], streams: int | None, policy: str, precision: str
+    target: str | os.PathLike[str],
+    streams: int | None,
+    policy: str,
+    precision: str,
+    schedule: str | os.PathLike[str] | None,
 ) -> None:
     if precision not in get_args(Precision):
         raise UsageError(f"There is no precision '{precision}'; there are keep and fp16.")
@@ -151,6 +176,9 @@ def _check_arguments(
         raise UsageError(f"There is no policy '{policy}'; there are auto, {', '.join(POLICIES)}.")
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} is too few; give at least 1.")
+    if schedule is not None and (policy != "auto" or streams is not None):
+        option = "--streams" if policy == "auto" else "--policy"
+        raise UsageError(f"--schedule and {option} contradict each other; give one.")
     folder = Path(target).absolute().parent
     if not folder.is_dir():
         raise UsageError(f"There is no folder '{folder}' to write to; make it first.")
@@ -158,16 +186,31 @@ def _check_arguments(
         raise UsageError(f"'{target}' is a folder; give the path of a file to write.")
 
 
+def _machine(device: str, streams: int | None, given: ScheduleFile | None) -> Machine:
+    """The devices and streams that are asked for, or those of a schedule that is given."""
+    if given is not None and device == "auto":
+        device = ",".join(map(str, given.devices))
+    devices = choose_devices(device)
+    if given is not None:
+        return machine_of(devices, given.stream_count)
+    return machine_of(devices, streams or _DEFAULT_STREAMS[devices[0].kind])
+
+
 def _decision_key(model: Model, request: Request) -> str:
     signatures = OperatorSignatures(model)
     operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
-    asked = [request.policy, request.streams, request.budget_s, request.variants]
+    devices, streams = request.machine.devices, request.machine.stream_count
+    asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]
+    if len(devices) > 1:  # one is as good as another of its kind, but pairs have their own links
+        asked += [request.split, *([str(device), device_name(device)] for device in devices)]
+    if request.schedule is not None:
+        asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
     parts = ["decision", fingerprint(model.proto), operators, *asked]
     return json.dumps(parts, sort_keys=True)
 
 
 def _details(
-    model: Model, decision: Decision, device: Device, environment: Mapping[str, Any], seed: int
+    model: Model, decision: Decision, environment: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     return {
         "policy": decision.policy,
@@ -175,7 +218,7 @@ def _details(
         "streams": decision.schedule.stream_count,
         "precision": model.precision,
         "bound_shapes": {name: list(shape) for name, shape in model.bound_shapes.items()},
-        "device_names": {str(device): environment["device"]},
+        "device_names": {str(d): device_name(d) for d in decision.schedule.devices},
         "measured_us": decision.measured_us,
         "sequential_us": decision.sequential_us,
         "alternatives": [
@@ -190,7 +233,6 @@ def _details(
 
 def _result(
     target: Path,
-    device: Device,
     model: Model,
     decision: Decision,
     session: Session,
@@ -199,7 +241,7 @@ def _result(
 ) -> OptimizeResult:
     return OptimizeResult(
         path=target,
-        device=device,
+        devices=decision.schedule.devices,
         policy=decision.policy,
         variant=decision.variant,
         rewrite=decision.rewrite,

@@ -22,7 +22,7 @@ def race(
 
     Device time of one launch where a run is one CUDA graph, else time of a whole run.
     """
-    runs = [_timed_run(session, feeds) for session in sessions]
+    runs = [timed_run(session, feeds) for session in sessions]
     samples: list[list[float]] = [[] for _ in sessions]
     for number in range(_ROUND_COUNT):
         progress("measuring", number, _ROUND_COUNT)
@@ -31,7 +31,8 @@ def race(
     return [tuple(kept) for kept in samples]
 
 
-def _timed_run(session: Session, feeds: Mapping[str, Any]) -> Callable[[int], tuple[float, ...]]:
+def timed_run(session: Session, feeds: Mapping[str, Any]) -> Callable[[int], tuple[float, ...]]:
+    """What takes so many samples of a session's time, after a first run."""
     session.run(None, feeds)
     executor = session.executor
     if isinstance(executor, StreamExecutor) and executor.is_one_piece:

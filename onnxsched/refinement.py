@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from onnxsched.graph import OperatorGraph
 from onnxsched.schedule import Schedule, Slot
+from onnxsched.steps import neighbour
 from onnxsched_runtime.device import Placement
 
 Measure = Callable[[Schedule], float]
@@ -42,15 +43,14 @@ def refine(
 ) -> Refined:
     """Climb from a schedule to one that no tried neighbour beats.
 
-    Neighbours move an operator to another stream, exchange two, exchange what two streams do from
-    some point on, or launch an operator earlier or later. A neighbour that is measured faster is
+    Neighbours are one step away (`onnxsched.steps`). One that is measured faster is
     measured once more, and taken if both times together are. What differs from one that was tried
     only in how streams are numbered is not measured again. O(operators) beside each measurement.
 
     Args:
         graph: What is scheduled.
         start: A schedule of it that passes `check_schedule`.
-        placements: The streams that may be used.
+        placements: The streams that may be used, those of `start` included.
         measure: Runs a schedule.
         is_time_left: Asked before each trial.
         seed: Of the neighbours.
@@ -79,40 +79,14 @@ def _neighbour(
     graph: OperatorGraph,
     schedule: Schedule,
     placements: Sequence[Placement],
-    generator: random.Random,
+    rng: random.Random,
 ) -> Schedule:
     """A schedule that differs a little, if at all, and passes `check_schedule`."""
-    slots = list(schedule.slots)
-    position = generator.randrange(len(slots))
-    other = generator.randrange(len(slots))
-    slot, partner = slots[position], slots[other]
-    match generator.randrange(5):
-        case 0 | 1:
-            used = sorted({s.placement for s in slots})
-            free = [placement for placement in placements if placement not in used]
-            target = generator.choice([*used, *free[:1]])
-            slots[position] = Slot(slot.operator, target)
-        case 2:
-            slots[position] = Slot(slot.operator, partner.placement)
-            slots[other] = Slot(partner.operator, slot.placement)
-        case 3:
-            exchanged = {slot.placement: partner.placement, partner.placement: slot.placement}
-            slots[position:] = [
-                Slot(s.operator, exchanged.get(s.placement, s.placement)) for s in slots[position:]
-            ]
-        case _:
-            slots = _relaunched(graph, slots, position, generator)
-    return Schedule(tuple(slots))
-
-
-def _relaunched(
-    graph: OperatorGraph, slots: Sequence[Slot], position: int, generator: random.Random
-) -> list[Slot]:
-    """The slots with one moved to another place between what it reads and what reads it."""
-    slot = slots[position]
-    place = {s.operator: number for number, s in enumerate(slots)}
-    first = 1 + max((place[p] for p in graph.predecessors[slot.operator]), default=-1)
-    last = min((place[s] for s in graph.successors[slot.operator]), default=len(slots)) - 1
-    target = generator.randint(first, last)
-    rest = [*slots[:position], *slots[position + 1 :]]
-    return [*rest[:target], slot, *rest[target:]]
+    used = sorted({slot.placement for slot in schedule.slots})
+    free = [placement for placement in placements if placement not in used]
+    tried = [*used, *free[:1]]  # all that are not in use are alike
+    number = {placement: lane for lane, placement in enumerate(tried)}
+    lanes = [number[schedule.placement_of[operator]] for operator in range(len(graph))]
+    order = [slot.operator for slot in schedule.slots]
+    order, lanes = neighbour(graph, (order, lanes), len(tried), rng)
+    return Schedule(tuple(Slot(operator, tried[lanes[operator]]) for operator in order))

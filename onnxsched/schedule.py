@@ -9,7 +9,7 @@ from functools import cached_property
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
-from onnxsched_runtime.device import Placement
+from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
 
 
@@ -44,13 +44,21 @@ class Schedule:
 
     @cached_property
     def shape(self) -> bytes:
-        """Equal for schedules that differ only in how streams are numbered."""
+        """Equal for schedules that differ only in how streams and devices are numbered."""
         number: dict[Placement, int] = {}
+        device_number: dict[Device, int] = {}
         shape = array("q")
         for slot in self.slots:
+            device = slot.placement.device
             shape.append(slot.operator)
             shape.append(number.setdefault(slot.placement, len(number)))
+            shape.append(device_number.setdefault(device, len(device_number)))
         return shape.tobytes()
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices it uses, in order."""
+        return tuple(sorted({slot.placement.device for slot in self.slots}))
 
     @property
     def stream_count(self) -> int:

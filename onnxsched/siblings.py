@@ -70,6 +70,13 @@ class GraphView:
         """What the caller sees."""
         return frozenset(value.name for value in self.model.proto.graph.output)
 
+    @cached_property
+    def opset(self) -> int:
+        """The version of ONNX's own operators."""
+        versions = {entry.domain: entry.version for entry in self.model.proto.opset_import}
+        version: int = max(versions.get("", 0), versions.get("ai.onnx", 0))
+        return version
+
     def only_reader(self, tensor: str) -> onnx.NodeProto | None:
         """The one node that reads a tensor; None where several do, or the caller."""
         readers = self.readers.get(tensor, [])
@@ -116,7 +123,7 @@ class Sibling:
     @property
     def weight_axis(self) -> int:
         """The axis of its weight that makes output channels."""
-        return 0 if self.window or _attributes(self.node).get("transB") else 1
+        return 0 if self.window or attributes_of(self.node).get("transB") else 1
 
     @property
     def bias(self) -> str:
@@ -166,13 +173,14 @@ def _sibling(view: GraphView, node: onnx.NodeProto) -> Sibling | None:
         sibling = Sibling(node, output.shape[-1])
         is_plain = len(weight.dims) == 2
     else:
-        sibling = Sibling(node, output.shape[1], _window(node, weight.dims[2:]))
-        is_plain = _attributes(node).get("group", 1) == 1
+        sibling = Sibling(node, output.shape[1], window_of(node, weight.dims[2:]))
+        is_plain = attributes_of(node).get("group", 1) == 1
     return sibling if is_plain and _is_bias_of_channels(view, sibling, weight) else None
 
 
-def _window(node: onnx.NodeProto, kernel: Sequence[int]) -> Window:
-    attributes, ones = _attributes(node), (1,) * len(kernel)
+def window_of(node: onnx.NodeProto, kernel: Sequence[int]) -> Window:
+    """What a convolution or pool reads, given the size of its kernel; `auto_pad` is not seen."""
+    attributes, ones = attributes_of(node), (1,) * len(kernel)
     pads = tuple(attributes.get("pads", (0, 0) * len(kernel)))
     strides, dilations = (tuple(attributes.get(name, ones)) for name in ("strides", "dilations"))
     return Window(tuple(kernel), strides, dilations, pads[: len(kernel)], pads[len(kernel) :])
@@ -192,7 +200,7 @@ def _key(view: GraphView, sibling: Sibling, is_padded: bool) -> Hashable:
     node, window = sibling.node, sibling.window
     dtype = view.weights[node.input[1]].data_type
     place: Hashable = window
-    if window and is_padded and _attributes(node).get("auto_pad", b"NOTSET") == b"NOTSET":
+    if window and is_padded and attributes_of(node).get("auto_pad", b"NOTSET") == b"NOTSET":
         place = window.padded_key
     rest = [a for a in node.attribute if window is None or a.name not in _WINDOW]
     attributes = tuple(attribute_digests(onnx.NodeProto(attribute=rest)))
@@ -241,5 +249,6 @@ def _in_order_of_concat(view: GraphView, group: Sequence[Sibling]) -> tuple[Sibl
     return tuple(sorted(group, key=lambda s: position[end_of_branch(view, s.node)]))
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """The values of a node's attributes, by name."""
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}

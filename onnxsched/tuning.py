@@ -4,90 +4,42 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from onnxsched.annotate import annotation_for, portable_schedule
+from onnxsched.annotate import portable_schedule
 from onnxsched.calibration import calibrate
 from onnxsched.candidates import Candidate
-from onnxsched.contraction import ContractedCost, Contraction, contract_cost, expand
-from onnxsched.cost import TableCost
+from onnxsched.contraction import ContractedCost, contract_cost, expand
+from onnxsched.finalists import measure_finalists, session_of
 from onnxsched.inputs import random_inputs
 from onnxsched.interruption import Interruption
-from onnxsched.loading import AS_LOADED, Form, Model
+from onnxsched.loading import AS_LOADED
 from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject, Tuned, expected
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.measure import Progress
-from onnxsched.racing import race
+from onnxsched.racing import timed_run
 from onnxsched.refinement import refine
 from onnxsched.schedule import Schedule
 from onnxsched.simulate import simulate
 from onnxsched.trial import TrialRunner
-from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import CaptureError
-from onnxsched_runtime.load import Session
+from onnxsched_runtime.errors import CaptureError, OnnxschedError
 
 _CALIBRATION_COUNT = 8
 """Trials that the contention of the machine is fitted to."""
 _START_COUNT = 3
 """Schedules that local search starts from."""
+_SAMPLE_COUNT = 12
+"""Runs of a schedule that is tried as it will run."""
 _FINALIST_COUNT = 3
 """Candidates that are built as they will run, beside sequential ones."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A variant of a portable model, and the schedules proposed for it."""
-
-    portable: Model
-    """Rewritten or as it was loaded: what is annotated."""
-    model: Model
-    """The same lowered."""
-    contraction: Contraction
-    cost: TableCost
-    """Of the lowered model's operators."""
-    candidates: tuple[Candidate, ...]
-    """Their schedules are of the portable model, the contracted ones of `contraction`."""
-    operators: Mapping[str, tuple[float, str]]
-    """Median solo time in microseconds and bound, by node name of the portable model."""
-    refusals: Mapping[str, str]
-    """Why a node can't be captured, for those where the attempt failed."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A candidate and what it took on the machine."""
-
-    candidate: Candidate
-    trial_us: float | None = None
-    """Median device time from one session a chain; None where it was not tried so."""
-    samples_us: tuple[float, ...] = ()
-    """Times as it will run, from rounds interleaved with the other finalists."""
-    form: Form = AS_LOADED
-    """Of the subject that it is a schedule of."""
-
-    @property
-    def measured_us(self) -> float | None:
-        """Median time as it will run; None for a candidate that was no finalist."""
-        return statistics.median(self.samples_us) if self.samples_us else None
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning came to."""
-
-    outcomes: tuple[Outcome, ...]
-    """The fastest finalist first, candidates that were no finalist last."""
-    is_complete: bool
-    """False where Ctrl-C ended it early."""
-
-
 def tune(
     subjects: Sequence[Subject],
-    device: Device,
+    machine: Machine,
     *,
-    stream_count: int,
     budget_s: float,
     is_refined: bool = True,
     custom_ops: tuple[str, ...],
@@ -95,15 +47,16 @@ def tune(
 ) -> Tuned:
     """Measure candidates and rank them.
 
-    All are tried in the order of their predictions while the budget lasts (on a GPU, where the
-    model is captured whole); the best few and every sequential one are then built as they will
-    run and measured in interleaved rounds. Ctrl-C ends the trials, and what is best so far is
-    kept.
+    All are tried in the order of their predictions while the budget lasts: on a GPU, where the
+    model is captured whole, from sessions of its chains; over several devices, where each chain
+    would need a session on every one, built as they will run, one after another. The best few and
+    every sequential one are then built as they will run and measured in interleaved rounds: the
+    model in one stream as it was loaded and the most promising first, others while building takes
+    no longer than half the budget. Ctrl-C ends the trials, and what is best so far is kept.
 
     Args:
         subjects: Variants and rewrites of one model, and what is proposed for each.
-        device: Where to measure.
-        stream_count: The cap for schedules that are found here.
+        machine: Where to measure; its streams are the cap for schedules that are found here.
         budget_s: Shared evenly between the subjects; what one leaves goes to those after it.
         is_refined: Spend what is left of it on local search from the best schedules.
         custom_ops: Libraries of custom operators.
@@ -117,22 +70,34 @@ def tune(
             deadline = now + (end - now) / (len(subjects) - number)
             trials = _Trials(
                 subject,
-                device,
-                stream_count,
+                machine,
                 custom_ops,
                 lambda deadline=deadline: (  # type: ignore[misc]
                     time.monotonic() < deadline and not interruption.is_requested
                 ),
                 progress,
             )
-            outcomes += _tried(trials, is_refined)
-        ranked = sorted(outcomes, key=_expected)
+            if len(machine.devices) > 1:
+                outcomes += _tried_in_turn(trials)
+            else:
+                outcomes += _tried(trials, is_refined)
+        ranked = sorted(outcomes, key=expected)
         others = [o for o in ranked if o.candidate.policy != "sequential"]
         sequential = [o for o in ranked if o.candidate.policy == "sequential"]
-        finalists = [*sequential, *others[:_FINALIST_COUNT]]
-        measured = _measure_finalists(subjects, finalists, custom_ops, progress)
+        plain = [outcome for outcome in sequential if outcome.form == AS_LOADED]
+        more = [*(o for o in sequential if o not in plain), *others[1:_FINALIST_COUNT]]
+        measured = measure_finalists(
+            subjects,
+            [*plain, *others[:1], *sorted(more, key=expected)],
+            machine,
+            custom_ops,
+            time.monotonic() + budget_s / 2,
+            progress,
+        )
         measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
-        return Tuned((*measured, *others[_FINALIST_COUNT:]), not interruption.is_requested)
+        done = {id(outcome.candidate) for outcome in measured}
+        left = [outcome for outcome in ranked if id(outcome.candidate) not in done]
+        return Tuned((*measured, *left), not interruption.is_requested)
 
 
 @dataclass(frozen=True)
@@ -140,31 +105,22 @@ class _Trials:
     """What trying the schedules of one subject needs."""
 
     subject: Subject
-    device: Device
-    stream_count: int
-    """The cap."""
+    machine: Machine
     custom_ops: tuple[str, ...]
     is_time_left: Callable[[], bool]
     progress: Progress
-
-
-def _expected(outcome: Outcome) -> tuple[bool, float]:
-    if outcome.trial_us is None:
-        return (True, outcome.candidate.predicted_us)
-    return (False, outcome.trial_us)
 
 
 def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
     """The outcomes of a subject's trials, or its candidates untried where there is no use."""
     subject = trials.subject
     outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
-    tried = sorted(outcomes, key=_expected)
-    if trials.device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
+    tried = sorted(outcomes, key=expected)
+    [device] = trials.machine.devices
+    if device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
         return tried
     trials.progress("preparing trials", 0, len(tried))
-    with TrialRunner(
-        subject.model, subject.contraction, trials.device, trials.custom_ops
-    ) as runner:
+    with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
         try:
             for index, outcome in enumerate(tried):
                 if not trials.is_time_left():
@@ -181,13 +137,39 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
     return tried
 
 
+def _tried_in_turn(trials: _Trials) -> list[Outcome]:
+    """The outcomes of a subject's candidates, each built as it will run, timed and closed.
+
+    What can't be built, for want of memory say, is left out.
+    """
+    subject = trials.subject
+    outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
+    waiting = sorted(outcomes, key=expected)
+    if len(waiting) <= 1 + _FINALIST_COUNT:  # which are all finalists anyway
+        return waiting
+    feeds = random_inputs(subject.portable.baseline, subject.portable.tensors, seed=0)
+    tried: list[Outcome] = []
+    while waiting and trials.is_time_left():
+        outcome = waiting.pop(0)
+        trials.progress("trying schedules", len(tried), len(outcomes))
+        try:
+            with session_of(subject, outcome, trials.custom_ops) as session:
+                samples_us = timed_run(session, feeds)(_SAMPLE_COUNT)
+        except OnnxschedError:
+            if not trials.machine.is_limited or not (tried or waiting):
+                raise
+            continue
+        tried.append(replace(outcome, trial_us=statistics.median(samples_us)))
+    return tried + waiting
+
+
 def _median_us(runner: TrialRunner, contracted: Schedule) -> float:
     return statistics.median(runner.measure_us(contracted))
 
 
 def _calibrated(subject: Subject, tried: Sequence[Outcome]) -> ContractedCost:
     """The cost of the chains, with the contention that explains a few of the measured times."""
-    ranked = sorted(tried, key=_expected)
+    ranked = sorted(tried, key=expected)
     step = max(1, len(ranked) // _CALIBRATION_COUNT)
     chosen = [*ranked[::step], *(o for o in ranked if o.candidate.policy == "sequential")]
     graph = subject.contraction.graph
@@ -208,9 +190,8 @@ def _searched(
     """What search finds on the calibrated simulator, and then on the machine."""
     subject = trials.subject
     graph = subject.contraction.graph
-    machine = Machine((trials.device,), trials.stream_count)
     trials.progress("searching", 0, 1)
-    start = POLICIES["search"](graph, cost, machine)
+    start = POLICIES["search"](graph, cost, trials.machine)
     found = _found(subject, cost, start, _median_us(runner, start))
     return [found, *_refined(trials, cost, [found, *tried], runner)]
 
@@ -234,8 +215,8 @@ def _refined(
 ) -> list[Outcome]:
     """What local search on the machine makes of the best schedules that were tried."""
     graph = trials.subject.contraction.graph
-    best = sorted(tried, key=_expected)[:_START_COUNT]
-    placements = Machine((trials.device,), trials.stream_count).placements
+    best = sorted(tried, key=expected)[:_START_COUNT]
+    placements = trials.machine.placements
     found = []
     for number, outcome in enumerate(best):
         trials.progress("refining schedules", number, len(best))
@@ -249,36 +230,3 @@ def _refined(
         )
         found.append(_found(trials.subject, cost, refined.schedule, refined.measured_us))
     return found
-
-
-def subject_of(outcome: Outcome, subjects: Sequence[Subject]) -> Subject:
-    """What a candidate is a schedule of."""
-    return next(subject for subject in subjects if subject.model.form == outcome.form)
-
-
-def _measure_finalists(
-    subjects: Sequence[Subject],
-    finalists: Sequence[Outcome],
-    custom_ops: tuple[str, ...],
-    progress: Progress,
-) -> list[Outcome]:
-    first = subjects[0].portable
-    feeds = random_inputs(first.baseline, first.tensors, seed=0)
-    with ExitStack() as stack:
-        sessions = []
-        for number, outcome in enumerate(finalists):
-            progress("building finalists", number, len(finalists))
-            subject = subject_of(outcome, subjects)
-            variant, _ = outcome.form
-            session = Session(
-                subject.portable.proto,
-                annotation_for(subject.portable, outcome.candidate.schedule, variant),
-                custom_ops=custom_ops,
-                lowered=subject.model.source,
-            )
-            stack.callback(session.close)
-            sessions.append(session)
-        samples = race(sessions, feeds, progress)
-    return [
-        replace(outcome, samples_us=kept) for outcome, kept in zip(finalists, samples, strict=True)
-    ]

@@ -119,9 +119,7 @@ def _prepare_simulation(problem: Problem) -> Callable[[], object]:
 def _propose(problem: Problem) -> object:
     """All that scheduling does in `onnxsched optimize --policy auto` on a GPU."""
     contraction = contract_chains(problem[0])
-    return propose(
-        problem[0], contraction, problem[1], DEVICE, list(POLICIES), MACHINE.stream_count
-    )
+    return propose(problem[0], contraction, problem[1], MACHINE, list(POLICIES))
 
 
 def measure(

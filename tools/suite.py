@@ -24,7 +24,7 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError, UsageError
 from onnxsched_runtime.model import write_model, written_whole
 from tools.peers import ARMS, SCHEDULE_ARMS, is_possible
-from tools.suite_process import WorkerPlace, run_arm
+from tools.suite_process import WorkerPlace, compile_arms, run_arm
 from tools.suite_table import table
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -124,13 +124,16 @@ def measure_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
             place = WorkerPlace(
                 Path(scratch), options.device, options.limit, options.warmup_ms, options.iterations
             )
-            for arm in sorted(set(possible) - done, key=_order):
+            missing = sorted(set(possible) - done, key=_order)
+            if not missing or time.monotonic() >= end:
+                continue
+            configuration.write(place.source)
+            compiled = compile_arms(missing, place)
+            for arm in missing:
                 if time.monotonic() >= end:
                     return
-                if not place.source.exists():
-                    configuration.write(place.source)
                 start = time.monotonic()
-                found = run_arm(arm, place)
+                found = run_arm(arm, place, compiled.get(arm))
                 _add(report, configuration, arm, found)
                 _save(report, options.out / "suite.json")
                 print(_line(configuration, arm, found, time.monotonic() - start), flush=True)

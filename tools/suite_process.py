@@ -8,15 +8,17 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.peers import SCHEDULE_ARMS
+from tools.peers import SCHEDULE_ARMS, TORCH_ARMS
 from tools.suite_worker import Job
 
 ROOT = Path(__file__).resolve().parent.parent
+_CORES_A_COMPILER = 3
 _LOG_LENGTH = 4000
 """Characters of a failed worker's log that are shown: compilers say much."""
 
@@ -46,21 +48,46 @@ class WorkerPlace:
             target=str(self.folder / f"{arm}.onnx"),
             cache_dir=str(self.folder / "cache"),
             device=self.device,
-            result=str(self.folder / "result.json"),
+            result=str(self.folder / f"{arm}.json"),
+            compiled_dir=str(self.folder / f"{arm}-compiled"),
             warmup_ms=self.warmup_ms,
             iterations=self.iterations,
         )
 
 
-def run_arm(arm: str, place: WorkerPlace) -> dict[str, Any]:
+def compile_arms(arms: Sequence[str], place: WorkerPlace) -> dict[str, dict[str, Any]]:
+    """Compile those that can be at the same time; what a compiler measures, it measures alone.
+
+    Returns:
+        By arm how long that took; with `error`, a sentence, where it failed.
+    """
+    modes = {arm: TORCH_ARMS[arm].compile_mode for arm in arms if arm in TORCH_ARMS}
+    wanted = [arm for arm, mode in modes.items() if mode and "autotune" not in mode]
+    worker_count = max(1, (os.cpu_count() or 1) // _CORES_A_COMPILER)
+    with ThreadPoolExecutor(worker_count) as pool:
+        jobs = [dataclasses.replace(place.job(arm), step="compile") for arm in wanted]
+        found = pool.map(lambda job: run_job(job, place.limit_s), jobs)
+        return dict(zip(wanted, found, strict=True))
+
+
+def run_arm(
+    arm: str, place: WorkerPlace, compiled: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Measure an arm, after optimizing the model where it is one of ours.
+
+    Args:
+        arm: One of `ARMS`.
+        place: Where.
+        compiled: What `compile_arms` returned for it.
 
     Returns:
         What was measured; with `error`, a sentence, where something failed.
     """
     job = place.job(arm)
+    if compiled is not None and "error" in compiled:
+        return dict(compiled)
     if arm not in SCHEDULE_ARMS:
-        return run_job(job, place.limit_s)
+        return {**run_job(job, place.limit_s), **(compiled or {})}
     made = run_job(dataclasses.replace(job, step="optimize"), place.limit_s)
     return made if "error" in made else {**made, **run_job(job, place.limit_s)}
 
@@ -70,12 +97,9 @@ def run_job(job: Job, limit_s: float) -> dict[str, Any]:
     result, log = Path(job.result), Path(job.result).with_suffix(".log")
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tools.suite_worker", json.dumps(dataclasses.asdict(job))]
-    with (
-        tempfile.TemporaryDirectory(prefix="onnxsched-compiled-") as compiled,
-        log.open("w") as to,
-    ):
+    with log.open("w") as to:
         # Each arm compiles for itself: what another left would be missing from its seconds.
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": compiled}
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": job.compiled_dir}
         # No pipe: compilers that outlive the worker would hold it open.
         with subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=to, stderr=to, start_new_session=True

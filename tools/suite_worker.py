@@ -2,7 +2,7 @@
 
     python -m tools.suite_worker JOB      # a JSON object with the fields of `Job`
 
-A step optimizes a model, or measures one arm beside the reference arm.
+A step optimizes a model, compiles one arm, or measures one beside the reference arm.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _RELATIVE = 1e-2
 class Job:
     """What a worker is asked for."""
 
-    step: Literal["optimize", "measure"]
+    step: Literal["optimize", "compile", "measure"]
     arm: str
     """One of `ARMS`; to optimize, a policy or `auto`."""
     source: str
@@ -59,13 +59,15 @@ class Job:
     warmup_ms: float = 100.0
     iterations: int = 100
     """Samples an arm."""
+    compiled_dir: str = ""
+    """Where a compiler keeps what it made, for the next step."""
 
 
 def main() -> None:
     """Do the job of the command line, and end at once: taking CUDA apart only costs time."""
     job = Job(**json.loads(sys.argv[1]))
     try:
-        content = optimized(job) if job.step == "optimize" else measured(job)
+        content = {"optimize": optimized, "compile": compiled, "measure": measured}[job.step](job)
     except Exception as error:  # a peer may fail in any way: the suite goes on and says so
         if not isinstance(error, OnnxschedError):
             traceback.print_exc()
@@ -129,6 +131,15 @@ def _bounds_us(target: Path) -> dict[str, float]:
         "operator_sum_us": total_us(graph, cost, device),
         "critical_path_us": critical_path_us(graph, cost, device),
     }
+
+
+def compiled(job: Job) -> dict[str, Any]:
+    """Compile an arm and leave what the compiler keeps; takes no time that counts on the GPU."""
+    device = Device.parse(job.device)
+    model = load_model(job.source, device)
+    feeds = random_inputs(model.baseline, model.tensors, seed=0)
+    with open_arm(job.arm, model, device, feeds) as arm:
+        return {"compile_s": arm.compile_s}
 
 
 def measured(job: Job) -> dict[str, Any]:

@@ -31,9 +31,16 @@ _CustomOps = Annotated[
 def optimize(
     model: Annotated[Path, typer.Argument(metavar="IN", help="An ONNX model.")],
     output: _Output,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-    streams: Annotated[int | None, typer.Option(help="The most streams to use.")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda:INDEX, or several: cuda:0,cuda:1.")
+    ] = "auto",
+    streams: Annotated[
+        int | None, typer.Option(help="The most streams to use on a device.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="auto, or the name of one policy.")] = "auto",
+    schedule: Annotated[
+        Path | None, typer.Option(help="A JSON file with the schedule to obey instead.")
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(help="NAME:1x3x224x224, where it is not fixed.")
     ] = None,
@@ -46,6 +53,9 @@ def optimize(
         typer.Option(
             "--no-variants", help="Keep ONNX Runtime's own layout, kernels and operators."
         ),
+    ] = False,
+    no_split: Annotated[
+        bool, typer.Option("--no-split", help="Cut no operators into rows for several devices.")
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,
@@ -74,9 +84,11 @@ def optimize(
             device=device,
             streams=streams,
             policy=policy,
+            schedule=schedule,
             shapes=parse_shapes(shape or []),
             budget_s=budget,
             variants=not no_variants,
+            split=not no_split,
             precision=precision,  # type: ignore[arg-type]
             cache_dir=None if no_cache else cache_dir or "",
             seed=seed,
@@ -102,6 +114,9 @@ def bench(
     fail_under: Annotated[
         float | None, typer.Option(help="Exit 6 if less than this many times faster than ORT.")
     ] = None,
+    throughput: Annotated[
+        bool, typer.Option(help="Instead: requests a second, with more and more in flight.")
+    ] = False,
     json_to: _Json = None,
 ) -> None:
     """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
@@ -111,6 +126,9 @@ def bench(
     for option, value in (("--warmup", warmup), ("--duration", duration)):
         if not 0 <= value < 1e6:
             raise UsageError(f"{option} {value} is no time that can be measured for.")
+    if throughput:
+        _bench_throughput(model, duration, custom_ops, json_to)
+        return
     if fail_under is not None and not fail_under >= 0:
         raise UsageError(f"--fail-under {fail_under} is no ratio; give a number, at least 0.")
     with render.progress() as progress:
@@ -131,6 +149,21 @@ def bench(
             f"'{model}' is {reached:.2f} times as fast as {result.rival}, below the "
             f"{fail_under:g} that --fail-under asks for."
         )
+
+
+def _bench_throughput(
+    model: Path, duration_s: float, custom_ops: list[Path] | None, json_to: str | None
+) -> None:
+    from onnxsched.throughput import ARMS, COPIES, measure_throughput
+
+    with render.progress() as progress:
+        served = measure_throughput(
+            model,
+            duration_s=duration_s / (len(COPIES) * len(ARMS)),
+            custom_ops=[str(path) for path in custom_ops or []],
+            progress=progress,
+        )
+    render.emit(json_to, served.to_json(), lambda: render.throughput_result(served))
 
 
 @app.command(name="run")
@@ -222,11 +255,22 @@ def _tolerances(option: str, texts: list[str]) -> tuple[float | None, dict[str, 
 
 
 @app.command()
-def inspect(model: _Model, json_to: _Json = None) -> None:
+def inspect(
+    model: _Model,
+    schedule: Annotated[
+        Path | None, typer.Option(help="Write the schedule alone to a JSON file.")
+    ] = None,
+    json_to: _Json = None,
+) -> None:
     """Show the schedule: streams, segments, and why what is not captured is not."""
     from onnxsched.inspection import inspect_model
+    from onnxsched.schedule_file import placements_to_json
 
+    if schedule is not None and schedule.absolute() == model.absolute():
+        raise UsageError(f"--schedule {schedule} is the model's own file; give another.")
     found = inspect_model(model)
+    if schedule is not None:
+        render.write_json(schedule, placements_to_json(found.annotation.placements))
     render.emit(json_to, found.to_json(), lambda: render.inspection(found))
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxsched.doctor import Diagnosis
     from onnxsched.inspection import Inspection
     from onnxsched.pipeline import OptimizeResult
+    from onnxsched.throughput import ThroughputResult
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,11 +70,20 @@ def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None
         print(json.dumps(content, indent=1))
         return
     if target is not None:
-        from onnxsched_runtime.model import written_whole
-
-        with written_whole(target) as draft:
-            draft.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(target, content)
     show()
+
+
+def write_json(target: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        OnnxschedError: It can't be written.
+    """
+    from onnxsched_runtime.model import written_whole
+
+    with written_whole(target) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -99,6 +109,7 @@ def optimize_result(result: OptimizeResult) -> None:
     rows = [
         (
             f"{entry['policy']}/{entry['streams']}",
+            str(len(entry["devices"])),
             entry["variant"],
             entry["rewrite"],
             _us(entry["predicted_us"]),
@@ -108,15 +119,21 @@ def optimize_result(result: OptimizeResult) -> None:
         for entry in result.alternatives
         if entry["measured_us"] is not None or entry["tried_us"] is not None
     ]
-    columns = ("policy/streams", "variant", "rewrite", "predicted us", "tried us", "measured us")
-    _table(columns, rows)
-    gain = result.sequential_us / result.measured_us if result.measured_us else 1.0
+    measured = ("predicted us", "tried us", "measured us")
+    _table(("policy/streams", "devices", "variant", "rewrite", *measured), rows)
+    gain = result.sequential_us / result.measured_us if result.sequential_us else None
     print(
-        f"\nChose {result.policy} on {result.stream_count} stream(s) of {result.device}, "
-        f"{_form(result.variant, result.rewrite)}: {result.measured_us:.1f} us, {gain:.2f} times "
-        "the speed of the model unscheduled" + (" (from the cache)." if result.from_cache else ".")
+        f"\nChose {result.policy} on {result.stream_count} stream(s) of "
+        f"{', '.join(map(str, result.devices))}, {_form(result.variant, result.rewrite)}: "
+        f"{result.measured_us:.1f} us, "
+        + (
+            "where one device alone has not the memory"
+            if gain is None
+            else f"{gain:.2f} times the speed of the model unscheduled"
+        )
+        + (" (from the cache)." if result.from_cache else ".")
     )
-    if gain < 1:
+    if gain is not None and gain < 1:
         print("One stream is faster on this machine; --policy auto would have chosen it.")
     print(
         f"{result.operator_count} operators in {result.segment_count} segment(s), " + _how(result)
@@ -135,7 +152,7 @@ def _agreement(differences: Sequence[Difference]) -> str:
 
 def _how(result: OptimizeResult) -> str:
     """How the segments are executed."""
-    if result.device.kind == "cpu":
+    if result.devices[0].kind == "cpu":
         return f"on {result.stream_count} worker thread(s)."
     if result.host_reasons:
         count = len(result.host_reasons)
@@ -165,7 +182,8 @@ def bench_result(result: BenchResult) -> None:
     columns = ("arm", "device us", "p99 us", "latency us", "memory MB", "speed-up", "95 %")
     _table(columns, rows)
     print(
-        f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}, "
+        f"\n{result.model} on {result.environment['device']} "
+        f"({', '.join(map(str, result.devices))}), {result.policy}, "
         f"{_form(result.variant, result.rewrite)}."
     )
     for arm in result.arms:
@@ -174,6 +192,26 @@ def bench_result(result: BenchResult) -> None:
         shown = arm.device or arm.latency
         if shown.variation > 0.05:
             print(f"{arm.name} varies by {shown.variation:.0%}: something else uses the machine.")
+
+
+def throughput_result(result: ThroughputResult) -> None:
+    """Requests a second and latencies of every load."""
+    rows = [
+        (
+            load.arm,
+            str(load.in_flight),
+            f"{load.requests_per_s:.0f}",
+            _us(load.latency.median_us),
+            _us(load.latency.p99_us),
+        )
+        for load in result.loads
+    ]
+    _table(("arm", "in flight", "requests/s", "latency us", "p99 us"), rows)
+    best = result.best
+    print(
+        f"\n{result.model} on {result.environment['device']} ({result.device}), {result.policy}: "
+        f"most requests with {best.in_flight} in flight, {best.arm}."
+    )
 
 
 def run_outputs(outputs: Mapping[str, Any]) -> None:
@@ -209,12 +247,14 @@ def inspection(found: Inspection) -> None:
         f"{len(found.plan.segments)} segments, ",
         end="",
     )
-    print(f"{found.plan.wait_count} event waits, {len(found.plan.pieces)} piece(s)")
+    copies = f", {len(found.plan.copies)} copies between devices" if found.plan.copies else ""
+    print(f"{found.plan.wait_count} event waits, {len(found.plan.pieces)} piece(s){copies}")
     times = [details.get("measured_us"), details.get("sequential_us")]
     if all(isinstance(time, float) for time in times):
         print(f"measured {times[0]:.1f} us, one stream {times[1]:.1f} us", end="")
         names = details.get("device_names")
-        print(f", on {', '.join(map(str, names.values()))}" if isinstance(names, dict) else "")
+        kinds = dict.fromkeys(map(str, names.values())) if isinstance(names, dict) else {}
+        print(f", on {', '.join(kinds)}" if kinds else "")
     rows = []
     for placement in sorted({node.placement for node in found.nodes}):
         nodes = [node for node in found.nodes if node.placement == placement]

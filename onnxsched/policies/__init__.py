@@ -19,7 +19,7 @@ from onnxsched.policies.sequential import sequential
 from onnxsched.policies.wavefront import wavefront
 from onnxsched.schedule import Schedule
 
-__all__ = ["POLICIES", "Policy"]
+__all__ = ["POLICIES", "SPREADING", "Policy"]
 
 Policy = Callable[[OperatorGraph, CostModel, Machine], Schedule]
 
@@ -34,3 +34,6 @@ POLICIES: Mapping[str, Policy] = {
     "ios": ios,
     "search": partial(search, starts=(heft, hios_lp)),
 }
+
+SPREADING = ("heft", "hios-lp", "hios-mr", "search")
+"""Those that use more than the first device."""

@@ -18,6 +18,7 @@ from onnxsched.rank import rank_order
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import tasks_on
 from onnxsched.spreading import spread
+from onnxsched.steps import Arrangement, neighbour
 from onnxsched_runtime.errors import ScheduleError
 
 WORK_LIMIT = 300_000
@@ -30,8 +31,6 @@ WORTH = 1e-4
 
 Start = Callable[[OperatorGraph, CostModel, Machine], Schedule]
 """Makes a schedule to start from."""
-Arrangement = tuple[list[int], list[int]]
-"""The operators in launch order, and the stream of each, numbered as in `Machine.placements`."""
 Judgement = tuple[float, int]
 """Makespan in microseconds, and how many streams there are and tensors that change stream."""
 
@@ -44,8 +43,7 @@ def search(
     Starts from the best of one stream, `starts`, of which graphs above `LARGEST` only try the
     first, and two list schedules made under `cost.contention`, in order of upward rank with and
     without the overheads; on several devices also from what is found on one of them. From there
-    random steps: an operator moves to another stream, two exchange streams, two streams exchange
-    their tails or one takes the other's, an operator is launched earlier or later. A step is kept
+    random steps (`onnxsched.steps`; streams are numbered as in `Machine.placements`). One is kept
     where it fits into memory and the simulator finds it no slower, and faster by `WORTH` where it
     spreads more. The seed is fixed, and the result never slower in simulation than any of these.
     O(n * streams^2 + edges * streams), and at most 10 n simulations and `WORK_LIMIT` operators,
@@ -191,9 +189,9 @@ def _list_schedule(problem: _Problem, order: Sequence[int]) -> Arrangement:
                 if start_us + duration_us >= best_us[1]:
                     continue
                 slowdown = 1.0
-                for neighbour in last[:stream] + last[stream + 1 :]:
-                    if spans_us[neighbour][0] <= start_us < spans_us[neighbour][1]:
-                        share = problem.costs[device][neighbour].sm_share
+                for other in last[:stream] + last[stream + 1 :]:
+                    if spans_us[other][0] <= start_us < spans_us[other][1]:
+                        share = problem.costs[device][other].sm_share
                         slowdown += contention.launch_slowdown + contention.sm_slowdown * share
                 if start_us + duration_us * slowdown < best_us[1]:
                     best_us = (start_us, start_us + duration_us * slowdown)
@@ -212,62 +210,9 @@ def _improved(problem: _Problem, start: Arrangement, least_us: float) -> Arrange
     for _ in range(min(10 * len(graph), WORK_LIMIT // max(1, len(graph)))):
         if makespan_us <= least_us and spread_over <= 1:
             break
-        tried = rng.choice(_STEPS)(rng, graph, (best[0].copy(), best[1].copy()), stream_count)
+        tried = neighbour(graph, best, stream_count, rng)
         tried_us, tried_over = problem.judge(tried)
         gain_us = WORTH * makespan_us if tried_over > spread_over else 0.0
         if tried_us <= makespan_us - gain_us:
             best, makespan_us, spread_over = tried, tried_us, tried_over
     return best
-
-
-def _move(
-    rng: random.Random, graph: OperatorGraph, arrangement: Arrangement, stream_count: int
-) -> Arrangement:
-    order, lanes = arrangement
-    lanes[rng.choice(order)] = rng.randrange(stream_count)
-    return order, lanes
-
-
-def _swap(
-    rng: random.Random, graph: OperatorGraph, arrangement: Arrangement, stream_count: int
-) -> Arrangement:
-    order, lanes = arrangement
-    one, other = rng.choice(order), rng.choice(order)
-    lanes[one], lanes[other] = lanes[other], lanes[one]
-    return order, lanes
-
-
-def _exchange_tails(
-    rng: random.Random, graph: OperatorGraph, arrangement: Arrangement, stream_count: int
-) -> Arrangement:
-    """With an unused stream this splits one, and without the way back it merges two."""
-    order, lanes = arrangement
-    position = rng.randrange(len(order))
-    one, other = lanes[order[position]], rng.randrange(stream_count)
-    there_and_back = rng.random() < 0.7
-    for operator in order[position:]:
-        if lanes[operator] == one:
-            lanes[operator] = other
-        elif lanes[operator] == other and there_and_back:
-            lanes[operator] = one
-    return order, lanes
-
-
-def _reorder(
-    rng: random.Random, graph: OperatorGraph, arrangement: Arrangement, stream_count: int
-) -> Arrangement:
-    """Anywhere between what an operator reads from and what reads from it."""
-    order, lanes = arrangement
-    position = rng.randrange(len(order))
-    operator = order[position]
-    before, after = set(graph.predecessors[operator]), set(graph.successors[operator])
-    first = last = position
-    while first > 0 and order[first - 1] not in before:
-        first -= 1
-    while last < len(order) - 1 and order[last + 1] not in after:
-        last += 1
-    order.insert(rng.randint(first, last), order.pop(position))
-    return order, lanes
-
-
-_STEPS = (_move, _move, _swap, _exchange_tails, _reorder)

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from onnxsched_runtime.clocks import Clock, Clocks
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
 from onnxsched_runtime.plan import ExecutionPlan, Record, Step, Wait
 
 ALIGNMENT_NBYTES = 256
 """What `cudaMalloc` guarantees, and kernels with wide loads count on."""
-
-_Clock = dict[Placement, int]
-"""For each stream up to which of its steps everything is finished."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,8 @@ def check_arena(plan: ExecutionPlan, nbytes: Mapping[str, int], arena: Arena) ->
 def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifetime]:
     """When each of these tensors of a plan is in use. O((steps + uses) x streams)."""
     kept = {*plan.inputs, *plan.outputs}
-    born: dict[str, _Clock] = {}
-    uses: dict[str, _Clock] = {}
+    born: dict[str, Clock] = {}
+    uses: dict[str, Clock] = {}
     for placement, tick, start, step in _work(plan):
         for name in (*plan.reads(step), *plan.writes(step)):
             if name in nbytes:
@@ -129,27 +127,24 @@ def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifet
     }
 
 
-def _work(plan: ExecutionPlan) -> list[tuple[Placement, int, _Clock, Step]]:
+def _work(plan: ExecutionPlan) -> list[tuple[Placement, int, Clock, Step]]:
     """Each step that reads or writes: its stream, its number there, what is finished before."""
-    done: _Clock = {}
-    work: list[tuple[Placement, int, _Clock, Step]] = []
-    ticks: _Clock = {}
-    for piece in plan.pieces:
-        clocks: dict[Placement, _Clock] = {}
-        events: dict[int, _Clock] = {}
+    done: Clock = {}
+    work: list[tuple[Placement, int, Clock, Step]] = []
+    for piece in plan.pieces:  # which starts when the one before it is finished
+        clocks = Clocks(common=done)
         for step in piece.steps:
             placement = plan.placement_of(step)
-            clock = clocks.setdefault(placement, dict(done))
             if isinstance(step, Record):
-                events[step.event] = dict(clock)
+                clocks.record(step.event, placement)
             elif isinstance(step, Wait):
-                for stream, tick in events[step.event].items():
-                    clock[stream] = max(clock.get(stream, 0), tick)
+                clocks.wait(step.event, placement)
             else:
-                ticks[placement] = ticks.get(placement, 0) + 1
-                work.append((placement, ticks[placement], dict(clock), step))
-                clock[placement] = ticks[placement]
-        done = dict(ticks)  # a piece starts when the one before it is finished
+                known = dict(clocks.of(placement))
+                work.append((placement, clocks.run(placement), known, step))
+        done |= {
+            stream: clock[stream] for stream, clock in clocks.streams.items() if stream in clock
+        }
     return work
 
 

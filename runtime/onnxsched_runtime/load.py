@@ -23,6 +23,7 @@ from onnxsched_runtime.lowering import lower, to_lowered
 from onnxsched_runtime.model import ModelSource, input_values, read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.tensor import TensorType
 
 _PRODUCTS = ("MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")
 """Parts of the names of operators that call cuBLAS."""
@@ -74,11 +75,20 @@ def load(
     )
 
 
-def multiplies_matrices(model: onnx.ModelProto) -> bool:
-    """Whether cuBLAS matters to a model's speed: not to a convolutional one with a last layer."""
+def multiplies_matrices(model: onnx.ModelProto, tensors: Mapping[str, TensorType]) -> bool:
+    """Whether cuBLAS's workspace matters to a model's speed.
+
+    Not to a convolutional one with a last layer, nor where matrices are multiplied by vectors, as
+    for a single token: those kernels use none.
+    """
     products = [n for n in model.graph.node if any(word in n.op_type for word in _PRODUCTS)]
+    products = [node for node in products if not _has_one_row(tensors.get(node.output[0]))]
     convolutions = [node for node in model.graph.node if "Conv" in node.op_type]
     return len(products) > len(convolutions) / 10
+
+
+def _has_one_row(kind: TensorType | None) -> bool:
+    return kind is not None and kind.shape is not None and 1 in kind.shape[-2:]
 
 
 def lowered_source(
@@ -101,7 +111,7 @@ def lowered_source(
     source = ModelSource(model, annotation.tensors, annotation.variant)
     if device.kind == "cpu":
         return source
-    cuda.keep_blas_workspace("full" if multiplies_matrices(model) else "small")
+    cuda.keep_blas_workspace("full" if multiplies_matrices(model, annotation.tensors) else "small")
     return source if annotation.host_reasons else lower(source, device, custom_ops)
 
 

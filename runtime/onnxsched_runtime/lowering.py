@@ -26,9 +26,8 @@ from onnxsched_runtime.model import (
     name_nodes,
     node_reads,
     read_model,
-    write_model,
 )
-from onnxsched_runtime.session import OrtSession, lower_file
+from onnxsched_runtime.session import OrtSession, lower_to_file
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 
@@ -52,9 +51,8 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     """
     settings = SessionSettings(device, custom_ops=custom_ops, variant=source.variant)
     with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
-        portable, lowered = Path(scratch, "portable.onnx"), Path(scratch, "lowered.onnx")
-        write_model(source.model, portable)
-        lower_file(portable, lowered, settings)
+        lowered = Path(scratch, "lowered.onnx")
+        lower_to_file(source.whole(), lowered, settings)
         model = read_model(lowered)
     name_nodes(model)
     untyped = ModelSource(model, _declared(model), source.variant)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from onnxsched_runtime.clocks import Clocks
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import PlanError
 
@@ -253,41 +254,15 @@ def _name(plan: ExecutionPlan, step: Step) -> str:
     return f"Segment {plan.segments[step.segment].nodes}" if isinstance(step, Run) else str(step)
 
 
-@dataclass
-class _Clocks:
-    """Vector clocks: for each stream, how far it knows every other stream to have come."""
-
-    main: Placement
-    streams: dict[Placement, dict[Placement, int]] = field(default_factory=dict)
-    events: dict[int, dict[Placement, int]] = field(default_factory=dict)
-
-    def of(self, placement: Placement) -> dict[Placement, int]:
-        """The clock of a stream; the main stream knows the fork (its tick 1) from the start."""
-        fresh = {placement: 1} if placement == self.main else {}
-        return self.streams.setdefault(placement, fresh)
-
-    def record(self, step: Record) -> None:
-        if step.event in self.events:
-            raise PlanError(f"Event {step.event} is recorded twice.")
-        self.events[step.event] = dict(self.of(step.placement))
-
-    def wait(self, step: Wait) -> None:
-        if step.event not in self.events:
-            raise PlanError(f"Event {step.event} is waited for before it is recorded.")
-        clock = self.of(step.placement)
-        for placement, tick in self.events[step.event].items():
-            clock[placement] = max(clock.get(placement, 0), tick)
-
-
 def _check_piece(plan: ExecutionPlan, piece: Piece, number: int, earlier: frozenset[str]) -> None:
-    clocks = _Clocks(piece.main)
+    clocks = Clocks({piece.main: {piece.main: 1}})  # the fork is the main stream's first tick
     writer: dict[str, tuple[Placement, int]] = {}
     for step in piece.steps:
         if isinstance(step, Record):
-            clocks.record(step)
+            clocks.record(step.event, step.placement)
             continue
         if isinstance(step, Wait):
-            clocks.wait(step)
+            clocks.wait(step.event, step.placement)
             continue
         placement, name = plan.placement_of(step), _name(plan, step)
         clock = clocks.of(placement)
@@ -299,8 +274,7 @@ def _check_piece(plan: ExecutionPlan, piece: Piece, number: int, earlier: frozen
             stream, tick = writer.get(tensor, (piece.main, 1 if tensor in earlier else 2**62))
             if clock.get(stream, 0) < tick:
                 raise PlanError(f"{name} may read '{tensor}' too early.")
-        tick = clock.get(placement, 0) + 1
-        clock[placement] = tick
+        tick = clocks.run(placement)
         writer.update(dict.fromkeys(plan.writes(step), (placement, tick)))
     known = clocks.of(piece.main)
     for placement, clock in clocks.streams.items():

@@ -52,9 +52,8 @@ class OrtSession:
             ModelError: ORT refuses the model.
         """
         options = _session_options(settings)
-        if isinstance(source, ModelPart) and source.weights:
-            values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in source.weights.values()]
-            options.add_external_initializers(list(source.weights), values)
+        if isinstance(source, ModelPart):
+            _add_weights(options, source)
         self._weights = source.weights if isinstance(source, ModelPart) else None
         self._is_fresh = settings.device.kind == "cuda"
         self._own_stream: cuda.Stream | None = None
@@ -152,8 +151,11 @@ class BoundRun:
         self.session.run_bound(self.binding)
 
 
-def lower_file(source: Path, target: Path, settings: SessionSettings) -> None:
+def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) -> None:
     """Let ORT make every optimization for a GPU and a variant, and save the result.
+
+    But for the one that makes a Gemm of a MatMul and an Add: it has as many kernels, and the
+    Reshapes that it adds are copies where a stream ends.
 
     Raises:
         DeviceError: The CUDA provider does not load.
@@ -161,7 +163,8 @@ def lower_file(source: Path, target: Path, settings: SessionSettings) -> None:
     """
     options = _session_options(settings)
     _save_optimized(options, target)
-    _create(source, options, settings)
+    _add_weights(options, source)
+    _create(source, options, settings, disabled_optimizers=[_BIAS_FUSION])
 
 
 def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:
@@ -246,6 +249,13 @@ def missing_cuda_library() -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+def _add_weights(options: Any, part: ModelPart) -> None:
+    """Give a session the weights that lie beside a model's bytes."""
+    if part.weights:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in part.weights.values()]
+        options.add_external_initializers(list(part.weights), values)
 
 
 def _save_optimized(options: Any, target: Path) -> None:

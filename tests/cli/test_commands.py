@@ -53,7 +53,8 @@ def test_optimize_writes_the_model_and_says_what_it_chose(folder: Path, call: An
     before = contents(folder)
     text = optimize(call, "--no-cache", "--policy", "nimble", "--streams", "2")
     assert text.splitlines()[0].split() == [
-        "policy/streams", "variant", "rewrite", "predicted", "us", "tried", "us", "measured", "us",
+        "policy/streams", "devices", "variant", "rewrite",
+        "predicted", "us", "tried", "us", "measured", "us",
     ]  # fmt: skip
     assert "Chose nimble on 2 stream(s) of cpu:0, nchw:" in text
     assert "plain ONNX Runtime's. Wrote new.onnx." in text
@@ -107,7 +108,8 @@ def test_optimize_tells_of_outputs_it_could_not_compare(folder: Path, call: Any)
 
 def test_optimize_in_json(call: Any) -> None:
     content = json.loads(optimize(call, "--no-cache", "--policy", "heft", "--json", "-"))
-    assert (content["policy"], content["path"], content["device"]) == ("heft", "new.onnx", "cpu:0")
+    assert (content["policy"], content["path"]) == ("heft", "new.onnx")
+    assert content["devices"] == ["cpu:0"]
     assert content["differences"][0]["is_within"]
 
 
@@ -116,6 +118,45 @@ def test_json_goes_to_a_file_beside_the_text(folder: Path, call: Any) -> None:
     assert "Chose" in optimize(call, "--no-cache", "--json", "result.json")
     assert contents(folder).keys() - before == {"new.onnx", "result.json"}
     assert json.loads((folder / "result.json").read_text())["path"] == "new.onnx"
+
+
+def test_a_schedule_goes_to_a_file_and_comes_back(folder: Path, call: Any) -> None:
+    before = contents(folder)
+    assert call("inspect", "out.onnx", "--schedule", "s.json") == call("inspect", "out.onnx")
+    assert contents(folder).keys() - before.keys() == {"s.json"}
+    text = call("optimize", "tiny.onnx", "-o", "new.onnx", "--schedule", "s.json", "--no-cache")
+    assert "Chose file on 2 stream(s) of cpu:0, nchw:" in text
+    placements = [read_annotation(onnx.load(name)).placements for name in ("out.onnx", "new.onnx")]
+    assert list(placements[0].items()) == list(placements[1].items())
+
+
+def test_several_devices_are_scheduled_and_shown(folder: Path, call: Any) -> None:
+    call("inspect", "out.onnx", "--schedule", "s.json")
+    content = json.loads((folder / "s.json").read_text())
+    content["operators"][-1]["device"] = "cpu:1"
+    (folder / "s.json").write_text(json.dumps(content))
+    arguments = (
+        "optimize",
+        "tiny.onnx",
+        "-o",
+        "new.onnx",
+        "--device",
+        "cpu:0,cpu:1",
+        "--no-cache",
+    )
+    text = call(*arguments, "--schedule", "s.json")
+    assert "Chose file on 3 stream(s) of cpu:0, cpu:1, nchw:" in text
+    text = call("inspect", "new.onnx")
+    assert "cpu:1/0" in text
+    shown = json.loads(call("inspect", "new.onnx", "--json", "-"))["copies"]
+    assert {copy["device"] for copy in shown} == {"cpu:1"}
+    assert f", {len(shown)} copies between devices" in text
+    assert "(cpu:0, cpu:1), file" in call("bench", "new.onnx", *QUICK)
+    assert call("run", "new.onnx") == call("run", "out.onnx")
+    assert (
+        call("verify", "new.onnx", "tiny.onnx", "--device", "cpu").splitlines()[1].endswith("yes")
+    )
+    assert "Chose " in call(*arguments, "--budget", "0")
 
 
 def test_bench_shows_every_arm(folder: Path, call: Any) -> None:
@@ -134,6 +175,16 @@ def test_bench_against_chosen_arms_and_the_original(call: Any) -> None:
     assert content["ratios"]["ort"]["low"] <= content["ratios"]["ort"]["high"]
     assert sum(map(len, content["arms"]["schedule"]["latency_us"])) >= 20
     assert content["policy"] == "nimble"
+
+
+def test_bench_tells_how_many_requests_are_served(call: Any) -> None:
+    content = json.loads(
+        call("bench", "out.onnx", "--throughput", "--duration", "0.2", "--json", "-")
+    )
+    assert {load["arm"] for load in content["loads"]} == {"schedule", "sequential"}
+    lines = call("bench", "out.onnx", "--throughput", "--duration", "0.2").splitlines()
+    assert lines[0].split() == ["arm", "in", "flight", "requests/s", "latency", "us", "p99", "us"]
+    assert "most requests with" in lines[-1]
 
 
 def test_run_draws_inputs_and_shows_outputs(call: Any) -> None:

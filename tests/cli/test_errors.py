@@ -44,6 +44,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stranger = build("tiny")
     stranger.graph.node[-1].output[0] = stranger.graph.output[0].name = "other"
     saved(stranger, folder, "renamed_output.onnx")
+    (folder / "partial.json").write_text(
+        '{"schema_version": 1, "operators": [{"name": "stem/conv", "device": "cpu", "stream": 0}]}'
+    )
+    (folder / "gpu.json").write_text(
+        '{"schema_version": 1, "operators": [{"name": "a", "device": "cuda:9", "stream": 0}]}'
+    )
     (folder / "file").touch()
     return folder
 
@@ -91,6 +97,15 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ((*OPTIMIZE, "--streams", "0"), "--streams 0 is too few"),
         ((*OPTIMIZE, "--policy", "magic"), "no policy 'magic'"),
         ((*OPTIMIZE, "--device", "tpu"), "'tpu' is no device"),
+        ((*OPTIMIZE, "--device", "cpu:0,cpu:0"), "names cpu:0 twice"),
+        ((*OPTIMIZE, "--device", "cpu:0,cuda:1"), "mixes cpu:0 and cuda:1"),
+        (("verify", "tiny.onnx", "tiny.onnx", "--device", "cpu:0,cpu:1"), "runs on one"),
+        ((*OPTIMIZE, "--schedule", "none.json"), "no file 'none.json' to read a schedule from"),
+        ((*OPTIMIZE, "--schedule", "tiny.onnx"), "'tiny.onnx' is no schedule: "),
+        ((*OPTIMIZE, "--schedule", "partial.json"), "not place operator 'branch1"),
+        ((*OPTIMIZE, "--schedule", "partial.json", "--policy", "heft"), "--policy contradict"),
+        ((*OPTIMIZE, "--schedule", "partial.json", "--streams", "2"), "--streams contradict"),
+        (("inspect", "out.onnx", "--schedule", "out.onnx"), "is the model's own file"),
         ((*OPTIMIZE, "--shape", "input"), "--shape input can't be read"),
         ((*OPTIMIZE, "--shape", "input:1x3"), "2 dimensions, it has 4"),
         ((*OPTIMIZE, "--shape", "z:1x3"), "names 'z', which is no input"),
@@ -157,11 +172,27 @@ def test_a_model_that_does_not_do_is_5(
     assert message in text
 
 
-@pytest.mark.parametrize("device", ["cuda:9", "cpu:1", "cuda:0,cuda:1"])
+@pytest.mark.parametrize("device", ["cuda:9", "cpu:1"])
 def test_a_device_that_is_not_there_is_4(device: str, fail: Any) -> None:
     code, text = fail(*OPTIMIZE, "--device", device)
     assert code == 4
     assert device in text
+
+
+@pytest.mark.parametrize(
+    ("devices", "missing"), [("cuda:8,cuda:9", "cuda:8"), ("cpu,cpu:2", "cpu:2")]
+)
+def test_one_of_several_that_is_not_there_is_4(devices: str, missing: str, fail: Any) -> None:
+    code, text = fail(*OPTIMIZE, "--device", devices)
+    assert code == 4
+    assert f"Device {missing} is not available" in text
+
+
+def test_a_device_of_a_schedule_file_that_is_not_there_is_4(fail: Any) -> None:
+    optimize = OPTIMIZE[:4]
+    code, text = fail(*optimize, "--no-cache", "--schedule", "gpu.json")
+    assert code == 4
+    assert "Device cuda:9 is not available" in text
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
@@ -215,6 +246,8 @@ def test_a_schedule_that_is_too_slow_is_6(
         ("restore", "out.onnx", "-o", "file/new.onnx"),
         ("run", "out.onnx", "--output-dir", "file/deep"),
         ("inspect", "out.onnx", "--json", "none/result.json"),
+        ("inspect", "out.onnx", "--schedule", "none/s.json"),
+        ("inspect", "out.onnx", "--schedule", "folder"),
         ("inspect", "out.onnx", "--json", "file/result.json"),
         ("inspect", "out.onnx", "--json", "folder"),
     ],

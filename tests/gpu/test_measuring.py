@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 import onnxsched
 from onnxsched.doctor import diagnose
+from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.measure import measure_profile
+from onnxsched.racing import time_runs_us
+from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.cuda import Stream
 from onnxsched_runtime.device import Device
+from onnxsched_runtime.executors.streams import StreamExecutor
+from onnxsched_runtime.model import read_model
 
 _MOVES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
 """Operators that need no kernel: ORT copies, or not even that."""
@@ -80,3 +88,35 @@ def test_the_doctor_loads_the_provider_for_real() -> None:
     assert found.is_gpu_ready
     assert found.environment["cudnn"]
     assert found.devices[0]["multiprocessor_count"] > 0
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("name", ["deepfm", "googlenet"])
+def test_a_run_costs_little_beyond_launching_its_graph(
+    name: str, zoo: Callable[[str], Path], cache_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.onnx"
+    onnxsched.optimize(
+        zoo(name), target, policy="heft", variants=False, cache_dir=cache_dir, budget_s=4.0
+    )
+    model = read_model(target)
+    feeds = random_inputs(model, read_annotation(model).tensors, seed=0)
+    with onnxsched.load(target) as session:
+        session.run(None, feeds)
+        executor = session.executor
+        assert isinstance(executor, StreamExecutor)
+        (graph,) = executor._with_copies.values()
+        buffers, stream = executor._runner.buffers, executor.main_stream
+
+        def bare() -> None:
+            for tensor, array in feeds.items():
+                buffers[tensor].stage(array)
+            graph.launch(stream)
+            stream.synchronize()
+
+        rounds = [
+            (time_runs_us(lambda: session.run(None, feeds), 20), time_runs_us(bare, 20))
+            for _ in range(15)
+        ]
+    ours, least = (np.median([sample for pair in rounds for sample in pair[i]]) for i in (0, 1))
+    assert ours - least < 10

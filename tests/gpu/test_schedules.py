@@ -167,4 +167,5 @@ def test_auto_is_not_slower_than_one_stream(
     result = onnxsched.optimize(
         zoo("googlenet"), tmp_path / "a.onnx", cache_dir=cache_dir, budget_s=4.0
     )
+    assert result.sequential_us is not None
     assert result.measured_us <= result.sequential_us

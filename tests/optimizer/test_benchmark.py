@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from onnxsched.benchmark import ARMS, _arm_names, _needed_by_ort_graph
+from onnxsched.benchmark import ARMS, _arm_names, _free_nbytes, _needed_by_ort_graph
+from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
 from support.strategies import GPU
 
@@ -21,7 +23,9 @@ def test_onnx_runtimes_own_graph_needs_operators_that_it_can_capture(
         Annotation({}, {}, {}, details={"rewrite": rewrite}), has_original
     )
     names = _arm_names((), GPU, needed)
-    assert names == [name for name in ARMS if is_possible or name != "ort-graph"]
+    left_out = {"schedule-ort"} if is_possible else {"schedule-ort", "ort-graph"}
+    assert names == [name for name in ARMS if name not in left_out]
+    assert "schedule-ort" in _arm_names(("schedule-ort",), GPU, needed)
     if not is_possible:
         with pytest.raises(UsageError, match="'ort-graph' needs the model as it was before"):
             _arm_names(("ort-graph",), GPU, needed)
@@ -31,3 +35,9 @@ def test_a_model_with_host_operators_is_not_captured_by_onnx_runtime() -> None:
     needed = _needed_by_ort_graph(Annotation({}, {}, {"node": "a loop"}), True)
     with pytest.raises(UsageError, match="needs a model without host operators"):
         _arm_names(("ort-graph",), GPU, needed)
+
+
+def test_memory_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "free_memory_nbytes", lambda device: 100 + device.index)
+    assert _free_nbytes((GPU, Device("cuda", 3))) == 203
+    assert _free_nbytes((Device("cpu", 0), Device("cpu", 1))) is None

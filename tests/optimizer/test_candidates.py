@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxsched.candidates import STREAM_COUNTS, Candidate, propose
-from onnxsched.contraction import contract_chains
+from onnxsched.contraction import Contraction, contract_chains
 from onnxsched.cost import TableCost
-from onnxsched.graph import OperatorGraph
+from onnxsched.graph import OperatorGraph, Weight
 from onnxsched.machine import Machine
-from onnxsched.policies import POLICIES
+from onnxsched.policies import POLICIES, SPREADING
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
 from onnxsched_runtime.device import Placement
 from support.graphs import durations, graph_of, layered_problem
-from support.strategies import GPU, problems
+from support.strategies import DEVICES, GPU, device_problems, problems
 
 Problem = tuple[OperatorGraph, TableCost]
 
@@ -25,7 +27,7 @@ def proposed(
     problem: Problem, cap: int, policies: tuple[str, ...] = tuple(POLICIES)
 ) -> tuple[Candidate, ...]:
     graph, cost = problem
-    return propose(graph, contract_chains(graph), cost, GPU, policies, cap)
+    return propose(graph, contract_chains(graph), cost, Machine((GPU,), cap), policies)
 
 
 def shape(schedule: Schedule) -> list[tuple[int, int]]:
@@ -48,6 +50,43 @@ def test_candidates_are_valid_distinct_and_within_the_cap(problem: Problem, cap:
         assert candidate.predicted_us == simulate(graph, cost, candidate.schedule).makespan_us
     shapes = [str(shape(candidate.schedule)) for candidate in candidates]
     assert len(set(shapes)) == len(shapes)
+
+
+@settings(deadline=None)
+@given(problem=device_problems())
+def test_over_several_devices_all_fit_and_those_on_the_first_come_first(
+    problem: tuple[OperatorGraph, TableCost, Machine],
+) -> None:
+    graph, cost, machine = problem
+    contraction = contract_chains(graph)
+    candidates = propose(graph, contraction, cost, machine, tuple(POLICIES))
+    for candidate in candidates:
+        check_schedule(graph, machine, candidate.schedule)
+        assert candidate.policy in SPREADING or set(candidate.schedule.devices) <= {GPU}
+    shapes = [candidate.contracted.shape for candidate in candidates]
+    assert len(set(shapes)) == len(shapes)
+    unlimited = replace(machine, memory_nbytes={})
+    assert propose(graph, contraction, cost, unlimited, ())[0].policy == "sequential"
+    alone = propose(graph, contraction, cost, replace(machine, devices=(GPU,)), tuple(POLICIES))
+    assert candidates[: len(alone)] == alone
+
+
+def test_what_no_device_alone_can_hold_is_spread() -> None:
+    graph, cost = graph_of(2, [(0, 1)]), durations(1.0, 1.0)
+    weights = [(Weight("a", 1000),), (Weight("b", 1000),)]
+    graph = replace(
+        graph,
+        operators=tuple(
+            replace(o, weights=w) for o, w in zip(graph.operators, weights, strict=True)
+        ),
+    )
+    identity = Contraction(graph, ((0,), (1,)))
+    machine = Machine(DEVICES[:2], 2, dict.fromkeys(DEVICES, 1500))
+    found = propose(graph, identity, cost, machine, tuple(POLICIES))
+    assert found
+    assert {candidate.schedule.devices for candidate in found} == {DEVICES[:2]}
+    smaller = replace(machine, memory_nbytes=dict.fromkeys(DEVICES, 500))
+    assert propose(graph, identity, cost, smaller, tuple(POLICIES)) == ()
 
 
 def test_one_stream_leaves_only_orders_to_choose_from() -> None:

@@ -14,10 +14,12 @@ from onnxsched.candidates import Candidate
 from onnxsched.contraction import Contraction
 from onnxsched.cost import TableCost
 from onnxsched.decision import Decision, decide, recall, remember
+from onnxsched.graph import Weight
 from onnxsched.loading import Model
+from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.schedule import Schedule, Slot
-from onnxsched.tuning import Outcome, Subject
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.graphs import graph_of
@@ -42,6 +44,7 @@ def subject(variant: Variant = DEFAULT_VARIANT, rewrite: str = "none") -> Subjec
 
 
 SUBJECTS = [subject()]
+MACHINE = Machine((CPU,), 2)
 
 
 def outcome(policy: str, *samples_us: float, streams: tuple[int, ...] = (0, 0, 1, 0)) -> Outcome:
@@ -124,32 +127,55 @@ def decision() -> Decision:
 
 
 def test_a_decision_is_remembered(cache: MeasurementCache, decision: Decision) -> None:
-    remember(cache, "key", decision)
-    assert recall(cache, "key", lambda _: DIAMOND, CPU) == decision
-    assert recall(cache, "another", lambda _: DIAMOND, CPU) is None
+    remember(cache, "key", decision, MACHINE.devices)
+    assert recall(cache, "key", lambda _: DIAMOND, MACHINE) == decision
+    assert recall(cache, "another", lambda _: DIAMOND, MACHINE) is None
 
 
 def test_it_is_recalled_for_the_graph_that_its_rewrite_makes(
     cache: MeasurementCache, decision: Decision
 ) -> None:
     kept = replace(decision, rewrite="merge")
-    remember(cache, "key", kept)
+    remember(cache, "key", kept, MACHINE.devices)
     graphs = {"merge": DIAMOND, "none": graph_of(3, [])}
-    assert recall(cache, "key", graphs.__getitem__, CPU) == kept
-    remember(cache, "key", decision)
-    assert recall(cache, "key", graphs.__getitem__, CPU) is None
-    remember(cache, "key", replace(decision, rewrite="melt"))
-    assert recall(cache, "key", graphs.__getitem__, CPU) is None
+    assert recall(cache, "key", graphs.__getitem__, MACHINE) == kept
+    remember(cache, "key", decision, MACHINE.devices)
+    assert recall(cache, "key", graphs.__getitem__, MACHINE) is None
+    remember(cache, "key", replace(decision, rewrite="melt"), MACHINE.devices)
+    assert recall(cache, "key", graphs.__getitem__, MACHINE) is None
 
 
 def test_it_is_recalled_for_the_device_that_is_asked_for(
     cache: MeasurementCache, decision: Decision
 ) -> None:
-    remember(cache, "key", decision)
-    recalled = recall(cache, "key", lambda _: DIAMOND, Device("cuda", 1))
+    remember(cache, "key", decision, MACHINE.devices)
+    recalled = recall(cache, "key", lambda _: DIAMOND, Machine((Device("cuda", 1),), 2))
     assert recalled is not None
     devices = {placement.device for placement in recalled.schedule.placement_of.values()}
     assert devices == {Device("cuda", 1)}
+
+
+def test_devices_and_streams_are_kept_and_a_device_that_is_too_full_is_not_used(
+    cache: MeasurementCache, decision: Decision
+) -> None:
+    one, other = Device("cuda", 3), Device("cuda", 1)
+    places = [Placement(one, 0), Placement(other, 1), Placement(one, 1), Placement(one, 0)]
+    schedule = Schedule(tuple(Slot(v, place) for v, place in enumerate(places)))
+    spread = replace(decision, schedule=schedule, sequential_us=None)
+    machine = Machine((one, other), 1)
+    remember(cache, "key", spread, machine.devices)
+    assert recall(cache, "key", lambda _: DIAMOND, machine) == spread
+    full = replace(machine, memory_nbytes={other: 1})
+    weighty = replace(
+        DIAMOND,
+        operators=tuple(replace(o, weights=(Weight("w", 2),)) for o in DIAMOND.operators),
+    )
+    assert recall(cache, "key", lambda _: weighty, machine) == spread
+    assert recall(cache, "key", lambda _: weighty, full) is None
+
+
+def test_where_no_device_alone_has_room_there_is_nothing_to_compare_with() -> None:
+    assert decide([FAST, SLOW], SUBJECTS, "auto").sequential_us is None
 
 
 @pytest.mark.parametrize(
@@ -164,16 +190,18 @@ def test_it_is_recalled_for_the_device_that_is_asked_for(
 def test_a_decision_for_another_graph_is_ignored(
     cache: MeasurementCache, decision: Decision, graph: Any
 ) -> None:
-    remember(cache, "key", decision)
-    assert recall(cache, "key", lambda _: graph, CPU) is None
+    remember(cache, "key", decision, MACHINE.devices)
+    assert recall(cache, "key", lambda _: graph, MACHINE) is None
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda content: content.update(slots=[[2, 0], [0, 0], [1, 0], [3, 0]]),
-        lambda content: content.update(slots=[[0, 0], [1, 0], [1, 0], [3, 0]]),
-        lambda content: content.update(slots=[[0, -1], [1, 0], [2, 0], [3, 0]]),
+        lambda content: content.update(slots=[[2, 0, 0], [0, 0, 0], [1, 0, 0], [3, 0, 0]]),
+        lambda content: content.update(slots=[[0, 0, 0], [1, 0, 0], [1, 0, 0], [3, 0, 0]]),
+        lambda content: content.update(slots=[[0, 0, -1], [1, 0, 0], [2, 0, 0], [3, 0, 0]]),
+        lambda content: content.update(slots=[[0, 1, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]]),
+        lambda content: content.update(slots=[[0, 0], [1, 0], [2, 0], [3, 0]]),
         lambda content: content.update(slots=[]),
         lambda content: content.update(slots=[0, 1, 2, 3]),
         lambda content: content.update(measured_us=None),
@@ -187,8 +215,8 @@ def test_a_decision_for_another_graph_is_ignored(
 def test_a_damaged_decision_is_ignored(
     cache: MeasurementCache, decision: Decision, damage: Callable[[dict[str, Any]], Any]
 ) -> None:
-    remember(cache, "key", decision)
+    remember(cache, "key", decision, MACHINE.devices)
     content = cache.read("key")
     damage(content)
     cache.write("key", content)
-    assert recall(cache, "key", lambda _: DIAMOND, CPU) is None
+    assert recall(cache, "key", lambda _: DIAMOND, MACHINE) is None

@@ -11,7 +11,7 @@ from onnxsched.cost import Contention, TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
-from onnxsched.policies import POLICIES
+from onnxsched.policies import POLICIES, SPREADING
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import critical_path_us, simulate, total_us
 from onnxsched_runtime.errors import ScheduleError
@@ -19,8 +19,6 @@ from support.graphs import durations, graph_of, linear
 from support.strategies import DEVICES, GPU, device_problems
 
 Problem = tuple[OperatorGraph, TableCost, Machine]
-SEVERAL = ("heft", "hios-lp", "hios-mr", "search")
-"""Those that use more than the first device."""
 
 
 def answer(name: str, problem: Problem) -> Schedule | None:
@@ -45,9 +43,9 @@ def test_schedules_are_valid_deterministic_and_within_bounds(name: str, problem:
     schedule = answer(name, problem)
     assert schedule == answer(name, problem)
     if schedule is None:
-        assert name in SEVERAL
+        assert name in SPREADING
         return
-    if name in SEVERAL:
+    if name in SPREADING:
         check_schedule(graph, machine, schedule)
     else:
         check_schedule(graph, replace(machine, memory_nbytes={}), schedule)
@@ -60,7 +58,7 @@ def test_schedules_are_valid_deterministic_and_within_bounds(name: str, problem:
         assert makespan_us >= work_us / len(machine.devices)
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", SPREADING)
 @settings(deadline=None, max_examples=100)
 @given(problem=device_problems())
 def test_several_devices_are_never_slower_than_one(name: str, problem: Problem) -> None:
@@ -78,7 +76,7 @@ def test_several_devices_are_never_slower_than_one(name: str, problem: Problem) 
             assert found_us <= simulate(graph, cost, sequential).makespan_us
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", SPREADING)
 @settings(deadline=None, max_examples=50)
 @given(problem=device_problems())
 def test_transfers_that_never_pay_leave_one_device(name: str, problem: Problem) -> None:
@@ -89,7 +87,7 @@ def test_transfers_that_never_pay_leave_one_device(name: str, problem: Problem) 
     assert len({place.device for place in found.placement_of.values()}) <= 1
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", SPREADING)
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_independent_operators_use_every_device(name: str, count: int) -> None:
     graph = graph_of(16, [])
@@ -97,7 +95,7 @@ def test_independent_operators_use_every_device(name: str, count: int) -> None:
     assert simulate(graph, durations(*[8.0] * 16), found).makespan_us == 128.0 / count
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", SPREADING)
 def test_operators_that_slow_each_other_are_parted(name: str) -> None:
     graph = graph_of(8, [(0, v) for v in range(1, 7)] + [(v, 7) for v in range(1, 7)])
     cost = replace(durations(*[16.0] * 8), contention=Contention(sm_slowdown=1.0))

@@ -11,18 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
 from onnxsched.contraction import contract_chains, expand
+from onnxsched.cost import TableCost
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.machine import Machine
-from onnxsched.memory import Ledger, needed_nbytes
-from onnxsched.policies import POLICIES
+from onnxsched.memory import Ledger, fits_on_first, needed_nbytes
+from onnxsched.policies import POLICIES, SPREADING
 from onnxsched.schedule import Schedule, Slot, check_schedule
 from onnxsched.spreading import spread
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
 from support.graphs import durations
-from support.strategies import DEVICES, machines, weighty_graphs
-
-SPREADING = ("heft", "hios-lp", "hios-mr", "search")
+from support.strategies import DEVICES, device_problems, machines, weighty_graphs
 
 
 def needs(graph: OperatorGraph, schedule: Schedule) -> dict[Device, int]:
@@ -192,3 +191,17 @@ def test_what_is_spread_fits(graph: OperatorGraph, nbytes: int, count: int) -> N
     except ScheduleError:
         return
     check_schedule(graph, machine, schedule)
+
+
+@given(problem=device_problems())
+def test_one_device_holds_what_its_one_stream_may_hold(
+    problem: tuple[OperatorGraph, TableCost, Machine],
+) -> None:
+    graph, cost, machine = problem
+    one_stream = POLICIES["sequential"](graph, cost, machine)
+    try:
+        check_schedule(graph, machine, one_stream)
+    except ScheduleError:
+        assert not fits_on_first(graph, machine)
+    else:
+        assert fits_on_first(graph, machine)

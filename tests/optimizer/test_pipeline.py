@@ -19,8 +19,9 @@ from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
 from onnxsched.inspection import inspect_model
 from onnxsched.loading import load_model
+from onnxsched.outcomes import Tuned
 from onnxsched.policies import POLICIES
-from onnxsched.tuning import Tuned, tune
+from onnxsched.tuning import tune
 from onnxsched.verify import verify
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.errors import (
@@ -125,7 +126,7 @@ def test_the_result_says_what_was_written(tiny: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     annotation = read_annotation(onnx.load(target))
     placements = annotation.placements
-    assert (result.path, result.device, result.policy) == (target, CPU, "opara")
+    assert (result.path, result.devices, result.policy) == (target, (CPU,), "opara")
     assert result.stream_count == len(set(placements.values())) == 2
     assert result.operator_count == len(placements)
     assert result.segment_count >= 3
@@ -135,6 +136,7 @@ def test_the_result_says_what_was_written(tiny: Path, tmp_path: Path) -> None:
     assert {a["policy"] for a in result.alternatives} == {"sequential", "opara"}
     assert not result.from_cache
     assert result.measured_us > 0
+    assert result.sequential_us is not None
     assert result.sequential_us > 0
     assert steps[0] == "loading"
     assert steps[-1] == "checking"
@@ -145,7 +147,7 @@ def test_the_result_says_what_was_written(tiny: Path, tmp_path: Path) -> None:
     assert details["operators"].keys() == placements.keys()
     assert details["environment"] == describe_environment(CPU)
     content = json.loads(json.dumps(result.to_json()))
-    assert (content["schema_version"], content["device"]) == (1, "cpu:0")
+    assert (content["schema_version"], content["devices"]) == (1, ["cpu:0"])
 
 
 def test_symbolic_shapes_are_bound_in_what_is_written(tmp_path: Path) -> None:
@@ -418,7 +420,11 @@ def test_outputs_that_random_numbers_reach_are_not_compared(tmp_path: Path) -> N
         ({"device": "tpu"}, UsageError, "'tpu' is no device"),
         ({"device": "cpu:1"}, DeviceError, "the CPU is cpu:0"),
         ({"device": "cuda:99"}, DeviceError, "cuda:99 is not available"),
-        ({"device": "cuda:0,cuda:1"}, DeviceError, "names several"),
+        ({"device": "cpu:0,cpu:2"}, DeviceError, "groups of its threads are numbered from"),
+        ({"device": "cuda:98,cuda:99"}, DeviceError, "cuda:98 is not available"),
+        ({"device": "cpu:0,cpu:0"}, UsageError, "names cpu:0 twice"),
+        ({"device": "cpu,cpu:1,cuda:0"}, UsageError, "mixes cpu:0 and cuda:0"),
+        ({"device": "cpu:0,"}, UsageError, "'' is no device"),
         ({"shapes": {"input": (1, 2)}}, UsageError, "2 dimensions, it has 4"),
         ({"custom_ops": ["/nowhere.so"]}, UsageError, "library '/nowhere.so' does not load"),
     ],

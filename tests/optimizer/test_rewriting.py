@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
+from onnxsched import regions
 from onnxsched.loading import Model
-from onnxsched.rewriting import REWRITES, possible_rewrites, rewritten
+from onnxsched.rewriting import REWRITES, possible_bands, possible_rewrites, rewritten
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime import session
 from sample_models import build
@@ -43,7 +44,7 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
     "randwire": ({"image": 32}, {}),
     "t5_encoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
     "t5_decoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
-    "bert": ({"sequence": 8}, {"merge": {"Gemm": -24, "Reshape": -24, "Split": 12}}),
+    "bert": ({"sequence": 8}, {"merge": {"MatMul": -24, "Split": 12}}),
     "deepfm": ({}, {}),
 }
 """Sample models as small as they can be built, and what each rewrite adds and removes."""
@@ -122,8 +123,25 @@ def test_only_a_gpu_and_models_that_are_captured_whole_have_rewrites() -> None:
     host = as_it_is(model.proto, {model.proto.graph.node[0].name: "for once"})
     assert possible_rewrites(host, GPU) == ()
     assert rewritten(model, "none") is model
-    with pytest.raises(KeyError):
-        rewritten(model, "melt")
+    for name in ("melt", "melt-2", "bands-2"):
+        with pytest.raises(KeyError):
+            rewritten(model, name)
+
+
+def test_several_devices_add_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "_LEAST_ROWS", 4)
+    model = loaded(build("googlenet", image=128), tmp_path)
+    assert possible_bands(model, 1) == ()
+    names = possible_bands(model, 2)
+    assert names == ("bands-2", "bands-prefix-2")
+    feeds = feeds_for(model.proto)
+    for name in names:
+        result = rewritten(model, name)
+        assert result.rewrite == name
+        assert result.proto == rewritten(model, name).proto
+        assert_well_formed(result)
+        assert_close(reference(result.proto, feeds), reference(model.proto, feeds))
+        assert possible_bands(result, 2) == ()
 
 
 def of_text(text: str, weights: Mapping[str, Array], opset: int = 17) -> Model:

@@ -41,3 +41,20 @@ def test_a_violation_is_named(slots: list[tuple[int, Placement]], message: str) 
     schedule = Schedule(tuple(Slot(*slot) for slot in slots))
     with pytest.raises(ScheduleError, match=message):
         check_schedule(GRAPH, MACHINE, schedule)
+
+
+def test_shapes_tell_streams_from_devices_and_not_how_either_is_numbered() -> None:
+    def shape(*places: tuple[int, int]) -> bytes:
+        slots = (
+            Slot(v, Placement(Device("cuda", device), stream))
+            for v, (device, stream) in enumerate(places)
+        )
+        return Schedule(tuple(slots)).shape
+
+    assert (
+        shape((0, 0), (0, 1), (0, 0))
+        == shape((0, 3), (0, 0), (0, 3))
+        == shape((1, 0), (1, 1), (1, 0))
+    )
+    assert shape((0, 0), (1, 0)) == shape((1, 0), (0, 0)) != shape((0, 0), (0, 1))
+    assert shape((0, 0), (1, 0)) != shape((0, 0), (0, 0))

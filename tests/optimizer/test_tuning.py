@@ -12,18 +12,19 @@ from typing import Any, Self
 
 import pytest
 
-from onnxsched import tuning
+from onnxsched import finalists, tuning
 from onnxsched.candidates import Candidate, propose
 from onnxsched.contraction import Contraction, contract_chains, contract_cost, expand
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject, Tuned
 from onnxsched.policies import POLICIES
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
-from onnxsched.tuning import Outcome, Subject, Tuned, tune
+from onnxsched.tuning import tune
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import CaptureError
+from onnxsched_runtime.errors import CaptureError, OnnxschedError
 from sample_models import build
 from support.models import CPU, MODELS
 from support.optimizing import loaded
@@ -40,7 +41,8 @@ def cost_of(model: Model) -> TableCost:
 def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tuple[Candidate, ...]]:
     graph = graph_from_model(model)
     contraction = contract_chains(graph)
-    proposed = propose(graph, contraction, cost_of(model), device, tuple(POLICIES), STREAMS)
+    machine = Machine((device,), STREAMS)
+    proposed = propose(graph, contraction, cost_of(model), machine, tuple(POLICIES))
     return contraction, proposed
 
 
@@ -50,8 +52,8 @@ def tune_once(
     contraction, candidates = candidates_of(model, device)
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
     return tune(
-        [subject], device,
-        stream_count=STREAMS, budget_s=budget_s, is_refined=is_refined, custom_ops=(),
+        [subject], Machine((device,), STREAMS),
+        budget_s=budget_s, is_refined=is_refined, custom_ops=(),
         progress=lambda what, done, total: None,
     )  # fmt: skip
 
@@ -86,6 +88,17 @@ def test_the_few_most_promising_and_sequential_are_measured(model: Model) -> Non
     others = [c.predicted_us for c in candidates if c.policy != "sequential"]
     promising = [o.candidate.predicted_us for o in finalists if o.candidate.policy != "sequential"]
     assert sorted(promising) == sorted(others)[:3]
+
+
+def test_without_time_only_one_stream_and_the_most_promising_are_built(model: Model) -> None:
+    outcomes = tuned(model, budget_s=-1.0)
+    assert_ranked(outcomes)
+    _, candidates = candidates_of(model)
+    assert len(outcomes) == len(candidates)
+    finalists = [o.candidate for o in outcomes if o.samples_us]
+    assert sorted(c.policy == "sequential" for c in finalists) == [False, True]
+    (found,) = [c.predicted_us for c in finalists if c.policy != "sequential"]
+    assert found == min(c.predicted_us for c in candidates if c.policy != "sequential")
 
 
 @pytest.mark.parametrize("name", ["branch", "loop", "sequence", "data_dependent", "chain"])
@@ -140,7 +153,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrials]:
     """Makes tuning believe in a GPU."""
     kind = type("Trials", (FakeTrials,), {"tried": []})
     monkeypatch.setattr(tuning, "TrialRunner", kind)
-    monkeypatch.setattr(tuning, "Session", FakeSession)
+    monkeypatch.setattr(finalists, "Session", FakeSession)
     return kind
 
 
@@ -288,3 +301,83 @@ def test_a_second_ctrl_c_ends_it(
     monkeypatch.setattr(simulated, "measure_us", interrupted_twice)
     with pytest.raises(KeyboardInterrupt):
         tune_once(model, GPU)
+
+
+def test_over_several_devices_each_is_built_tried_and_closed(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[FakeSession] = []
+
+    class Counted(FakeSession):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            opened.append(self)
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.close()
+
+        def close(self) -> None:
+            opened.remove(self)
+
+        def run(self, names: None, feeds: Any) -> None:
+            most.append(len(opened))
+            super().run(names, feeds)
+
+    most: list[int] = []
+    monkeypatch.setattr(finalists, "Session", Counted)
+    monkeypatch.delattr(tuning, "TrialRunner")
+    contraction, candidates = candidates_of(model)
+    subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
+    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
+
+    def tuned_within(budget_s: float) -> tuple[Outcome, ...]:
+        found = tune(
+            [subject], machine, budget_s=budget_s, custom_ops=(), progress=lambda *_: None
+        )
+        assert_ranked(found.outcomes)
+        assert opened == []
+        return found.outcomes
+
+    assert all(outcome.trial_us is not None for outcome in tuned_within(60.0))
+    assert most[0] == 1
+    assert max(most) == 4
+    assert all(outcome.trial_us is None for outcome in tuned_within(0.0))
+
+
+@pytest.mark.parametrize("is_limited", [True, False])
+def test_what_memory_is_too_small_for_is_left_out_where_memory_is_limited(
+    is_limited: bool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(FakeSession):
+        def __init__(self, proto: Any, annotation: Any, **options: Any) -> None:
+            if len(set(annotation.placements.values())) > 1:
+                raise OnnxschedError("out of memory")
+            super().__init__(proto, annotation, **options)
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(finalists, "Session", Refusing)
+    contraction, candidates = candidates_of(model)
+    subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
+    devices = (GPU, Device("cuda", 1))
+    machine = Machine(devices, STREAMS, dict.fromkeys(devices, 1 << 30) if is_limited else {})
+    for budget_s in (0.0, 60.0):
+        if not is_limited:
+            with pytest.raises(OnnxschedError, match="out of memory"):
+                tune(
+                    [subject], machine, budget_s=budget_s, custom_ops=(), progress=lambda *_: None
+                )
+            continue
+        found = tune(
+            [subject], machine, budget_s=budget_s, custom_ops=(), progress=lambda *_: None
+        )
+        measured = [o for o in found.outcomes if o.samples_us]
+        assert measured
+        assert {o.candidate.stream_count for o in measured} == {1}

@@ -27,9 +27,11 @@ from onnxsched_runtime.errors import (
     UsageError,
 )
 from onnxsched_runtime.executors.threads import ThreadExecutor
-from onnxsched_runtime.load import Session, load, moved
+from onnxsched_runtime.load import Session, load, moved, multiplies_matrices
 from onnxsched_runtime.model import node_reads, write_model
 from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.tensor import TensorType
+from support import models
 from support.models import (
     MODELS,
     annotated,
@@ -416,3 +418,15 @@ def test_operators_that_nobody_reads_may_be_alone_on_a_stream() -> None:
     feeds = feeds_for(model)
     with Session(model, annotation_of(model, (1, 2))) as session:
         assert_same(session.run(None, feeds), reference(model, feeds))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((4, 6), True), ((1, 6), False), ((3, 1), False), ((2, 1, 4, 6), True)]
+)
+def test_workspace_matters_to_products_of_matrices(shape: tuple[int, ...], expected: bool) -> None:
+    model = models.model_of("(float[4,4] x) => (float[4,4] y) { y = MatMul(x, x) }")
+    tensors = {"y": TensorType(onnx.TensorProto.FLOAT, shape)}
+    assert multiplies_matrices(model, tensors) == expected
+    assert multiplies_matrices(model, {}), "what is not known may matter"
+    convolutional = models.fork_join()
+    assert not multiplies_matrices(convolutional, models.tensor_types(convolutional))

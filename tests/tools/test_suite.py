@@ -116,7 +116,7 @@ def test_a_worker_that_dies_is_an_arm_that_failed(
 def test_a_compiled_arm_is_measured(tmp_path: Path) -> None:
     (entry,) = run(tmp_path, "--arms", "torch-compile-frozen-nhwc", "--limit", "200")["results"]
     assert entry["error"] is None
-    assert 0 < entry["compile_s"] <= entry["prepare_s"]
+    assert 0 < entry["prepare_s"] < entry["compile_s"], "it was compiled in a step before"
     assert entry["relative_difference"] < 1e-4
 
 

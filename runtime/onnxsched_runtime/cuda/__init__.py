@@ -20,6 +20,7 @@ from onnxsched_runtime.cuda.devices import (
 from onnxsched_runtime.cuda.graphs import Chain, Graph
 from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
 from onnxsched_runtime.cuda.streams import Event, Stream, time_launches_us
+from onnxsched_runtime.cuda.transfers import time_copies_us
 
 __all__ = [
     "Buffer",
@@ -42,5 +43,6 @@ __all__ = [
     "require_device",
     "synchronize",
     "tensor_on_device",
+    "time_copies_us",
     "time_launches_us",
 ]

@@ -73,12 +73,17 @@ class Graph:
         """
         try:
             native = check_driver(driver().cuGraphCreate(0))
-            made: list[Any] = []
-            for node in wired:
-                after = [made[position] for position in node.predecessors]
-                workspace = workspaces[node.chain]
-                made.append(chains[node.chain].copy_into(native, node.index, after, workspace))
-            return cls(cudart().cudaGraph_t(int(native)))
+            graph = cudart().cudaGraph_t(int(native))
+            try:
+                made: list[Any] = []
+                for node in wired:
+                    after = [made[position] for position in node.predecessors]
+                    workspace = workspaces[node.chain]
+                    made.append(chains[node.chain].copy_into(native, node.index, after, workspace))
+            except BaseException:
+                cudart().cudaGraphDestroy(graph)
+                raise
+            return cls(graph)
         except OnnxschedError as error:
             raise CaptureError(f"The graph was refused ({error})") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Self
+from typing import Any, Self
 
 from onnxsched_runtime.cuda.binding import check, cudart, current_device, torch_module
 from onnxsched_runtime.cuda.devices import require_device, synchronize
@@ -14,12 +14,19 @@ _DELAY_CYCLES = 200_000
 """About 100 us at 1.98 GHz: longer than the launch of a graph takes."""
 
 
+_unused: dict[Device, list[Any]] = {}
+"""Streams that were closed, to be used again: a process should never have used many."""
+
+
 class Stream:
-    """A CUDA stream of its own (torch's pool would alias them after 32)."""
+    """A CUDA stream that no one else has (torch's pool would alias them after 32)."""
 
     def __init__(self, device: Device) -> None:
         require_device(device)
         self.device = device
+        if unused := _unused.get(device):
+            self._stream = unused.pop()
+            return
         with current_device(device):
             self._stream = check(
                 cudart().cudaStreamCreateWithFlags(cudart().cudaStreamNonBlocking)
@@ -68,9 +75,9 @@ class Stream:
             torch_module().cuda._sleep(cycles)
 
     def close(self) -> None:
-        """Destroy the stream; what it still runs is finished first."""
+        """Leave the stream to others; what it still runs is finished first."""
         if self._stream is not None:
-            check(cudart().cudaStreamDestroy(self._stream))
+            _unused.setdefault(self.device, []).append(self._stream)
             self._stream = None
 
     def __enter__(self) -> Self:

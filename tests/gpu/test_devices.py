@@ -1,0 +1,101 @@
+"""Schedules over two GPUs: one graph over both, and the bits of one session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnxsched
+from onnxsched.inputs import random_inputs
+from onnxsched_runtime import cuda
+from onnxsched_runtime.annotation import Annotation, read_annotation
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.errors import DeviceError
+from onnxsched_runtime.executors.streams import StreamExecutor
+from onnxsched_runtime.load import Session
+from onnxsched_runtime.model import read_model
+
+pytestmark = pytest.mark.skipif(cuda.device_count() < 2, reason="needs two GPUs")
+_NAMES = ["googlenet", "deepfm", "bert"]
+
+
+def _over_two(annotation: Annotation, period: int) -> Annotation:
+    """Every `period` operators of the launch order go to the other GPU."""
+    placements = {
+        name: Placement(Device("cuda", number // period % 2), placement.stream)
+        for number, (name, placement) in enumerate(annotation.placements.items())
+    }
+    return replace(annotation, placements=placements)
+
+
+@pytest.fixture(scope="module")
+def scheduled(
+    zoo: Callable[[str], Path], cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A model of the zoo, scheduled for one GPU."""
+    folder = tmp_path_factory.mktemp("devices")
+    done: dict[str, Path] = {}
+
+    def optimized(name: str) -> Path:
+        if name not in done:
+            done[name] = folder / f"{name}.onnx"
+            onnxsched.optimize(
+                zoo(name),
+                done[name],
+                device="cuda:0",
+                policy="heft",
+                streams=2,
+                variants=False,
+                cache_dir=cache_dir,
+                budget_s=2.0,
+            )
+        return done[name]
+
+    return optimized
+
+
+@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("capture", ["whole", "none"])
+def test_two_gpus_compute_what_one_does(
+    scheduled: Callable[[str], Path], name: str, capture: str
+) -> None:
+    model = read_model(scheduled(name))
+    annotation = read_annotation(model)
+    spread = _over_two(annotation, period=7)
+    with (
+        Session(model, annotation) as one,
+        Session(model, spread, capture=capture) as two,  # type: ignore[arg-type]
+    ):
+        assert (two.capture, two.refusal) == (capture, None)
+        assert two.plan.copies
+        for seed in range(1000 if capture == "whole" and name == "googlenet" else 20):
+            feeds = random_inputs(model, annotation.tensors, seed)
+            for a, b in zip(two.run(None, feeds), one.run(None, feeds), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_it_is_one_graph_over_both(scheduled: Callable[[str], Path]) -> None:
+    model = read_model(scheduled("googlenet"))
+    with Session(model, _over_two(read_annotation(model), period=9)) as session:
+        assert isinstance(session.executor, StreamExecutor)
+        assert session.executor.is_one_piece
+        assert session.executor.graph_count == 1
+        assert len(session.plan.devices) == 2
+
+
+def test_a_schedule_moves_to_the_other_gpu(scheduled: Callable[[str], Path]) -> None:
+    path = scheduled("deepfm")
+    model = read_model(path)
+    feeds = random_inputs(model, read_annotation(model).tensors, 0)
+    with (
+        onnxsched.load(path) as here,
+        onnxsched.load(path, device_map={"cuda:0": "cuda:1"}) as there,
+    ):
+        assert there.device == Device("cuda", 1)
+        np.testing.assert_array_equal(here.run(None, feeds)[0], there.run(None, feeds)[0])
+    with pytest.raises(DeviceError, match="cuda:9 is not available"):
+        onnxsched.load(path, device_map={"cuda:0": "cuda:9"})

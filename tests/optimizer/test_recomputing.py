@@ -1,0 +1,152 @@
+"""What is computed twice is the same, valid, and never makes a schedule longer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.duplication import duplicated
+from onnxsched.graph import Operator, OperatorGraph
+from onnxsched.loading import Model, graph_from_model
+from onnxsched.machine import Machine
+from onnxsched.memory import too_full
+from onnxsched.recomputing import Recomputation, recompute
+from onnxsched.schedule import Schedule, Slot, check_schedule
+from onnxsched.simulate import simulate
+from support.graphs import durations, graph_of, linear
+from support.models import feeds_for, random_models, reference
+from support.optimizing import as_it_is
+from support.strategies import DEVICES, device_problems
+
+Scheduled = tuple[OperatorGraph, TableCost, Machine, Schedule]
+
+
+@st.composite
+def scheduled_problems(draw: DrawFn) -> Scheduled:
+    """Operators in their order on any streams of any devices, where these have the room."""
+    graph, cost, machine = draw(device_problems())
+    return graph, cost, *placed(draw, graph, machine)
+
+
+def placed(draw: DrawFn, graph: OperatorGraph, machine: Machine) -> tuple[Machine, Schedule]:
+    places = [draw(st.sampled_from(machine.placements)) for _ in range(len(graph))]
+    schedule = Schedule(tuple(Slot(v, place) for v, place in enumerate(places)))
+    if too_full(graph, machine, range(len(graph)), schedule.placement_of):
+        machine = replace(machine, memory_nbytes={})
+    return machine, schedule
+
+
+def assert_equivalent(before: Scheduled, after: Recomputation) -> None:
+    """Copies read what their originals do; all else stays, but for where readers read."""
+    graph, cost, machine, schedule = before
+    check_schedule(after.graph, machine, after.schedule)
+    sources = after.cost.sources
+    copies = {duplicate.copy: duplicate for duplicate in after.duplicates}
+    names = [operator.name for operator in after.graph.operators]
+    assert [name for name in names if name not in copies] == [o.name for o in graph.operators]
+    for operator, source in enumerate(sources):
+        reads = Counter((sources[e.producer], e.nbytes) for e in after.graph.incoming[operator])
+        assert reads == Counter((e.producer, e.nbytes) for e in graph.incoming[source])
+        assert after.cost.operator(operator, DEVICES[0]) == cost.operators[source]
+        placement = after.schedule.placement_of[operator]
+        if names[operator] in copies:
+            assert placement == copies[names[operator]].placement
+            assert placement.device != schedule.placement_of[source].device
+            assert after.graph.outgoing[operator]
+        else:
+            assert placement == schedule.placement_of[source]
+
+
+@settings(deadline=None, max_examples=300)
+@given(problem=scheduled_problems())
+def test_computing_twice_is_never_longer(problem: Scheduled) -> None:
+    graph, cost, machine, schedule = problem
+    found = recompute(graph, cost, machine, schedule)
+    before_us = simulate(graph, cost, schedule).makespan_us
+    after_us = simulate(found.graph, found.cost, found.schedule).makespan_us
+    assert (after_us < before_us) if found.duplicates else (after_us == before_us)
+    assert_equivalent(problem, found)
+
+
+def shared(op_type: str = "Op", *, host_reason: str | None = None) -> Scheduled:
+    """A short operator that two long ones read, one of them on another device."""
+    graph = graph_of(3, [(0, 1), (0, 2)])
+    short = Operator("short", op_type, host_reason)
+    edges = tuple(replace(edge, tensor="result") for edge in graph.edges)
+    graph = OperatorGraph((short, *graph.operators[1:]), edges)
+    machine = Machine(DEVICES[:2], 1)
+    first, second = machine.placements
+    schedule = Schedule((Slot(0, first), Slot(1, first), Slot(2, second)))
+    return graph, durations(1, 20, 20, unmeasured=linear(10.0, 1024.0)), machine, schedule
+
+
+def test_a_short_operator_is_computed_where_its_result_is_needed() -> None:
+    graph, cost, machine, schedule = shared()
+    found = recompute(graph, cost, machine, schedule)
+    [duplicate] = found.duplicates
+    assert (duplicate.operator, duplicate.copy) == ("short", "short/copy")
+    assert duplicate.consumers == ("operator_2",)
+    assert duplicate.placement == machine.placements[1]
+    assert simulate(found.graph, found.cost, found.schedule).makespan_us == 21
+
+
+def test_not_what_differs_each_time_or_runs_on_the_host_or_finds_no_room() -> None:
+    assert not recompute(*shared("RandomNormal")).duplicates
+    assert not recompute(*shared("Dropout")).duplicates
+    assert not recompute(*shared(host_reason="host")).duplicates
+    graph, cost, machine, schedule = shared()
+    wide = replace(graph.operators[0], scratch_nbytes=100)
+    graph = OperatorGraph((wide, *graph.operators[1:]), graph.edges)
+    for room_nbytes, count in ((100, 0), (101, 1)):
+        limited = replace(machine, memory_nbytes={DEVICES[1]: room_nbytes})
+        assert len(recompute(graph, cost, limited, schedule).duplicates) == count
+
+
+def test_not_where_what_it_reads_takes_as_long_to_come() -> None:
+    graph, cost, machine, schedule = shared()
+    edges = [replace(e, producer=e.producer + 1, consumer=e.consumer + 1) for e in graph.edges]
+    root = replace(graph.operators[0], name="root")
+    graph = OperatorGraph(
+        (root, *graph.operators), (replace(graph.edges[0], tensor="input"), *edges)
+    )
+    cost = replace(cost, operators=(cost.operators[0], *cost.operators))
+    slots = [replace(slot, operator=slot.operator + 1) for slot in schedule.slots]
+    schedule = Schedule((schedule.slots[0], *slots))
+    assert not recompute(graph, cost, machine, schedule).duplicates
+
+
+@st.composite
+def scheduled_models(draw: DrawFn) -> tuple[Model, Scheduled]:
+    """Models on up to three devices, between which transfers take longer than most operators."""
+    model = as_it_is(draw(random_models(max_nodes=10)))
+    graph = graph_from_model(model)
+    costs = [OperatorCost(draw(st.sampled_from([1.0, 8.0]))) for _ in graph.operators]
+    cost = TableCost(tuple(costs), unmeasured=linear(16.0, 1.0))
+    return model, (graph, cost, *placed(draw, graph, Machine(DEVICES[:3], 1)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(problem=scheduled_models())
+def test_the_model_with_copies_is_that_of_the_graph_and_computes_the_same(
+    problem: tuple[Model, Scheduled],
+) -> None:
+    model, scheduled = problem
+    found = recompute(*scheduled)
+    result = duplicated(model, found.duplicates)
+    assert result.rewrite == model.rewrite
+    again = graph_from_model(result)
+    assert again.operators == found.graph.operators
+    assert [(e.producer, e.consumer, e.nbytes) for e in again.edges] == [
+        (e.producer, e.consumer, e.nbytes) for e in found.graph.edges
+    ]
+    feeds = feeds_for(model.proto)
+    for one, other in zip(
+        reference(result.proto, feeds), reference(model.proto, feeds), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)

@@ -1,0 +1,85 @@
+"""Bands land on devices of their own, whatever else is in the graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from onnxsched.cost import TableCost
+from onnxsched.graph import Operator, OperatorGraph
+from onnxsched.machine import Machine
+from onnxsched.schedule import check_schedule
+from onnxsched.seeding import band_of, band_schedule
+from onnxsched_runtime.errors import ScheduleError
+from support.graphs import durations, graph_of
+from support.strategies import DEVICES, device_problems
+
+Problem = tuple[OperatorGraph, TableCost, Machine]
+
+
+@st.composite
+def banded_problems(draw: DrawFn) -> Problem:
+    """Problems some of whose operators are called as if they were bands."""
+    graph, cost, machine = draw(device_problems())
+    bands = draw(
+        st.lists(st.sampled_from([None, 0, 1, 2, 11]), min_size=len(graph), max_size=len(graph))
+    )
+    operators = tuple(
+        operator if band is None else replace(operator, name=f"{operator.name}/band{band}")
+        for operator, band in zip(graph.operators, bands, strict=True)
+    )
+    return OperatorGraph(operators, graph.edges), cost, machine
+
+
+@settings(deadline=None, max_examples=200)
+@given(problem=banded_problems())
+def test_each_band_is_on_its_device_and_the_schedule_is_valid(problem: Problem) -> None:
+    graph, cost, machine = problem
+    bands = [band_of(operator.name) for operator in graph.operators]
+    try:
+        schedule = band_schedule(graph, cost, machine)
+    except ScheduleError:
+        assert machine.is_limited
+        return
+    if len(machine.devices) == 1 or all(band is None for band in bands):
+        assert schedule is None
+        return
+    assert schedule is not None
+    check_schedule(graph, machine, schedule)
+    assert schedule == band_schedule(graph, cost, machine)
+    if not machine.is_limited:
+        for operator, placement in schedule.placement_of.items():
+            number = (bands[operator] or 0) % len(machine.devices)
+            assert placement.device == machine.devices[number]
+
+
+@pytest.mark.parametrize(
+    ("name", "band"),
+    [
+        ("conv/band0", 0),
+        ("conv/band12", 12),
+        ("t:0/band1/rows3-5", 1),
+        ("t/band0/band1", 1),
+        ("conv/bands", None),
+        ("conv/band1x", None),
+        ("band1", None),
+        ("conv/band", None),
+    ],
+)
+def test_bands_are_known_by_name(name: str, band: int | None) -> None:
+    assert band_of(name) == band
+
+
+def test_rows_of_a_whole_tensor_are_cut_out_where_it_is() -> None:
+    names = ["stem", "stem/band1/rows4-8", "conv/band1", "conv/band1/rows5-8"]
+    types = ["Conv", "Slice", "Conv", "Slice"]
+    operators = tuple(Operator(*pair) for pair in zip(names, types, strict=True))
+    graph = replace(graph_of(4, [(0, 1), (1, 2), (2, 3)]), operators=operators)
+    schedule = band_schedule(graph, durations(1, 1, 1, 1), Machine(DEVICES[:2], 2))
+    assert schedule is not None
+    devices = [schedule.placement_of[v].device for v in range(4)]
+    assert devices == [DEVICES[0], DEVICES[0], DEVICES[1], DEVICES[1]]

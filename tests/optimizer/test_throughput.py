@@ -1,0 +1,79 @@
+"""Requests in flight: everyone is served by a session of its own, and all is counted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxsched import throughput
+from onnxsched.throughput import ARMS, COPIES, measure_throughput
+from onnxsched_runtime.annotation import write_annotation
+from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.load import Session
+from onnxsched_runtime.model import write_model
+from support import models
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    model = models.fork_join()
+    write_annotation(model, models.annotation_of(model, (0, 1), device_count=2))
+    write_model(model, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_every_load_is_measured(path: Path) -> None:
+    result = measure_throughput(path, duration_s=0.05)
+    in_flight = {arm: [load.in_flight for load in result.loads if load.arm == arm] for arm in ARMS}
+    assert in_flight == {
+        "schedule": [*COPIES],
+        "sequential": [2 * count for count in COPIES],  # on each of two devices
+    }
+    for load in result.loads:
+        assert load.latency.count >= load.in_flight
+        busy_s = load.latency.mean_us * load.latency.count / 1e6
+        assert busy_s < load.in_flight * load.latency.count / load.requests_per_s * 1.05
+    assert result.best.requests_per_s == max(load.requests_per_s for load in result.loads)
+    content = result.to_json()
+    assert len(content["loads"]) == len(result.loads)
+    assert content["loads"][0]["latency"]["count"] > 0
+
+
+def test_requests_are_served_at_the_same_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Session.run
+    inside: set[int] = set()
+    most = 0
+
+    def run(self: Session, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
+        nonlocal most
+        inside.add(id(self))
+        most = max(most, len(inside))
+        threading.Event().wait(0.002)
+        results = real(self, names, feeds)
+        inside.discard(id(self))
+        return results
+
+    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(throughput, "COPIES", (4,))
+    measure_throughput(path, duration_s=0.1)
+    assert most == 8
+
+
+def test_what_fails_in_one_thread_is_raised_here(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Session.run, [0]
+
+    def run(self: Session, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
+        calls[0] += 1
+        if calls[0] > 5:
+            raise OnnxschedError("planted")
+        return real(self, names, feeds)
+
+    monkeypatch.setattr(Session, "run", run)
+    with pytest.raises(OnnxschedError, match="planted"):
+        measure_throughput(path, duration_s=0.2)
