@@ -1,0 +1,78 @@
+"""When outputs count as those of plain ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from onnxsched.checking import PlainRuns, check_numerics, differences_from
+from onnxsched.loading import Model
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import NumericsError
+from onnxsched_runtime.load import Session
+from support.models import MODELS
+from support.optimizing import as_it_is
+
+EXACT = np.array([1.0, -0.5, 1e-3], np.float32)
+
+
+@dataclass
+class FakeSession:
+    """Returns the exact outputs, and something more."""
+
+    more: float
+    device: Device = field(default_factory=lambda: Device("cuda", 0))
+
+    def run(self, names: Any, feeds: Any) -> list[Any]:
+        return [EXACT + np.float32(self.more)]
+
+
+def runs(rounded: float, is_tf32: bool = True) -> PlainRuns:
+    """Plain ORT that is so far from what it computes in full float32."""
+    plain = PlainRuns(("y",), ({},), ([EXACT + np.float32(rounded)],))
+    return replace(plain, outputs_in_float32=lambda: ([EXACT],)) if is_tf32 else plain
+
+
+def is_within(more: float, plain: PlainRuns) -> bool:
+    model = as_it_is(MODELS["chain"]())
+    session = cast(Session, FakeSession(more))
+    (found,) = differences_from(model, session, plain)
+    return found.is_within
+
+
+@pytest.mark.parametrize(
+    ("more", "rounded", "expected"),
+    [
+        (0.0009, 0.0, True),  # within a thousandth of the largest value
+        (0.0030, 0.0, False),
+        (0.0030, 0.0029, True),  # near plain ORT
+        (-0.0025, 0.0029, True),  # as far from full float32 as plain ORT is, on the other side
+        (-0.0045, 0.0029, False),
+        (-0.0200, 0.0200, False),  # no model may be a hundredth apart
+        (float("nan"), 0.0029, False),
+    ],
+)
+def test_tf32_allows_what_it_does_to_plain_ort(
+    more: float, rounded: float, expected: bool
+) -> None:
+    assert is_within(more, runs(rounded)) == expected
+
+
+def test_without_tf32_nothing_is_allowed_for_it() -> None:
+    assert not is_within(-0.0025, runs(0.0029, is_tf32=False))
+
+
+def test_full_float32_is_only_computed_where_it_is_needed() -> None:
+    def never() -> Any:
+        raise AssertionError("computed")
+
+    assert is_within(0.0, replace(runs(0.0), outputs_in_float32=never))
+
+
+def test_what_is_further_apart_is_refused() -> None:
+    model: Model = as_it_is(MODELS["chain"]())
+    with pytest.raises(NumericsError, match=r"'y' differs from plain ONNX Runtime by 0\.02"):
+        check_numerics(model, cast(Session, FakeSession(0.02)), runs(0.0))
