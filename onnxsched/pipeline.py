@@ -27,9 +27,10 @@ from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
 from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.signature import OperatorSignatures
+from onnxsched.proposals import Request
 from onnxsched.rewriting import rewritten
 from onnxsched.schedule_file import ScheduleFile, read_schedule_file, schedule_of
-from onnxsched.scheduling import Request, measured_decision
+from onnxsched.scheduling import measured_decision
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError

@@ -3,63 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
 
-from onnxsched.annotate import lowered_schedule, portable_refusals, portable_schedule
-from onnxsched.calibration import TYPICAL
-from onnxsched.candidates import Candidate, propose
+from onnxsched.annotate import portable_refusals
 from onnxsched.checking import PlainRuns
-from onnxsched.contraction import (
-    Contraction,
-    contract_chains,
-    contract_cost,
-    expand,
-    uncontracted,
-)
-from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.decision import Decision, decide
-from onnxsched.graph import OperatorGraph
 from onnxsched.loading import AS_LOADED, Form, Model, graph_from_model, with_refusals
-from onnxsched.machine import Machine
 from onnxsched.memory import fits_on_first
 from onnxsched.outcomes import Subject
-from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import Progress, measure_profile
 from onnxsched.profiling.transfers import Transfers, measure_transfers
+from onnxsched.proposals import Request, subject_of_profile, unscheduled_subject
 from onnxsched.rewriting import possible_bands, possible_rewrites, rewritten
-from onnxsched.schedule import Schedule, check_schedule
-from onnxsched.seeding import band_schedule
-from onnxsched.simulate import simulate
 from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
-from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError, ScheduleError
-from onnxsched_runtime.lowering import origins
+from onnxsched_runtime.errors import DeviceError
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asks for, checked."""
-
-    policy: str
-    """Its name, `auto`, or `file` for `schedule`."""
-    machine: Machine
-    """All devices, and the cap of streams on each. Models are profiled on the first."""
-    budget_s: float
-    variants: bool
-    custom_ops: tuple[str, ...]
-    split: bool = True
-    """Cut operators on images into bands of rows, where there are several devices."""
-    schedule: Schedule | None = None
-    """Of the model as it was loaded: nothing else is proposed beside one stream."""
-
-    @property
-    def device(self) -> Device:
-        """The first device."""
-        return self.machine.devices[0]
 
 
 def measured_decision(
@@ -80,14 +42,51 @@ def measured_decision(
     Raises:
         DeviceError: Nothing that is proposed fits into the memory of the devices.
     """
-    device, libraries = request.device, request.custom_ops
-    transfers = measure_transfers(request.machine.devices, cache, progress)
-    model, default, profile = _profiled(model, device, cache, libraries, progress)
+    with ProfilingWorker() if request.device.kind == "cuda" else nullcontext() as worker:
+
+        def measured(lowered: Model) -> Profile:
+            device, libraries = request.device, request.custom_ops
+            return measure_profile(lowered, device, cache, libraries, progress, worker)
+
+        transfers = measure_transfers(request.machine.devices, cache, progress)
+        subjects = _subjects(model, measured, transfers, plain, request, progress)
+    if not any(subject.candidates for subject in subjects):
+        raise _too_large(request)
+    tuned = tune(
+        subjects,
+        request.machine,
+        budget_s=request.budget_s / 2,
+        is_refined=request.policy in ("auto", "search"),
+        custom_ops=request.custom_ops,
+        progress=progress,
+    )
+    return decide(tuned.outcomes, subjects, request.policy), tuned.is_complete
+
+
+def _subjects(
+    model: Model,
+    measured: Callable[[Model], Profile],
+    transfers: Transfers,
+    plain: PlainRuns,
+    request: Request,
+    progress: Progress,
+) -> list[Subject]:
+    """The variants and rewrites that are worth trying, with what policies propose for each.
+
+    Args:
+        model: As it was loaded.
+        measured: Measures the operators of a model.
+        transfers: What copies between devices cost.
+        plain: What the model must compute.
+        request: What is asked for.
+        progress: Told what is being done.
+    """
+    model, default, profile = _profiled(model, measured, request)
     profiles: dict[Form, Profile] = {AS_LOADED: profile}
 
     def profile_of(lowered: Model) -> Profile:
         if lowered.form not in profiles:
-            profiles[lowered.form] = measure_profile(lowered, device, cache, libraries, progress)
+            profiles[lowered.form] = measured(lowered)
         return profiles[lowered.form]
 
     raced = _raced(model, default, profile_of, plain, request, progress)
@@ -96,28 +95,14 @@ def measured_decision(
     for portable, lowered in raced:
         own = profile_of(lowered)
         if lowered.form == AS_LOADED or not own.refusals:
-            subjects.append(_subject(portable, lowered, own, transfers, request))
+            subjects.append(subject_of_profile(portable, lowered, own, transfers, request))
     if not any(subject.model.form == AS_LOADED for subject in subjects):
-        subjects.append(_unscheduled(model, default, request.machine))
-    if not any(subject.candidates for subject in subjects):
-        raise _too_large(request)
-    tuned = tune(
-        subjects,
-        request.machine,
-        budget_s=request.budget_s / 2,
-        is_refined=request.policy in ("auto", "search"),
-        custom_ops=libraries,
-        progress=progress,
-    )
-    return decide(tuned.outcomes, subjects, request.policy), tuned.is_complete
+        subjects.append(unscheduled_subject(model, default, request.machine))
+    return subjects
 
 
 def _profiled(
-    model: Model,
-    device: Device,
-    cache: MeasurementCache,
-    custom_ops: tuple[str, ...],
-    progress: Progress,
+    model: Model, measured: Callable[[Model], Profile], request: Request
 ) -> tuple[Model, Model, Profile]:
     """Profile a model as ONNX Runtime lowers it by itself.
 
@@ -126,12 +111,12 @@ def _profiled(
         of that.
     """
     default = model
-    if device.kind == "cuda":
-        default = lowered_model(model, DEFAULT_VARIANT, device, custom_ops)
-    profile = measure_profile(default, device, cache, custom_ops, progress)
+    if request.device.kind == "cuda":
+        default = lowered_model(model, DEFAULT_VARIANT, request.device, request.custom_ops)
+    profile = measured(default)
     if profile.refusals:  # what must stay on the host is not lowered
         model = with_refusals(model, portable_refusals(model, default, profile.refusals))
-        profile = measure_profile(model, device, cache, custom_ops, progress)
+        profile = measured(model)
         model = default = with_refusals(model, profile.refusals)
     return model, default, profile
 
@@ -191,94 +176,6 @@ def _in_bands(model: Model, variant: Variant, request: Request) -> list[tuple[Mo
             lowered = lowered_model(portable, variant, request.device, request.custom_ops)
         found.append((portable, lowered))
     return found
-
-
-def _subject(
-    portable: Model,
-    lowered: Model,
-    profile: Profile,
-    transfers: Transfers,
-    request: Request,
-) -> Subject:
-    """Let policies schedule a variant, or take the schedule that is given."""
-    graph = graph_from_model(lowered)
-    cost = TableCost(
-        tuple(profile.cost(operator.name) for operator in graph.operators),
-        contention=TYPICAL if request.device.kind == "cuda" else Contention(),
-        transfers=transfers,
-    )
-    contraction, candidates = _candidates(portable, lowered, graph, cost, request)
-    return Subject(
-        portable,
-        lowered,
-        contraction,
-        cost,
-        candidates,
-        _solo_times(portable, lowered, profile),
-        portable.host_reasons,
-    )
-
-
-def _candidates(
-    portable: Model, lowered: Model, graph: OperatorGraph, cost: TableCost, request: Request
-) -> tuple[Contraction, tuple[Candidate, ...]]:
-    """What policies propose for the lowered operators; or one stream, and the schedule given."""
-    machine, given = request.machine, request.schedule
-    if given is not None:
-        contraction = uncontracted(graph)
-        proposed = propose(graph, contraction, cost, machine, ())
-    else:
-        policies = list(POLICIES) if request.policy == "auto" else [request.policy]
-        for contraction in (contract_chains(graph), uncontracted(graph)):
-            proposed = propose(graph, contraction, cost, machine, policies)
-            proposed += _bands(graph, contraction, cost, machine)
-            if proposed:  # else a chain may be too large for a device, but not its operators
-                break
-    found = [
-        replace(c, schedule=portable_schedule(portable, lowered, c.schedule)) for c in proposed
-    ]
-    if given is not None:
-        carried = lowered_schedule(portable, lowered, given)
-        predicted_us = simulate(graph, cost, carried).makespan_us
-        found.append(Candidate(request.policy, given, carried, predicted_us))
-    return contraction, tuple(found)
-
-
-def _bands(
-    graph: OperatorGraph, contraction: Contraction, cost: TableCost, machine: Machine
-) -> tuple[Candidate, ...]:
-    """The schedule that gives each band of rows a device of its own, where there are bands."""
-    chain_cost = contract_cost(contraction, cost)
-    try:
-        contracted = band_schedule(contraction.graph, chain_cost, machine)
-        if contracted is None:
-            return ()
-        schedule = expand(contraction, contracted)
-        check_schedule(graph, machine, schedule)
-    except ScheduleError:  # no room
-        return ()
-    predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
-    return (Candidate("bands", schedule, contracted, predicted_us),)
-
-
-def _unscheduled(model: Model, default: Model, machine: Machine) -> Subject:
-    """The model as ONNX Runtime runs it by itself: a candidate wherever one device holds it."""
-    graph = graph_from_model(model)
-    contraction = contract_chains(graph)
-    cost = TableCost(tuple(OperatorCost(0.0) for _ in graph.operators))
-    candidates = propose(graph, contraction, cost, machine, ["sequential"])
-    return Subject(model, default, contraction, cost, candidates, {}, {})
-
-
-def _solo_times(model: Model, variant: Model, profile: Profile) -> dict[str, tuple[float, str]]:
-    """Solo time and bound of each node of the portable model, from those it became."""
-    origin = origins(model.proto, variant.proto)
-    times: dict[str, tuple[float, str]] = {}
-    for name, operator in profile.operators.items():
-        if name in origin:
-            known_us = times.get(origin[name], (0.0, ""))[0]
-            times[origin[name]] = (known_us + operator.duration_us, profile.bounds[name])
-    return times
 
 
 def _too_large(request: Request) -> DeviceError:

@@ -49,10 +49,10 @@ def tune(
 
     All are tried in the order of their predictions while the budget lasts: on a GPU, where the
     model is captured whole, from sessions of its chains; over several devices, where each chain
-    would need a session on every one, built as they will run, one after another. The best few and
-    every sequential one are then built as they will run and measured in interleaved rounds: the
-    model in one stream as it was loaded and the most promising first, others while building takes
-    no longer than half the budget. Ctrl-C ends the trials, and what is best so far is kept.
+    would need a session on every one, built as they will run, one after another. The best few, of
+    one stream too, are then built as they will run and measured in interleaved rounds: the model
+    in one stream as it was loaded and the most promising first, others while building takes no
+    longer than half the budget. Ctrl-C ends the trials, and what is best so far is kept.
 
     Args:
         subjects: Variants and rewrites of one model, and what is proposed for each.
@@ -82,13 +82,9 @@ def tune(
             else:
                 outcomes += _tried(trials, is_refined)
         ranked = sorted(outcomes, key=expected)
-        others = [o for o in ranked if o.candidate.policy != "sequential"]
-        sequential = [o for o in ranked if o.candidate.policy == "sequential"]
-        plain = [outcome for outcome in sequential if outcome.form == AS_LOADED]
-        more = [*(o for o in sequential if o not in plain), *others[1:_FINALIST_COUNT]]
         measured = measure_finalists(
             subjects,
-            [*plain, *others[:1], *sorted(more, key=expected)],
+            _finalists(ranked),
             machine,
             custom_ops,
             time.monotonic() + budget_s / 2,
@@ -98,6 +94,15 @@ def tune(
         done = {id(outcome.candidate) for outcome in measured}
         left = [outcome for outcome in ranked if id(outcome.candidate) not in done]
         return Tuned((*measured, *left), not interruption.is_requested)
+
+
+def _finalists(ranked: Sequence[Outcome]) -> list[Outcome]:
+    """The model in one stream as it was loaded, the best schedule, the best stream, then more."""
+    sequential = [o for o in ranked if o.candidate.policy == "sequential"]
+    plain = [outcome for outcome in sequential if outcome.form == AS_LOADED]
+    others = [o for o in ranked if o.candidate.policy != "sequential"]
+    streams = [outcome for outcome in sequential if outcome not in plain]
+    return [*plain, *others[:1], *streams[:1], *others[1:_FINALIST_COUNT]]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import onnx
 
@@ -33,51 +33,111 @@ from onnxsched_runtime.variant import Variant
 _ERRORS: Mapping[str, type[OnnxschedError]] = {
     kind.__name__: kind for kind in (DeviceError, ModelError, OnnxschedError, UsageError)
 }
+_DONE = "done\n"
 
 
-def measure_isolated(
-    model: Model, device: Device, nodes: Sequence[onnx.NodeProto], custom_ops: tuple[str, ...]
-) -> Iterator[tuple[str, OperatorProfile]]:
-    """As `measure_on_gpu`, but an operator that ends the process only yields a refusal.
+class ProfilingWorker:
+    """A process that measures operators; another takes its place where it has ended.
 
-    Raises:
-        ModelError: ORT refuses an operator on its own, or ends before any is captured.
+    It is started when this is made, and loads its libraries while others work.
     """
-    op_types = {node.name: node.op_type for node in nodes}
-    waiting = list(op_types)
-    with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
-        path = Path(scratch, "model.onnx")
-        write_model(model.proto, path)
-        while waiting:
-            announced = None
-            for message in _messages(path, device, waiting, custom_ops, model):
+
+    def __init__(self) -> None:
+        self._process = self._started()
+
+    def measure(
+        self,
+        model: Model,
+        device: Device,
+        nodes: Sequence[onnx.NodeProto],
+        custom_ops: tuple[str, ...],
+    ) -> Iterator[tuple[str, OperatorProfile]]:
+        """As `measure_on_gpu`, but an operator that ends the process only yields a refusal.
+
+        Raises:
+            ModelError: ORT refuses an operator on its own, or ends before any is captured.
+        """
+        op_types = {node.name: node.op_type for node in nodes}
+        waiting = list(op_types)
+        with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
+            path = Path(scratch, "model.onnx")
+            write_model(model.proto, path)
+            while waiting:
+                announced = None
+                for message in self._messages(_request(path, device, waiting, custom_ops, model)):
+                    if "error" in message:
+                        raise _ERRORS.get(message["kind"], OnnxschedError)(message["error"])
+                    name = announced = message["name"]
+                    if "profile" in message:
+                        announced = None
+                        waiting.remove(name)
+                        yield name, OperatorProfile.from_json(message["profile"])
+                if waiting and announced is None:
+                    raise ModelError(
+                        f"ONNX Runtime ended while '{waiting[0]}' and others were run alone; the "
+                        "model may not run on this GPU at all."
+                    )
+                if announced is not None:
+                    waiting.remove(announced)
+                    reason = (
+                        f"ONNX Runtime ends the process when {op_types[announced]} is captured"
+                    )
+                    yield announced, OperatorProfile((), (), reason)
+
+    def _messages(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """What the process says to a request, until it is done with it or ends in whatever way."""
+        if self._process.poll() is not None:
+            self.close()
+            self._process = self._started()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the caller sees
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            if line == _DONE:
+                return
+            if line.startswith("{"):
+                message = json.loads(line)
+                yield message
                 if "error" in message:
-                    raise _ERRORS.get(message["kind"], OnnxschedError)(message["error"])
-                name = announced = message["name"]
-                if "profile" in message:
-                    announced = None
-                    waiting.remove(name)
-                    yield name, OperatorProfile.from_json(message["profile"])
-            if waiting and announced is None:
-                raise ModelError(
-                    f"ONNX Runtime ended while '{waiting[0]}' and others were run alone; the "
-                    "model may not run on this GPU at all."
-                )
-            if announced is not None:
-                waiting.remove(announced)
-                reason = f"ONNX Runtime ends the process when {op_types[announced]} is captured"
-                yield announced, OperatorProfile((), (), reason)
+                    return
+        if process.wait() == -signal.SIGKILL:
+            yield {"error": "The profiling worker was killed; memory may have run out.",
+                   "kind": "OnnxschedError"}  # fmt: skip
+
+    def _started(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            text=True,
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        with contextlib.suppress(BrokenPipeError):  # of what it has not read
+            self._process.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _messages(
+def _request(
     path: Path,
     device: Device,
     names: Sequence[str],
     custom_ops: tuple[str, ...],
     model: Model,
-) -> Iterator[dict[str, Any]]:
-    """What a worker says, one JSON object a line, until it ends in whatever way."""
-    request = {
+) -> dict[str, Any]:
+    return {
         "path": str(path),
         "device": str(device),
         "names": names,
@@ -86,29 +146,6 @@ def _messages(
         "variant": model.variant.to_json(),
         "is_lowered": model.is_lowered,
     }
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    ) as worker:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, which the caller sees
-                worker.stdin.write(json.dumps(request))
-                worker.stdin.close()
-            for line in worker.stdout:
-                if line.startswith("{"):
-                    yield json.loads(line)
-            if worker.wait() == -signal.SIGKILL:
-                yield {"error": "The profiling worker was killed; memory may have run out.",
-                       "kind": "OnnxschedError"}  # fmt: skip
-        finally:
-            worker.kill()
 
 
 def _say(**message: Any) -> None:
@@ -116,31 +153,38 @@ def _say(**message: Any) -> None:
 
 
 def _work() -> None:
-    """The worker: read the request, measure, and say what comes out."""
-    request = json.load(sys.stdin)
-    try:
-        proto = read_model(request["path"])
-        tensors = {
-            name: TensorType(element, None if shape is None else tuple(shape))
-            for name, (element, shape) in request["tensors"].items()
-        }
-        variant = Variant.from_json(request["variant"])
-        model = Model(proto, tensors, {}, {}, proto, variant, request["is_lowered"])
-        by_name = {node.name: node for node in proto.graph.node}
-        profiles = measure_on_gpu(
-            model,
-            Device.parse(request["device"]),
-            [by_name[name] for name in request["names"]],
-            tuple(request["libraries"]),
-            announce=lambda name: _say(name=name),
-        )
-        for name, profile in profiles:
-            _say(name=name, profile=dataclasses.asdict(profile))
-    except OnnxschedError as error:
-        _say(error=str(error), kind=type(error).__name__)
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        _say(error=f"Profiling failed ({type(error).__name__}: {text}).", kind="OnnxschedError")
+    """The worker: answer requests, one JSON object a line, until there are no more."""
+    for line in sys.stdin:
+        try:
+            _answer(json.loads(line))
+            print(_DONE, end="", flush=True)
+        except OnnxschedError as error:
+            _say(error=str(error), kind=type(error).__name__)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            _say(error=f"Profiling failed ({type(error).__name__}: {text}).",
+                 kind="OnnxschedError")  # fmt: skip
+
+
+def _answer(request: Mapping[str, Any]) -> None:
+    """Measure what is asked for, and say what comes out."""
+    proto = read_model(request["path"])
+    tensors = {
+        name: TensorType(element, None if shape is None else tuple(shape))
+        for name, (element, shape) in request["tensors"].items()
+    }
+    variant = Variant.from_json(request["variant"])
+    model = Model(proto, tensors, {}, {}, proto, variant, request["is_lowered"])
+    by_name = {node.name: node for node in proto.graph.node}
+    profiles = measure_on_gpu(
+        model,
+        Device.parse(request["device"]),
+        [by_name[name] for name in request["names"]],
+        tuple(request["libraries"]),
+        announce=lambda name: _say(name=name),
+    )
+    for name, profile in profiles:
+        _say(name=name, profile=dataclasses.asdict(profile))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from onnxsched.loading import Model
 from onnxsched.profile import Multiprocessor, OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.gpu import SAMPLE_COUNT, measure_on_gpu, operator_segment
-from onnxsched.profiling.isolation import measure_isolated
+from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.roofline import roofline_from_profiles, roofline_model
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched_runtime import cuda
@@ -40,19 +40,27 @@ def measure_profile(
     cache: MeasurementCache,
     custom_ops: tuple[str, ...],
     progress: Progress,
+    worker: ProfilingWorker | None,
 ) -> Profile:
     """Measure every operator of a model alone, each distinct one once.
+
+    Args:
+        model: The model.
+        device: Where to measure.
+        cache: Where measurements are kept.
+        custom_ops: Libraries of custom operators.
+        progress: Told what is being done.
+        worker: Measures on a GPU; None measures on the CPU.
 
     Raises:
         ModelError: ORT refuses an operator on its own.
     """
-    on_gpu = device.kind == "cuda"
     peaks, _ = _measure_nodes(
-        roofline_model(device), device, cache, (), measure_on_gpu if on_gpu else _measure_on_cpu
+        roofline_model(device), device, cache, (), measure_on_gpu if worker else _measure_on_cpu
     )
     roofline = roofline_from_profiles(device, peaks["product"], peaks["pass"])
     operators, measured_count = _measure_nodes(
-        model, device, cache, custom_ops, measure_isolated if on_gpu else _measure_on_cpu, progress
+        model, device, cache, custom_ops, worker.measure if worker else _measure_on_cpu, progress
     )
     signatures = OperatorSignatures(model)
     return Profile(

@@ -13,6 +13,7 @@ from onnxsched.doctor import diagnose
 from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
 from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import measure_profile
 from onnxsched.racing import time_runs_us
 from onnxsched_runtime.annotation import read_annotation
@@ -29,9 +30,9 @@ def test_every_computing_operator_has_its_own_kernels(
     zoo: Callable[[str], Path], cache_dir: Path
 ) -> None:
     model = load_model(zoo("googlenet"), Device("cuda"))
-    profile = measure_profile(
-        model, Device("cuda"), MeasurementCache(cache_dir, ""), (), lambda what, done, total: None
-    )
+    cache = MeasurementCache(cache_dir, "")
+    with ProfilingWorker() as worker:
+        profile = measure_profile(model, Device("cuda"), cache, (), lambda *_: None, worker)
     for node in model.proto.graph.node:
         operator = profile.operators[node.name]
         assert len(operator.samples_us) == 9

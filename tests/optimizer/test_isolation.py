@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from onnxsched.loading import Model
-from onnxsched.profiling import isolation
+from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
@@ -30,13 +30,14 @@ def _measure(
     """Measure with workers that say what `lives` lists; returns results, and what was asked."""
     asked: list[list[str]] = []
 
-    def worker(path: object, device: object, names: list[str], *_: object) -> Iterator[Any]:
-        asked.append(list(names))
+    def said(worker: ProfilingWorker, request: dict[str, Any]) -> Iterator[Any]:
+        asked.append(list(request["names"]))
         yield from lives.pop(0)
 
-    monkeypatch.setattr(isolation, "_messages", worker)
+    monkeypatch.setattr(ProfilingWorker, "_messages", said)
     model, nodes = _model()
-    results = isolation.measure_isolated(model, Device("cuda"), nodes, ())
+    with ProfilingWorker() as worker:
+        results = list(worker.measure(model, Device("cuda"), nodes, ()))
     return [(name, profile.refusal) for name, profile in results], asked
 
 
@@ -78,7 +79,17 @@ def test_what_the_worker_complains_of_is_raised_here(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(cuda.device_count() > 0, reason="a GPU answers; tests/gpu covers that")
-def test_a_real_worker_reports_that_there_is_no_gpu() -> None:
+def test_a_real_worker_reports_that_there_is_no_gpu_and_takes_another_request() -> None:
     model, nodes = _model()
-    with pytest.raises(DeviceError, match="cuda:0 is not available"):
-        list(isolation.measure_isolated(model, Device("cuda"), nodes, ()))
+    with ProfilingWorker() as worker:
+        first = worker._process
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="cuda:0 is not available"):
+                list(worker.measure(model, Device("cuda"), nodes, ()))
+        assert worker._process is first
+        first.kill()
+        first.wait()
+        with pytest.raises(DeviceError, match="cuda:0 is not available"):
+            list(worker.measure(model, Device("cuda"), nodes, ()))
+    assert worker._process is not first
+    assert worker._process.poll() is not None

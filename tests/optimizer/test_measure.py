@@ -43,7 +43,7 @@ def cache(tmp_path: Path) -> MeasurementCache:
 
 
 def measured(model: Model, cache: MeasurementCache) -> Profile:
-    return measure.measure_profile(model, CPU, cache, (), lambda what, done, total: None)
+    return measure.measure_profile(model, CPU, cache, (), lambda what, done, total: None, None)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_operators_on_the_host_are_not_run_alone(
 def test_progress_counts_what_was_measured(tmp_path: Path, cache: MeasurementCache) -> None:
     told: list[tuple[str, int, int]] = []
     measure.measure_profile(
-        loaded(build("tiny"), tmp_path), CPU, cache, (), lambda *step: told.append(step)
+        loaded(build("tiny"), tmp_path), CPU, cache, (), lambda *step: told.append(step), None
     )
     assert {what for what, _, _ in told} == {"profiling operators"}
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)

@@ -6,6 +6,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from onnxsched.policies import SPREADING
 from onnxsched.profile import OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.transfers import Transfers
+from onnxsched.proposals import Request
 from onnxsched.racing import time_runs_us
 from onnxsched.running import run_files
 from onnxsched.schedule import check_schedule
@@ -360,6 +362,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[Device, ...]:
     install(monkeypatch)
     monkeypatch.setattr(cuda, "time_launches_us", time_launches_us)
     monkeypatch.setattr(scheduling, "measure_profile", profiled)
+    monkeypatch.setattr(scheduling, "ProfilingWorker", nullcontext)
     monkeypatch.setattr(scheduling, "lowered_model", lambda model, *_: model)
     monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ())
     monkeypatch.setattr(scheduling, "measure_transfers", free_transfers)
@@ -378,7 +381,7 @@ def test_gpus_are_scheduled_and_captured_together(
         model,
         MeasurementCache(None, ""),
         run_plain(model, CPU, 0, ()),
-        scheduling.Request(policy, machine, 20.0, False, ()),
+        Request(policy, machine, 20.0, False, ()),
         lambda *_: None,
     )
     assert is_complete

@@ -7,6 +7,7 @@ caller's tensors and for the profiler.
 from onnxsched_runtime.cuda.binding import load_torch
 from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
 from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
+from onnxsched_runtime.cuda.chains import Chain
 from onnxsched_runtime.cuda.devices import (
     device_count,
     device_properties,
@@ -17,7 +18,7 @@ from onnxsched_runtime.cuda.devices import (
     require_device,
     synchronize,
 )
-from onnxsched_runtime.cuda.graphs import Chain, Graph
+from onnxsched_runtime.cuda.graphs import Graph
 from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
 from onnxsched_runtime.cuda.streams import Event, Stream, time_launches_us
 from onnxsched_runtime.cuda.transfers import time_copies_us

@@ -185,6 +185,11 @@ class LaneRunner(PlanRunner):
             self._workspaces[lane] = held
         return held.pointer
 
+    def close(self) -> None:
+        """Free bindings, which hold their sessions, then those and the streams."""
+        self._runs, self._opened = {}, {}
+        super().close()
+
 
 def _copies(
     stream: cuda.Stream,

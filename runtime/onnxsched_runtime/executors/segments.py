@@ -89,3 +89,8 @@ class SegmentRunner(PlanRunner):
                     self._links.issue(step, self.buffers[tensor], self.streams[placement])
                 case Wait(event, placement):
                     self.streams[placement].wait(events[event])
+
+    def close(self) -> None:
+        """Free bindings, which hold their sessions, then those and the streams."""
+        self.bound = {}
+        super().close()
