@@ -4,7 +4,9 @@
 
 Batch 1 of every model and batches up to 32 of three, unless told otherwise. Each arm runs in a
 process of its own beside the reference (ONNX Runtime's CUDA graph), in interleaved rounds, and
-`DIR/suite.json` is written after each: `--resume` goes on where a run ended.
+`DIR/suite.json` is written after each: `--resume` goes on where a run ended. With `--workers` arms
+are prepared side by side, but still measured one after another; `--compile-only` does only what
+needs many cores and no quiet GPU, and leaves it in the folder of `--work`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError, UsageError
 from onnxsched_runtime.model import write_model, written_whole
 from tools.peers import ARMS, SCHEDULE_ARMS, is_possible
-from tools.suite_process import WorkerPlace, compile_arms, run_arm
+from tools.suite_process import WorkerPlace, compile_arms, run_arms
 from tools.suite_table import table
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -44,6 +46,12 @@ class Configuration:
     sequence: int | None = None
 
     @property
+    def title(self) -> str:
+        """A name that tells it from others."""
+        sizes = (self.batch, self.image, self.sequence)
+        return "-".join([self.model, *(str(size) for size in sizes if size is not None)])
+
+    @property
     def has_images(self) -> bool:
         """Whether it takes images, which have layouts."""
         return self.model == "tiny" or sample_models.MODELS[self.model].image is not None
@@ -59,6 +67,8 @@ class Configuration:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure what is missing, write, print."""
     options = _parser().parse_args(arguments)
+    if options.workers < 1 or (options.compile_only and options.work is None):
+        sys.exit("--workers is at least 1, and --compile-only needs --work.")
     try:
         report = opened(options.out, options.resume, options.retry)
         measure_all(options, report)
@@ -77,7 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", help=f"comma-separated, of {', '.join(ARMS)}; all")
     parser.add_argument("--device", default="cuda:0", help="where to measure; cuda:0")
     parser.add_argument("--limit", type=float, default=300, help="seconds a step; 300")
-    parser.add_argument("--stop-after", type=float, help="begin no arm after so many seconds")
+    parser.add_argument("--budget", type=float, default=60, help="of optimize, in seconds; 60")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="arms prepared at a time; memory is only measured with 1, the default",
+    )
+    parser.add_argument("--work", type=Path, help="folder that keeps models and what is compiled")
+    parser.add_argument("--compile-only", action="store_true", help="measure nothing; see --work")
+    parser.add_argument("--stop-after", type=float, help="begin nothing after so many seconds")
     parser.add_argument("--resume", action="store_true", help="go on with what is in the folder")
     parser.add_argument("--retry", action="store_true", help="and measure again what failed")
     parser.add_argument("--image", type=int, help="height and width of images")
@@ -113,30 +132,47 @@ def measure_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
     Raises:
         UsageError: An option names no model, arm or number, or the machine is another one.
     """
-    device = Device.parse(options.device)
-    arms = _chosen(options.arms, ARMS, "arm")
     limit_s = float("inf") if options.stop_after is None else options.stop_after
     end = time.monotonic() + limit_s
-    for configuration in configurations(options):
-        done = {entry["arm"] for entry in report["results"] if _is_of(entry, configuration)}
-        possible = [a for a in arms if is_possible(a, device, configuration.has_images)]
-        with tempfile.TemporaryDirectory(prefix="onnxsched-suite-") as scratch:
-            place = WorkerPlace(
-                Path(scratch), options.device, options.limit, options.warmup_ms, options.iterations
-            )
-            missing = sorted(set(possible) - done, key=_order)
-            if not missing or time.monotonic() >= end:
-                continue
+    with tempfile.TemporaryDirectory(prefix="onnxsched-suite-") as scratch:
+        wanted = list(_wanted(options, report, options.work or Path(scratch)))
+        if not wanted or time.monotonic() >= end:
+            return
+        for configuration, place, _ in wanted:
+            place.folder.mkdir(parents=True, exist_ok=True)
             configuration.write(place.source)
-            compiled = compile_arms(missing, place)
-            for arm in missing:
+        compile_arms([(arm, place) for _, place, missing in wanted for arm in missing])
+        for configuration, place, missing in () if options.compile_only else wanted:
+            for first in range(0, len(missing), options.workers):
+                arms = missing[first : first + options.workers]
                 if time.monotonic() >= end:
                     return
-                start = time.monotonic()
-                found = run_arm(arm, place, compiled.get(arm))
-                _add(report, configuration, arm, found)
-                _save(report, options.out / "suite.json")
-                print(_line(configuration, arm, found, time.monotonic() - start), flush=True)
+                for arm, found in run_arms(arms, place):
+                    _add(report, configuration, arm, found)
+                    _save(report, options.out / "suite.json")
+                    print(_line(configuration, arm, found), flush=True)
+
+
+def _wanted(
+    options: argparse.Namespace, report: dict[str, Any], folder: Path
+) -> Iterator[tuple[Configuration, WorkerPlace, list[str]]]:
+    """Each configuration with arms that the report lacks, where it is measured, and those."""
+    device = Device.parse(options.device)
+    arms = _chosen(options.arms, ARMS, "arm")
+    for configuration in configurations(options):
+        done = {entry["arm"] for entry in report["results"] if _is_of(entry, configuration)}
+        possible = {a for a in arms if is_possible(a, device, configuration.has_images)}
+        if missing := sorted(possible - done, key=_order):
+            place = WorkerPlace(
+                folder / configuration.title,
+                options.device,
+                options.limit,
+                options.warmup_ms,
+                options.iterations,
+                options.budget,
+                options.workers,
+            )
+            yield configuration, place, missing
 
 
 def configurations(options: argparse.Namespace) -> Iterator[Configuration]:
@@ -222,12 +258,12 @@ def _save(report: dict[str, Any], path: Path) -> None:
         draft.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _line(configuration: Configuration, arm: str, found: dict[str, Any], seconds: float) -> str:
+def _line(configuration: Configuration, arm: str, found: dict[str, Any]) -> str:
     head = f"{configuration.model:14}{configuration.batch:3} {arm:28}"
     if found.get("error"):
-        return f"{head}{found['error']} ({seconds:.0f} s)"
+        return f"{head}{found['error']}"
     value = found["ratio"]["value"]
-    return f"{head}{found['time']['median_us']:10.1f} us {value:6.2f}x ({seconds:.0f} s)"
+    return f"{head}{found['time']['median_us']:10.1f} us {value:6.2f}x"
 
 
 if __name__ == "__main__":

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from tools.peers import SCHEDULE_ARMS, TORCH_ARMS
 from tools.suite_worker import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 _CORES_A_COMPILER = 3
+_POLL_S = 0.05
 _LOG_LENGTH = 4000
 """Characters of a failed worker's log that are shown: compilers say much."""
 
@@ -33,99 +37,148 @@ class WorkerPlace:
     """How long a step may take."""
     warmup_ms: float
     iterations: int
+    budget_s: float
+    """Of `optimize`."""
+    worker_count: int
+    """How many arms are prepared at the same time."""
 
     @property
     def source(self) -> Path:
         """The model as it was built."""
         return self.folder / "model.onnx"
 
-    def job(self, arm: str) -> Job:
-        """The job that measures an arm."""
+    def job(self, arm: str, step: Literal["optimize", "compile", "measure"]) -> Job:
+        """The job that does a step of an arm."""
         return Job(
-            step="measure",
+            step=step,
             arm=arm,
             source=str(self.source),
             target=str(self.folder / f"{arm}.onnx"),
             cache_dir=str(self.folder / "cache"),
             device=self.device,
-            result=str(self.folder / f"{arm}.json"),
+            result=str(self.folder / f"{arm}-{step}.json"),
+            ready=str(self.folder / f"{arm}-{step}.ready"),
             compiled_dir=str(self.folder / f"{arm}-compiled"),
             warmup_ms=self.warmup_ms,
             iterations=self.iterations,
+            budget_s=self.budget_s,
+            is_alone=self.worker_count == 1,
         )
 
 
-def compile_arms(arms: Sequence[str], place: WorkerPlace) -> dict[str, dict[str, Any]]:
+def compile_arms(wanted: Sequence[tuple[str, WorkerPlace]]) -> None:
     """Compile those that can be at the same time; what a compiler measures, it measures alone.
 
-    Returns:
-        By arm how long that took; with `error`, a sentence, where it failed.
+    What has been compiled in the same place before is not again. How long it took, or why it
+    failed, is left in the place, where `run_arms` finds it.
     """
-    modes = {arm: TORCH_ARMS[arm].compile_mode for arm in arms if arm in TORCH_ARMS}
-    wanted = [arm for arm, mode in modes.items() if mode and "autotune" not in mode]
+    jobs = [
+        (place.job(arm, "compile"), place.limit_s)
+        for arm, place in wanted
+        if arm in TORCH_ARMS and "autotune" not in (TORCH_ARMS[arm].compile_mode or "autotune")
+    ]
+    missing = [(job, limit_s) for job, limit_s in jobs if not Path(job.result).exists()]
     worker_count = max(1, (os.cpu_count() or 1) // _CORES_A_COMPILER)
     with ThreadPoolExecutor(worker_count) as pool:
-        jobs = [dataclasses.replace(place.job(arm), step="compile") for arm in wanted]
-        found = pool.map(lambda job: run_job(job, place.limit_s), jobs)
-        return dict(zip(wanted, found, strict=True))
+        for (job, _), found in zip(missing, pool.map(lambda m: run_job(*m), missing), strict=True):
+            Path(job.result).write_text(json.dumps(found))
 
 
-def run_arm(
-    arm: str, place: WorkerPlace, compiled: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Measure an arm, after optimizing the model where it is one of ours.
+def run_arms(arms: Sequence[str], place: WorkerPlace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure arms, one after another, after optimizing the model for those of ours.
 
     Args:
-        arm: One of `ARMS`.
+        arms: Some of `ARMS`, no more than are prepared at the same time.
         place: Where.
-        compiled: What `compile_arms` returned for it.
 
-    Returns:
-        What was measured; with `error`, a sentence, where something failed.
+    Yields:
+        Each arm and what was measured; with `error`, a sentence, where something failed.
     """
-    job = place.job(arm)
-    if compiled is not None and "error" in compiled:
-        return dict(compiled)
-    if arm not in SCHEDULE_ARMS:
-        return {**run_job(job, place.limit_s), **(compiled or {})}
-    made = run_job(dataclasses.replace(job, step="optimize"), place.limit_s)
-    return made if "error" in made else {**made, **run_job(job, place.limit_s)}
+    made = {arm: _made(arm, place) for arm in arms}
+    jobs = {arm: place.job(arm, "measure") for arm in arms if "error" not in made[arm]}
+    with ExitStack() as stack:
+        workers = {arm: stack.enter_context(Worker(job)) for arm, job in jobs.items()}
+        end = time.monotonic() + place.limit_s
+        while any(w.is_preparing() for w in workers.values()) and time.monotonic() < end:
+            time.sleep(_POLL_S)
+        for arm in arms:
+            left_s = max(0.0, end - time.monotonic())
+            yield arm, {**(workers[arm].finished(left_s) if arm in workers else {}), **made[arm]}
+
+
+def _made(arm: str, place: WorkerPlace) -> dict[str, Any]:
+    """What making an arm took: optimizing, or compiling before."""
+    if arm in SCHEDULE_ARMS:
+        return run_job(place.job(arm, "optimize"), place.limit_s)
+    compiled = Path(place.job(arm, "compile").result)
+    found: dict[str, Any] = json.loads(compiled.read_text()) if compiled.exists() else {}
+    return found
 
 
 def run_job(job: Job, limit_s: float) -> dict[str, Any]:
     """The result of a worker process, or `error` where it failed or was not finished in time."""
-    result, log = Path(job.result), Path(job.result).with_suffix(".log")
-    result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tools.suite_worker", json.dumps(dataclasses.asdict(job))]
-    with log.open("w") as to:
+    with Worker(job) as worker:
+        return worker.finished(limit_s)
+
+
+class Worker:
+    """A process that does a job, ended with all that it has started."""
+
+    def __init__(self, job: Job) -> None:
+        """Start it."""
+        self._job = job
+        self._log = Path(job.result).with_suffix(".log")
+        for left in (job.result, job.ready):
+            Path(left).unlink(missing_ok=True)
         # Each arm compiles for itself: what another left would be missing from its seconds.
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": job.compiled_dir}
-        # No pipe: compilers that outlive the worker would hold it open.
-        with subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=to, stderr=to, start_new_session=True
-        ) as worker:
-            try:
-                worker.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                return {"error": f"The step '{job.step}' was not finished in {limit_s:g} s."}
-            finally:
-                _end_group(worker.pid)
-    found: dict[str, Any]
-    found = json.loads(result.read_text()) if result.exists() else _death(job, worker, log)
-    if "error" in found:
-        sys.stderr.write(log.read_text()[-_LOG_LENGTH:])
-    return found
+        command = [sys.executable, "-m", "tools.suite_worker", json.dumps(dataclasses.asdict(job))]
+        with self._log.open("w") as to:  # no pipe: compilers that outlive it would hold it open
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=to, stderr=to,
+                start_new_session=True,
+            )  # fmt: skip
 
+    def is_preparing(self) -> bool:
+        """Whether it runs and is not waiting for its turn."""
+        return self._process.poll() is None and not Path(self._job.ready).exists()
 
-def _death(job: Job, worker: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
-    """The error of a worker that left no result."""
-    last = (log.read_text().strip().splitlines() or ["no message"])[-1][:300]
-    return {"error": f"The step '{job.step}' ended with code {worker.returncode} ({last})."}
+    def finished(self, limit_s: float) -> dict[str, Any]:
+        """Let it go on where it waits for its turn; what it comes to within a time limit."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which shows below
+            self._process.stdin.write(b"go\n")
+            self._process.stdin.flush()
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return {"error": f"The step '{self._job.step}' was not finished in time."}
+        finally:
+            self.close()
+        result = Path(self._job.result)
+        found: dict[str, Any] = (
+            json.loads(result.read_text()) if result.exists() else self._death()
+        )
+        if "error" in found:
+            sys.stderr.write(self._log.read_text()[-_LOG_LENGTH:])
+        return found
 
+    def _death(self) -> dict[str, Any]:
+        """The error of a worker that left no result."""
+        last = (self._log.read_text().strip().splitlines() or ["no message"])[-1][:300]
+        code = self._process.returncode
+        return {"error": f"The step '{self._job.step}' ended with code {code} ({last})."}
 
-def _end_group(leader: int) -> None:
-    """End a worker and all that it has started: compilers keep processes of their own."""
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    def close(self) -> None:
+        """End it and all that it has started: compilers keep processes of their own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close() if self._process.stdin else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -56,11 +56,17 @@ class Job:
     device: str
     result: str
     """Where the JSON goes."""
+    ready: str
+    """The file that says that only measuring is left."""
     warmup_ms: float = 100.0
     iterations: int = 100
     """Samples an arm."""
     compiled_dir: str = ""
     """Where a compiler keeps what it made, for the next step."""
+    budget_s: float = 60.0
+    """Of `optimize`."""
+    is_alone: bool = True
+    """Whether no other worker prepares an arm meanwhile: else its memory can't be told."""
 
 
 def main() -> None:
@@ -89,7 +95,12 @@ def optimized(job: Job) -> dict[str, Any]:
     is_profiled = Path(job.cache_dir).is_dir()
     start = time.monotonic()
     result = optimize(
-        job.source, job.target, device=job.device, policy=job.arm, cache_dir=job.cache_dir
+        job.source,
+        job.target,
+        device=job.device,
+        policy=job.arm,
+        cache_dir=job.cache_dir,
+        budget_s=job.budget_s,
     )
     return {
         "optimize_s": time.monotonic() - start,
@@ -143,7 +154,7 @@ def compiled(job: Job) -> dict[str, Any]:
 
 
 def measured(job: Job) -> dict[str, Any]:
-    """Measure an arm and the reference in interleaved rounds, the arm's memory before."""
+    """Measure an arm and the reference in interleaved rounds, once it is this worker's turn."""
     device = Device.parse(job.device)
     model = load_model(job.source, device)
     feeds = random_inputs(model.baseline, model.tensors, seed=0)
@@ -155,19 +166,27 @@ def measured(job: Job) -> dict[str, Any]:
         _warm_up(arm, job.warmup_ms)
         memory_nbytes = free_nbytes - _free_nbytes(device, give_back=False)
         with open_arm(reference_arm(device), model, device, feeds) as reference:
-            _warm_up(reference, job.warmup_ms)
             relative = _relative_difference(model, arm, reference)
+            _await_turn(job)
+            for one in (arm, reference):
+                _warm_up(one, job.warmup_ms)
             times_us, reference_us = _interleaved(arm, reference, job.iterations)
     return {
         "time": dataclasses.asdict(summarize([s for r in times_us for s in r])),
         "reference": dataclasses.asdict(summarize([s for r in reference_us for s in r])),
         "ratio": dataclasses.asdict(ratio(reference_us, times_us)),
-        "memory_nbytes": memory_nbytes if device.kind == "cuda" else None,
+        "memory_nbytes": memory_nbytes if device.kind == "cuda" and job.is_alone else None,
         "prepare_s": prepare_s,
         "compile_s": arm.compile_s,
         "relative_difference": relative,
         "environment": {**describe_environment(device), "torch": torch.__version__},
     }
+
+
+def _await_turn(job: Job) -> None:
+    """Say that all is prepared, and wait for a line: nobody else works on the GPU then."""
+    Path(job.ready).touch()
+    sys.stdin.readline()
 
 
 def _free_nbytes(device: Device, give_back: bool = True) -> int:
