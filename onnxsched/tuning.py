@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from onnxsched.annotate import portable_schedule
@@ -47,9 +47,10 @@ def tune(
 ) -> Tuned:
     """Measure candidates and rank them.
 
-    All are tried in the order of their predictions while the budget lasts: on a GPU, where the
+    All are tried in the order of their predictions while the budget lasts: on one GPU, where the
     model is captured whole, from sessions of its chains; over several devices, where each chain
-    would need a session on every one, built as they will run, one after another. The best few, of
+    would need a session on every one, built as they will run, one after another. Where there are
+    several, only the first subject's schedules on one are tried from its chains. The best few, of
     one stream too, are then built as they will run and measured in interleaved rounds: the model
     in one stream as it was loaded and the most promising first, others while building takes no
     longer than half the budget. Ctrl-C ends the trials, and what is best so far is kept.
@@ -68,19 +69,14 @@ def tune(
         for number, subject in enumerate(subjects):
             now = time.monotonic()
             deadline = now + (end - now) / (len(subjects) - number)
-            trials = _Trials(
-                subject,
-                machine,
-                custom_ops,
-                lambda deadline=deadline: (  # type: ignore[misc]
-                    time.monotonic() < deadline and not interruption.is_requested
-                ),
-                progress,
-            )
-            if len(machine.devices) > 1:
-                outcomes += _tried_in_turn(trials)
-            else:
+            trials = _Trials(subject, machine, custom_ops, deadline, interruption, progress)
+            if len(machine.devices) == 1:
                 outcomes += _tried(trials, is_refined)
+                continue
+            if not number and machine.devices[0].kind == "cuda":
+                alone, trials = _on_first_device(trials)
+                outcomes += _tried(alone, is_refined)
+            outcomes += _tried_in_turn(trials)
         ranked = sorted(outcomes, key=expected)
         measured = measure_finalists(
             subjects,
@@ -97,12 +93,23 @@ def tune(
 
 
 def _finalists(ranked: Sequence[Outcome]) -> list[Outcome]:
-    """The model in one stream as it was loaded, the best schedule, the best stream, then more."""
+    """The model in one stream as it was loaded, the best schedule, then others.
+
+    Among them the best in one stream, and the best on one device.
+    """
     sequential = [o for o in ranked if o.candidate.policy == "sequential"]
     plain = [outcome for outcome in sequential if outcome.form == AS_LOADED]
-    others = [o for o in ranked if o.candidate.policy != "sequential"]
     streams = [outcome for outcome in sequential if outcome not in plain]
-    return [*plain, *others[:1], *streams[:1], *others[1:_FINALIST_COUNT]]
+    others = [o for o in ranked if o.candidate.policy != "sequential"]
+    alone = [o for o in others if len(o.candidate.schedule.devices) == 1]
+    rest = [o for o in others[1:_FINALIST_COUNT] if o not in alone[:1]]
+    return [
+        *plain,
+        *others[:1],
+        *streams[:1],
+        *(o for o in alone[:1] if o not in others[:1]),
+        *rest,
+    ]
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,28 @@ class _Trials:
     subject: Subject
     machine: Machine
     custom_ops: tuple[str, ...]
-    is_time_left: Callable[[], bool]
+    deadline: float
+    interruption: Interruption
     progress: Progress
+
+    def is_time_left(self) -> bool:
+        """Whether another schedule may be tried."""
+        return time.monotonic() < self.deadline and not self.interruption.is_requested
+
+
+def _on_first_device(trials: _Trials) -> tuple[_Trials, _Trials]:
+    """The trials of schedules that use the first device only, in half the time, and the others."""
+    machine = replace(trials.machine, devices=trials.machine.devices[:1])
+    subject, now = trials.subject, time.monotonic()
+    alone = [c for c in subject.candidates if c.schedule.devices == machine.devices]
+    spread = [c for c in subject.candidates if c.schedule.devices != machine.devices]
+    first = replace(
+        trials,
+        subject=replace(subject, candidates=tuple(alone)),
+        machine=machine,
+        deadline=now + (trials.deadline - now) / 2,
+    )
+    return first, replace(trials, subject=replace(subject, candidates=tuple(spread)))
 
 
 def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:

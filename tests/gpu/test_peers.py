@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +22,18 @@ EAGER = [name for name, settings in TORCH_ARMS.items() if settings.compile_mode 
 COMPILED = ["torch-compile", "torch-compile-frozen-nhwc", "torch-reduce-overhead"]
 
 
+@pytest.fixture
+def job(
+    name: str, zoo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Job:
+    """What measures an arm of SqueezeNet here, as soon as it is prepared."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+    source, ready = str(zoo("squeezenet")), str(tmp_path / "ready")
+    return Job("measure", name, source, "", "", "cuda:0", "", ready, 1.0, 20)
+
+
 @pytest.mark.parametrize("name", [*ORT_ARMS, *EAGER, *COMPILED])
-def test_an_arm_computes_what_the_reference_does(name: str, zoo: Callable[[str], Path]) -> None:
-    job = Job("measure", name, str(zoo("squeezenet")), "", "", "cuda:0", "", 1.0, 20)
+def test_an_arm_computes_what_the_reference_does(name: str, job: Job) -> None:
     found = measured(job)
     assert found["relative_difference"] < 1e-2
     assert found["time"]["count"] == found["reference"]["count"] == 20
@@ -31,8 +42,7 @@ def test_an_arm_computes_what_the_reference_does(name: str, zoo: Callable[[str],
 
 @pytest.mark.alone  # memory is counted for the whole device
 @pytest.mark.parametrize("name", ["ort", "torch-graph", "torch-reduce-overhead"])
-def test_the_memory_of_an_arm_is_counted(name: str, zoo: Callable[[str], Path]) -> None:
-    job = Job("measure", name, str(zoo("squeezenet")), "", "", "cuda:0", "", 1.0, 5)
+def test_the_memory_of_an_arm_is_counted(name: str, job: Job) -> None:
     assert measured(job)["memory_nbytes"] > 0
 
 

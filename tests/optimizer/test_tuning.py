@@ -347,6 +347,36 @@ def test_over_several_devices_each_is_built_tried_and_closed(
     assert all(outcome.trial_us is None for outcome in tuned_within(0.0))
 
 
+def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
+    model: Model, trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
+    graph = graph_from_model(model)
+    contraction = contract_chains(graph)
+    candidates = propose(graph, contraction, cost_of(model), machine, tuple(POLICIES))
+    subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
+    built: list[Outcome] = []
+
+    def in_turn(over: tuning._Trials) -> list[Outcome]:
+        built.extend(Outcome(candidate, 10.0) for candidate in over.subject.candidates)
+        return built
+
+    monkeypatch.setattr(tuning, "_tried_in_turn", in_turn)
+    found = tune(
+        [subject], machine, budget_s=60.0, is_refined=False, custom_ops=(),
+        progress=lambda *_: None,
+    )  # fmt: skip
+    alone = [c for c in candidates if c.schedule.devices == (GPU,)]
+    assert len(trials.tried) == len(alone) > 1
+    assert all(o.candidate.schedule.devices != (GPU,) for o in built)
+    assert len(found.outcomes) == len(candidates) == len(alone) + len(built)
+    finalists = [o.candidate for o in found.outcomes if o.samples_us]
+    fastest = max(alone, key=lambda c: trials.tried.index(c.contracted))  # the last one tried
+    schedules = [candidate.schedule for candidate in finalists]
+    assert fastest.schedule in schedules or fastest.policy == "sequential"
+    assert any(schedule.devices != (GPU,) for schedule in schedules)
+
+
 @pytest.mark.parametrize("is_limited", [True, False])
 def test_what_memory_is_too_small_for_is_left_out_where_memory_is_limited(
     is_limited: bool, model: Model, monkeypatch: pytest.MonkeyPatch
