@@ -1,6 +1,7 @@
 """Run the GPU tests and the benchmark of the zoo on a GPU host, and print one short table.
 
     python tools/gpu_report.py --out RESULTS_DIR [--models googlenet,bert] [--no-tests]
+    python tools/gpu_report.py --out RESULTS_DIR --device cuda:0,cuda:1 --models inception_v3@2048
 
 Everything is measured in one process tree on one machine: for each model a cold `optimize`, then
 plain ONNX Runtime on the model as it was built, its own CUDA graph, one stream, and the schedule,
@@ -40,19 +41,24 @@ def main() -> None:
     """Parse, measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--models", default=",".join(sample_models.MODELS), help="comma-separated")
+    parser.add_argument(
+        "--models",
+        default=",".join(sample_models.MODELS),
+        help="comma-separated, e.g. bert or googlenet@512 for larger images",
+    )
     parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
     parser.add_argument("--half", default="", help="models to measure in float16 as well")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds a model; 60")
-    parser.add_argument("--device", default="cuda:0", help="where to measure")
+    parser.add_argument("--device", default="cuda:0", help="where to measure; several by commas")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     tests = "not run" if arguments.no_tests else run_tests(arguments.out)
     print(f"tests/gpu: {tests}", flush=True)
     if "failed" in tests:
         sys.exit("Not measuring a build whose tests fail; see the logs.")
-    environment = describe_environment(Device.parse(arguments.device))
+    environment = describe_environment(Device.parse(arguments.device.partition(",")[0]))
     results: dict[str, Any] = {}
+    print(f"{'model':20}{'schedule':>24}{'us':>9}" + "".join(f"{arm:>14}" for arm in ARMS))
     jobs: list[tuple[str, Precision]] = [(name, "keep") for name in arguments.models.split(",")]
     jobs += [(name, "fp16") for name in filter(None, arguments.half.split(","))]
     for name, precision in jobs:
@@ -65,7 +71,7 @@ def main() -> None:
             traceback.print_exc()
             results[title] = {"error": f"{type(error).__name__}: {error}"}
         write_report(arguments.out / "zoo.json", tests, environment, results)
-    print_table(results)
+        print(line(title, results[title]), flush=True)
 
 
 def run_tests(out: Path) -> str:
@@ -86,23 +92,27 @@ def run_tests(out: Path) -> str:
 
 
 def measure_model(name: str, device: str, precision: Precision, budget_s: float) -> dict[str, Any]:
-    """Build, optimize without and with a cache, and bench one model."""
+    """Build, optimize without a cache, and bench one model."""
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch, "in.onnx"), Path(scratch, "out.onnx")
-        write_model(sample_models.build(name), source)
+        kind, _, image = name.partition("@")
+        write_model(sample_models.build(kind, image=int(image) if image else None), source)
         cache = Path(scratch, "cache")
         is_timed = name == "googlenet" and precision == "keep"
         command_s = time_command(source, target, device, cache, budget_s) if is_timed else None
+        phases = Phases()
         optimized, optimize_s = timed(
             lambda: optimize(
                 source,
                 target,
                 device=device,
-                cache_dir=cache,
+                cache_dir=None if is_timed else cache,
                 budget_s=budget_s,
                 precision=precision,
+                progress=phases,
             )
         )
+        seconds = phases.seconds()
         measured = bench_command(source, target)
         on_cpu = difference_on_cpu(target)
     return {
@@ -110,13 +120,14 @@ def measure_model(name: str, device: str, precision: Precision, budget_s: float)
         "variant": str(optimized.variant),
         "rewrite": optimized.rewrite,
         "precision": precision,
+        "devices": [str(one) for one in optimized.devices],
         "streams": optimized.stream_count,
         "operators": optimized.operator_count,
         "segments": optimized.segment_count,
         "capture": optimized.capture,
         "host_operators": dict(optimized.host_reasons),
         "optimize_s": optimize_s,
-        "is_optimized_from_cache": optimized.from_cache,
+        "phases_s": seconds,
         "command_s": command_s,
         "is_identical_to_ort": all(d.is_identical for d in optimized.differences),
         "relative_difference": max(d.relative for d in optimized.differences),
@@ -127,6 +138,26 @@ def measure_model(name: str, device: str, precision: Precision, budget_s: float)
         ],
         "bench": without_samples(measured),
     }
+
+
+class Phases:
+    """Notes what `optimize` does, and since when."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[str, float]] = []
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Be told what is being done."""
+        if not self._begun or self._begun[-1][0] != what:
+            self._begun.append((what, time.monotonic()))
+
+    def seconds(self) -> dict[str, float]:
+        """How long each took in all, up to now."""
+        found: dict[str, float] = {}
+        ends = [*(start for _, start in self._begun[1:]), time.monotonic()]
+        for (what, start), end in zip(self._begun, ends, strict=True):
+            found[what] = round(found.get(what, 0.0) + end - start, 2)
+        return found
 
 
 def difference_on_cpu(path: Path) -> float:
@@ -199,26 +230,22 @@ def write_report(
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """One line a model: times in microseconds, and how many times faster the schedule is."""
-    print(f"{'model':14}{'schedule':>24}{'us':>9}" + "".join(f"{arm:>14}" for arm in ARMS))
-    for name, result in results.items():
-        if "error" in result:
-            print(f"{name:14}{result['error'][:80]}")
-            continue
-        ratios = result["bench"]["ratios"]
-        arms = result["bench"]["arms"]
-        cells = [f"{ratios[arm]['value']:.2f}x" if arm in ratios else "" for arm in ARMS]
-        device = arms["schedule"]["device"] or arms["schedule"]["latency"]
-        rewrite = "" if result["rewrite"] == "none" else f" {result['rewrite']}"
-        chosen = f"{result['policy']}/{result['streams']} {result['variant']}{rewrite}"
-        identical = "" if result["is_identical_to_ort"] else f"{result['relative_difference']:.0e}"
-        print(
-            f"{name:14}{chosen:>24}{device['median_us']:9.1f}"
-            + "".join(f"{cell:>14}" for cell in cells)
-            + f"  {result['optimize_s']:.0f}s {result['command_s'] or ''} {identical}"
-            + f" {memory_ratio(arms):.2f}x memory"
-        )
+def line(name: str, result: dict[str, Any]) -> str:
+    """Time of the schedule in microseconds, and how many times faster it is than each arm."""
+    if "error" in result:
+        return f"{name:20}{result['error'][:80]}"
+    ratios, arms = result["bench"]["ratios"], result["bench"]["arms"]
+    cells = [f"{ratios[arm]['value']:.2f}x" if arm in ratios else "" for arm in ARMS]
+    device = arms["schedule"]["device"] or arms["schedule"]["latency"]
+    rewrite = "" if result["rewrite"] == "none" else f" {result['rewrite']}"
+    chosen = f"{result['policy']}/{result['streams']} {result['variant']}{rewrite}"
+    identical = "" if result["is_identical_to_ort"] else f"{result['relative_difference']:.0e}"
+    return (
+        f"{name:20}{chosen:>24}{device['median_us']:9.1f}"
+        + "".join(f"{cell:>14}" for cell in cells)
+        + f"  {result['optimize_s']:.0f}s {result['command_s'] or ''} {identical}"
+        + f" {memory_ratio(arms):.2f}x memory"
+    )
 
 
 def memory_ratio(arms: dict[str, Any]) -> float:
