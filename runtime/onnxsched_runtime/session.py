@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ import onnxruntime
 from onnx import TensorProto
 
 from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import ModelPart
 from onnxsched_runtime.settings import BufferView, SessionSettings
@@ -60,6 +62,7 @@ class OrtSession:
         if self._is_fresh and settings.stream_handle is None:
             self._own_stream = cuda.Stream(settings.device)
         handle = self._own_stream.handle if self._own_stream else settings.stream_handle
+        self._device = settings.device
         self._session = _create(source, options, replace(settings, stream_handle=handle))
         self._run_options = onnxruntime.RunOptions()
         if settings.stream_handle is not None:
@@ -87,7 +90,8 @@ class OrtSession:
             OnnxschedError: An operator failed.
         """
         try:
-            self._session.run_with_iobinding(binding, self._run_options)
+            with _on(self._device):
+                self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
@@ -99,7 +103,8 @@ class OrtSession:
             OnnxschedError: An operator failed.
         """
         try:
-            results = list(self._session.run(outputs, dict(feeds)))
+            with _on(self._device):
+                results = list(self._session.run(outputs, dict(feeds)))
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
@@ -298,13 +303,14 @@ def _create(
     model = source.content if isinstance(source, ModelPart) else str(source)
     providers = _providers(settings)
     try:
-        session = onnxruntime.InferenceSession(
-            model,
-            options,
-            providers=providers,
-            disabled_optimizers=list(disabled_optimizers),
-            enable_fallback=0,
-        )
+        with _on(settings.device):
+            session = onnxruntime.InferenceSession(
+                model,
+                options,
+                providers=providers,
+                disabled_optimizers=list(disabled_optimizers),
+                enable_fallback=0,
+            )
     except Exception as error:
         raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}.") from error
     if settings.device.kind == "cuda" and _CUDA not in session.get_providers():
@@ -313,6 +319,11 @@ def _create(
             "`onnxsched doctor` says what is missing."
         )
     return session
+
+
+def _on(device: Device) -> AbstractContextManager[None]:
+    """Makes a GPU the current one, for all of the libraries that ORT calls."""
+    return cuda.current_device(device) if device.kind == "cuda" else nullcontext()
 
 
 def _providers(settings: SessionSettings) -> list[Any]:

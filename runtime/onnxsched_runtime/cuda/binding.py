@@ -90,10 +90,21 @@ def check_driver(result: tuple[Any, ...]) -> Any:
 
 @contextlib.contextmanager
 def current_device(device: Device) -> Iterator[None]:
-    """Make a GPU this thread's current one for a while."""
-    before = check(cudart().cudaGetDevice())
-    check(cudart().cudaSetDevice(device.index))
+    """Make a GPU this thread's current one for a while.
+
+    By its context, which the driver knows: every library has a CUDA runtime of its own, and what
+    one of them takes for the current device, another may have changed.
+    """
+    check_driver(driver().cuCtxPushCurrent(_primary_context(device.index)))
     try:
         yield
     finally:
-        check(cudart().cudaSetDevice(before))
+        check_driver(driver().cuCtxPopCurrent())
+
+
+@functools.cache
+def _primary_context(index: int) -> Any:
+    """The context that all libraries share on a device, held until the process ends."""
+    check_driver(driver().cuInit(0))
+    native = check_driver(driver().cuDeviceGet(index))
+    return check_driver(driver().cuDevicePrimaryCtxRetain(native))
