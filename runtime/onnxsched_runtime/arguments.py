@@ -14,7 +14,7 @@ from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NodeArg:
     """An input or output, with the fields of ONNX Runtime's own."""
 
@@ -23,6 +23,20 @@ class NodeArg:
     """E.g. `tensor(float)`."""
     shape: list[int] | None
     """None where it is not known before the run."""
+
+    @functools.cached_property
+    def layout(self) -> tuple[tuple[int, ...] | None, np.dtype | None]:
+        """Shape and type of an array that fits; None where no array does, or any shape."""
+        shape = None if self.shape is None else tuple(self.shape)
+        return shape, _dtype_of(self.type) if self.type.startswith("tensor(") else None
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is an array that needs no conversion; asked at every run."""
+        return (
+            type(value) is np.ndarray
+            and (value.shape, value.dtype) == self.layout
+            and value.flags.c_contiguous
+        )
 
 
 def arguments_of(values: Sequence[onnx.ValueInfoProto], annotation: Annotation) -> list[NodeArg]:
@@ -49,8 +63,6 @@ def _ort_type(kind: onnx.TypeProto) -> str:
 
 def host_array(argument: NodeArg, value: Any) -> Any:
     """A host value of the input's type and shape."""
-    if type(value) is np.ndarray and _fits(argument, value):
-        return value
     if not argument.type.startswith("tensor("):
         return value
     if hasattr(value, "detach"):
@@ -77,16 +89,6 @@ def zeros(argument: NodeArg) -> np.ndarray:
     if argument.shape is None or not argument.type.startswith("tensor("):
         raise UsageError(f"Input '{argument.name}' has no fixed shape; give it a value.")
     return np.zeros(argument.shape, _dtype_of(argument.type))
-
-
-def _fits(argument: NodeArg, array: np.ndarray) -> bool:
-    """Whether an array needs no conversion; quick, since it is asked at every run."""
-    return (
-        list(array.shape) == argument.shape
-        and array.flags.c_contiguous
-        and argument.type.startswith("tensor(")
-        and array.dtype == _dtype_of(argument.type)
-    )
 
 
 @functools.cache

@@ -255,12 +255,14 @@ class Session:
         names = self._output_names
         if output_names and (unknown := set(output_names) - set(names)):
             raise UsageError(f"There is no output '{min(unknown)}'; there are {names}.")
-        wanted = list(output_names or names)
+        wanted = output_names or names
         if input_feed.keys() != self._input_names:
             self._refuse_names(input_feed)
-        on_device = self._on_device(input_feed.values())
-        if not on_device:  # else the executor checks, once it has made tensors of them
-            input_feed = {a.name: host_array(a, input_feed[a.name]) for a in self._inputs}
+        on_device = False
+        if not all(argument.fits(input_feed[argument.name]) for argument in self._inputs):
+            on_device = self._on_device(input_feed.values())
+            if not on_device:  # else the executor checks, once it has made tensors of them
+                input_feed = {a.name: host_array(a, input_feed[a.name]) for a in self._inputs}
         with self._one_at_a_time:
             if self._is_closed:
                 raise UsageError("The session is closed; load the model again.")

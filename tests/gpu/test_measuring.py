@@ -106,8 +106,8 @@ def test_a_run_costs_little_beyond_launching_its_graph(
         session.run(None, feeds)
         executor = session.executor
         assert isinstance(executor, StreamExecutor)
-        (graph,) = executor._with_copies.values()
-        buffers, stream = executor._runner.buffers, executor.main_stream
+        (ready,) = executor._with_copies.values()
+        buffers, graph, stream = executor._runner.buffers, ready.graph, ready.stream
 
         def bare() -> None:
             for tensor, array in feeds.items():

@@ -89,7 +89,9 @@ class Buffer:
     def stage(self, array: np.ndarray) -> None:
         """Copy host values to pinned memory."""
         staging = self.staging
-        np.copyto(staging, array.reshape(staging.shape).view(staging.dtype))
+        if array.shape != staging.shape or array.dtype != staging.dtype:
+            array = array.reshape(staging.shape).view(staging.dtype)
+        np.copyto(staging, array)
 
     def upload(self, stream: Stream) -> None:
         """Start the copy from pinned memory."""
@@ -143,11 +145,12 @@ class Buffer:
     @property
     def staging(self) -> np.ndarray:
         """Pinned memory as an array of the buffer's shape."""
+        if self._pinned is not None:
+            return self._pinned.array
         if self.kind.nbytes == 0:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(self.kind.element_type)
             return np.empty(self.kind.shape or (), dtype)
-        if self._pinned is None:
-            self._pinned = PinnedArray(self.kind)
+        self._pinned = PinnedArray(self.kind)
         return self._pinned.array
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -18,6 +19,17 @@ from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
 
 Capture = Literal["whole", "ort", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class _GraphRun:
+    """All that a run on host arrays needs, looked up once."""
+
+    graph: cuda.Graph
+    stream: cuda.Stream
+    inputs: tuple[tuple[str, cuda.Buffer], ...]
+    outputs: tuple[np.ndarray, ...]
+    """Pinned memory that the graph copies to."""
 
 
 class StreamExecutor:
@@ -46,9 +58,11 @@ class StreamExecutor:
         self.capture: Capture = "none"
         self._launch: list[Callable[[], None]] = []
         self._graphs: list[cuda.Graph] = []
-        self._with_copies: dict[tuple[tuple[str, ...], tuple[str, ...]], cuda.Graph] = {}
-        """Graphs that copy inputs in and outputs out, by their names."""
+        self._with_copies: dict[tuple[str, ...], _GraphRun] = {}
+        """Graphs that copy all inputs in and some outputs out, by the names of these."""
         self.refusal: str | None = None
+        self.is_one_graph = False
+        """Whether a run is one launch of a graph that copies inputs and outputs too."""
         if links is not None:
             self._open_linked(source, custom_ops, links, is_captured=capture == "whole")
             return
@@ -78,6 +92,7 @@ class StreamExecutor:
             )
         try:
             self._prepare(mode)
+            self.is_one_graph = mode == "whole" and self.is_one_piece
         except BaseException:
             self.close()
             raise
@@ -162,7 +177,7 @@ class StreamExecutor:
             feeds: Host values of every model input.
             outputs: Names of model outputs.
         """
-        if isinstance(self._runner, LaneRunner) and self.is_one_piece:
+        if self.is_one_graph:
             return self._run_in_one_graph(feeds, outputs)
         values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
         stream = self._end_stream()
@@ -176,19 +191,27 @@ class StreamExecutor:
 
     def _run_in_one_graph(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run with the copies in the graph, so that a run is one launch."""
+        ready = self._with_copies.get(tuple(outputs))
+        if ready is None:
+            ready = self._made_ready(feeds, outputs)
+        for name, buffer in ready.inputs:
+            buffer.stage(feeds[name])
+        ready.graph.launch(ready.stream)
+        ready.stream.synchronize()
+        return [array.copy() for array in ready.outputs]
+
+    def _made_ready(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> _GraphRun:
         buffers = self._runner.buffers
-        names = tuple(name for name in feeds if name in buffers)
-        key = (names, tuple(outputs))
-        if key not in self._with_copies:
-            assert isinstance(self._runner, LaneRunner)
-            graph = self._runner.capture(self._plan.pieces[0], names, list(dict.fromkeys(outputs)))
-            self._with_copies[key] = graph
-        for name in names:
-            buffers[name].stage(feeds[name])
-        stream = self.main_stream
-        self._with_copies[key].launch(stream)
-        stream.synchronize()
-        return [buffers[name].staging.copy() for name in outputs]
+        names = [name for name in feeds if name in buffers]
+        assert isinstance(self._runner, LaneRunner)
+        ready = _GraphRun(
+            self._runner.capture(self._plan.pieces[0], names, list(dict.fromkeys(outputs))),
+            self.main_stream,
+            tuple((name, buffers[name]) for name in names),
+            tuple(buffers[name].staging for name in outputs),
+        )
+        self._with_copies[tuple(outputs)] = ready
+        return ready
 
     def run_on_device(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run on device tensors, ordered by torch's current stream, without a host copy.
@@ -265,7 +288,7 @@ class StreamExecutor:
         """Free the graphs, then what they launch."""
         for device in self._plan.devices:
             cuda.synchronize(device)
-        for graph in (*self._graphs, *self._with_copies.values()):
+        for graph in (*self._graphs, *(run.graph for run in self._with_copies.values())):
             graph.close()
         self._graphs, self._with_copies = [], {}
         self._launch = []
