@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -58,12 +58,13 @@ class OrtSession:
             _add_weights(options, source)
         self._weights = source.weights if isinstance(source, ModelPart) else None
         self._is_fresh = settings.device.kind == "cuda"
-        self._own_stream: cuda.Stream | None = None
-        if self._is_fresh and settings.stream_handle is None:
-            self._own_stream = cuda.Stream(settings.device)
-        handle = self._own_stream.handle if self._own_stream else settings.stream_handle
         self._device = settings.device
-        self._session = _create(source, options, replace(settings, stream_handle=handle))
+        self._streams = ExitStack()
+        try:
+            self._session = _create(source, options, settings, self._streams)
+        except BaseException:
+            self._streams.close()
+            raise
         self._run_options = onnxruntime.RunOptions()
         if settings.stream_handle is not None:
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -128,9 +129,7 @@ class OrtSession:
     def close(self) -> None:
         """Free the session, then its stream and weights."""
         self._session = None
-        if self._own_stream:
-            self._own_stream.close()
-            self._own_stream = None
+        self._streams.close()
         self._weights = None
 
     def __enter__(self) -> Self:
@@ -169,7 +168,8 @@ def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) ->
     options = _session_options(settings)
     _save_optimized(options, target)
     _add_weights(options, source)
-    _create(source, options, settings, disabled_optimizers=[_BIAS_FUSION])
+    with ExitStack() as streams:
+        _create(source, options, settings, streams, disabled_optimizers=[_BIAS_FUSION])
 
 
 def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:
@@ -188,17 +188,17 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     _save_optimized(options, target)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = _create(
-        source, options, settings, disabled_optimizers=[*_UNPORTABLE_FUSIONS, _BIAS_FUSION]
-    )
-    if settings.device.kind == "cpu":
-        return {}
-    return {
-        node.name: node.op_type
-        for part in session.get_provider_graph_assignment_info()
-        if part.ep_name == _CPU
-        for node in part.get_nodes()
-    }
+    with ExitStack() as streams:
+        disabled = [*_UNPORTABLE_FUSIONS, _BIAS_FUSION]
+        session = _create(source, options, settings, streams, disabled_optimizers=disabled)
+        if settings.device.kind == "cpu":
+            return {}
+        return {
+            node.name: node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name == _CPU
+            for node in part.get_nodes()
+        }
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -298,9 +298,14 @@ def _create(
     source: ModelPart | Path,
     options: Any,
     settings: SessionSettings,
+    streams: ExitStack,
     disabled_optimizers: Sequence[str] = (),
 ) -> Any:
+    """A session of ORT's; on a GPU, one without a stream gets one that `streams` closes."""
     model = source.content if isinstance(source, ModelPart) else str(source)
+    if settings.device.kind == "cuda" and settings.stream_handle is None:
+        own = streams.enter_context(cuda.Stream(settings.device))
+        settings = replace(settings, stream_handle=own.handle)
     providers = _providers(settings)
     try:
         with _on(settings.device):
