@@ -85,7 +85,7 @@ def optimize(
     policy: str = "auto",
     schedule: str | os.PathLike[str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    budget_s: float = 60.0,
+    budget_s: float = 30.0,
     variants: bool = True,
     split: bool = True,
     precision: Precision = "keep",
@@ -108,7 +108,7 @@ def optimize(
         schedule: A JSON file with a schedule that is obeyed instead, as policy `file`; see
             docs/annotation.md. Its devices are taken where `device` is `auto`.
         shapes: Shapes of inputs whose dimensions are symbols.
-        budget_s: No more schedules are tried after this many seconds.
+        budget_s: For trying variants and schedules; operators are measured before, once.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
             `Variant` and `rewriting`.
         split: On several devices, also cut operators on large images into bands of rows.

@@ -23,6 +23,9 @@ from onnxsched.variants import lowered_model, possible_variants, promising, race
 from onnxsched_runtime.errors import DeviceError
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
+_RACE_SHARE = 0.4
+"""Of the budget, for variants and rewrites in one stream; the rest is for schedules."""
+
 
 def measured_decision(
     model: Model,
@@ -55,7 +58,7 @@ def measured_decision(
     tuned = tune(
         subjects,
         request.machine,
-        budget_s=request.budget_s / 2,
+        budget_s=(1 - _RACE_SHARE) * request.budget_s,
         is_refined=request.policy in ("auto", "search"),
         custom_ops=request.custom_ops,
         progress=progress,
@@ -155,7 +158,7 @@ def _raced(
         rewrites,
         plain,
         refusals_of=lambda lowered: profile_of(lowered).refusals,
-        budget_s=request.budget_s / 2,
+        budget_s=_RACE_SHARE * request.budget_s,
         custom_ops=request.custom_ops,
         progress=progress,
     )

@@ -28,6 +28,8 @@ from onnxsched_runtime.errors import CaptureError, OnnxschedError
 
 _CALIBRATION_COUNT = 8
 """Trials that the contention of the machine is fitted to."""
+_TRIALS_SHARE = 0.7
+"""Of the budget; the rest is for the finalists."""
 _START_COUNT = 3
 """Schedules that local search starts from."""
 _SAMPLE_COUNT = 12
@@ -52,30 +54,36 @@ def tune(
     would need a session on every one, built as they will run, one after another. Where there are
     several, only the first subject's schedules on one are tried from its chains. The best few, of
     one stream too, are then built as they will run and measured in interleaved rounds: the model
-    in one stream as it was loaded and the most promising first, others while building takes no
-    longer than half the budget. Ctrl-C ends the trials, and what is best so far is kept.
+    in one stream as it was loaded and the most promising first, others while the budget lasts.
+    Ctrl-C ends the trials, and what is best so far is kept.
 
     Args:
         subjects: Variants and rewrites of one model, and what is proposed for each.
         machine: Where to measure; its streams are the cap for schedules that are found here.
-        budget_s: Shared evenly between the subjects; what one leaves goes to those after it.
+        budget_s: For all of it. Of the trials' share each subject has half of what those before
+            it left, and the last has all; what could not even be prepared in time is not tried.
         is_refined: Spend what is left of it on local search from the best schedules.
         custom_ops: Libraries of custom operators.
         progress: Told what is being done.
     """
     outcomes: list[Outcome] = []
     with Interruption() as interruption:
-        end = time.monotonic() + budget_s
+        start = time.monotonic()
+        end, needed_s = start + _TRIALS_SHARE * budget_s, 0.0
         for number, subject in enumerate(subjects):
             now = time.monotonic()
-            deadline = now + (end - now) / (len(subjects) - number)
+            is_last = number == len(subjects) - 1
+            deadline = end if is_last else now + (end - now) / 2
+            if needed_s > deadline - now:  # it would be prepared and not tried
+                deadline = now
             trials = _Trials(subject, machine, custom_ops, deadline, interruption, progress)
             if len(machine.devices) == 1:
-                outcomes += _tried(trials, is_refined)
+                tried, needed_s = _tried(trials, is_refined)
+                outcomes += tried
                 continue
             if not number and machine.devices[0].kind == "cuda":
                 alone, trials = _on_first_device(trials)
-                outcomes += _tried(alone, is_refined)
+                outcomes += _tried(alone, is_refined)[0]
             outcomes += _tried_in_turn(trials)
         ranked = sorted(outcomes, key=expected)
         measured = measure_finalists(
@@ -83,7 +91,7 @@ def tune(
             _finalists(ranked),
             machine,
             custom_ops,
-            time.monotonic() + budget_s / 2,
+            start + budget_s,
             progress,
         )
         measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
@@ -143,20 +151,27 @@ def _on_first_device(trials: _Trials) -> tuple[_Trials, _Trials]:
     return first, replace(trials, subject=replace(subject, candidates=tuple(spread)))
 
 
-def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
-    """The outcomes of a subject's trials, or its candidates untried where there is no use."""
+def _tried(trials: _Trials, is_refined: bool) -> tuple[list[Outcome], float]:
+    """The outcomes of a subject's trials, or its candidates untried where there is no use.
+
+    Returns:
+        These, and how many seconds it took to prepare the trials.
+    """
     subject = trials.subject
     outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
     tried = sorted(outcomes, key=expected)
     [device] = trials.machine.devices
-    if device.kind == "cpu" or subject.model.host_reasons or len(tried) <= 2:
-        return tried
+    is_possible = device.kind == "cuda" and not subject.model.host_reasons
+    if not is_possible or len(tried) <= 2 or not trials.is_time_left():
+        return tried, 0.0
     trials.progress("preparing trials", 0, len(tried))
+    start = time.monotonic()
     with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
+        needed_s = time.monotonic() - start
         try:
             for index, outcome in enumerate(tried):
                 if not trials.is_time_left():
-                    return tried
+                    return tried, needed_s
                 trials.progress("trying schedules", index, len(tried))
                 trial_us = _median_us(runner, outcome.candidate.contracted)
                 tried[index] = replace(outcome, trial_us=trial_us)
@@ -166,7 +181,7 @@ def _tried(trials: _Trials, is_refined: bool) -> list[Outcome]:
                 tried += _searched(trials, cost, tried, runner)
         except CaptureError:
             pass
-    return tried
+    return tried, needed_s
 
 
 def _tried_in_turn(trials: _Trials) -> list[Outcome]:

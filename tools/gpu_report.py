@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
     parser.add_argument("--half", default="", help="models to measure in float16 as well")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds a model; 60")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds a model; 30")
     parser.add_argument("--device", default="cuda:0", help="where to measure; several by commas")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

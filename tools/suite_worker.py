@@ -63,7 +63,7 @@ class Job:
     """Samples an arm."""
     compiled_dir: str = ""
     """Where a compiler keeps what it made, for the next step."""
-    budget_s: float = 60.0
+    budget_s: float = 30.0
     """Of `optimize`."""
     is_alone: bool = True
     """Whether no other worker prepares an arm meanwhile: else its memory can't be told."""

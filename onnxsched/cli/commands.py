@@ -47,7 +47,7 @@ def optimize(
     precision: Annotated[
         str, typer.Option(help="keep, or fp16 to compute in half precision.")
     ] = "keep",
-    budget: Annotated[float, typer.Option(help="Seconds to try schedules for.")] = 60.0,
+    budget: Annotated[float, typer.Option(help="Seconds to try schedules for.")] = 30.0,
     no_variants: Annotated[
         bool,
         typer.Option(

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import onnxsched
-from onnxsched import checking, pipeline, scheduling
+from onnxsched import checking, pipeline, scheduling, tuning
 from onnxsched.comparison import Difference, Tolerances
 from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
@@ -297,6 +297,7 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         scheduling, "promising", lambda variants, rewrites: (variants[0], *reversed(rewrites))
     )
+    monkeypatch.setattr(tuning, "_finalists", list)
     monkeypatch.setattr(
         scheduling,
         "decide",
