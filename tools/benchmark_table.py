@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = [ROOT / "docs" / "benchmarks" / name for name in ("h200-zoo.json", "h200-variants.json")]
+RESULTS = [
+    ROOT / "docs" / "benchmarks" / name
+    for name in ("h200-zoo.json", "h200-variants.json", "h200-lanes.json")
+]
 BEGIN, END = "<!-- benchmark table: begin -->\n", "<!-- benchmark table: end -->\n"
 
 
@@ -21,7 +24,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, with what it was measured on."""
     report, environment = reports[-1], reports[-1]["environment"]
     models = {name: model for found in reports for name, model in found["models"].items()}
-    sources = " and ".join(f"[{p.name}](docs/benchmarks/{p.name})" for p in RESULTS)
+    sources = ", ".join(f"[{p.name}](docs/benchmarks/{p.name})" for p in RESULTS)
     lines = [
         "| model | plain ORT | ORT, its own CUDA graph | one stream | **schedule** | over ORT's "
         "CUDA graph | policy/streams | variant |",
