@@ -8,8 +8,9 @@ import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -91,8 +92,7 @@ class OrtSession:
             OnnxschedError: An operator failed.
         """
         try:
-            with _on(self._device):
-                self._session.run_with_iobinding(binding, self._run_options)
+            _called(self._device, self._session.run_with_iobinding, binding, self._run_options)
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
@@ -104,8 +104,7 @@ class OrtSession:
             OnnxschedError: An operator failed.
         """
         try:
-            with _on(self._device):
-                results = list(self._session.run(outputs, dict(feeds)))
+            results = list(_called(self._device, self._session.run, outputs, dict(feeds)))
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
@@ -128,9 +127,12 @@ class OrtSession:
 
     def close(self) -> None:
         """Free the session, then its stream and weights."""
-        self._session = None
+        _called(self._device, self._release)
         self._streams.close()
         self._weights = None
+
+    def _release(self) -> None:
+        self._session = None
 
     def __enter__(self) -> Self:
         return self
@@ -308,14 +310,15 @@ def _create(
         settings = replace(settings, stream_handle=own.handle)
     providers = _providers(settings)
     try:
-        with _on(settings.device):
-            session = onnxruntime.InferenceSession(
-                model,
-                options,
-                providers=providers,
-                disabled_optimizers=list(disabled_optimizers),
-                enable_fallback=0,
-            )
+        session = _called(
+            settings.device,
+            onnxruntime.InferenceSession,
+            model,
+            options,
+            providers=providers,
+            disabled_optimizers=list(disabled_optimizers),
+            enable_fallback=0,
+        )
     except Exception as error:
         raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}.") from error
     if settings.device.kind == "cuda" and _CUDA not in session.get_providers():
@@ -326,9 +329,26 @@ def _create(
     return session
 
 
-def _on(device: Device) -> AbstractContextManager[None]:
-    """Makes a GPU the current one, for all of the libraries that ORT calls."""
-    return cuda.current_device(device) if device.kind == "cuda" else nullcontext()
+_first_gpu: list[Device] = []
+"""The first GPU that this process uses."""
+
+
+def _called(device: Device, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
+    """What a function of ORT's returns; every GPU but the first is used in a thread of its own.
+
+    ORT, cuBLAS and cuDNN each have a CUDA runtime of their own, which keeps a current device for
+    each thread. Changing it back and forth in one thread made some kernels fail on two H200s.
+    """
+    if device.kind == "cuda" and not _first_gpu:
+        _first_gpu.append(device)
+    if device.kind == "cpu" or device in _first_gpu:
+        return function(*values, **named)
+    return _thread_of(device).submit(function, *values, **named).result()
+
+
+@functools.cache
+def _thread_of(device: Device) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, str(device), cuda.make_current, (device,))
 
 
 def _providers(settings: SessionSettings) -> list[Any]:

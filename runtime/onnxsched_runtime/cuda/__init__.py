@@ -4,7 +4,7 @@ All of it goes through the CUDA bindings that torch brings; torch itself is impo
 caller's tensors and for the profiler.
 """
 
-from onnxsched_runtime.cuda.binding import current_device, load_torch
+from onnxsched_runtime.cuda.binding import load_torch, make_current
 from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
 from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
 from onnxsched_runtime.cuda.chains import Chain
@@ -30,7 +30,6 @@ __all__ = [
     "Event",
     "Graph",
     "Stream",
-    "current_device",
     "device_count",
     "device_properties",
     "enable_peer_access",
@@ -40,6 +39,7 @@ __all__ = [
     "kernel_trace",
     "library_versions",
     "load_torch",
+    "make_current",
     "named_range",
     "release_blas_variable",
     "require_device",

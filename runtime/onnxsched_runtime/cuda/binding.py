@@ -102,6 +102,11 @@ def current_device(device: Device) -> Iterator[None]:
         check_driver(driver().cuCtxPopCurrent())
 
 
+def make_current(device: Device) -> None:
+    """Make a GPU this thread's current one for good."""
+    check(cudart().cudaSetDevice(device.index))
+
+
 @functools.cache
 def _primary_context(index: int) -> Any:
     """The context that all libraries share on a device, held until the process ends."""
