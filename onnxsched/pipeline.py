@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +26,7 @@ from onnxsched.machine import Machine
 from onnxsched.memory import fits_on_first
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
+from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched.proposals import Request
@@ -129,29 +131,32 @@ def optimize(
     given = None if schedule is None else read_schedule_file(schedule)
     machine = _machine(device, streams, given)
     chosen, libraries = machine.devices[0], tuple(custom_ops)
-    progress("loading", 0, 1)
-    model = load_model(Path(source), chosen, shapes, libraries, precision)
     environment = describe_environment(chosen)
     directory = default_directory() if cache_dir == "" else cache_dir
     cache = MeasurementCache(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
-    graph = graph_from_model(model)
-    request = Request(policy, machine, budget_s, variants, libraries, split)
-    if given is not None:
-        obeyed = schedule_of(given, graph, machine)
-        request = dataclasses.replace(request, policy="file", schedule=obeyed)
-    progress("checking", 0, 1)
-    reference = chosen if fits_on_first(graph, machine) else Device("cpu")
-    plain = run_plain(model, reference, seed, libraries)
-    key = _decision_key(model, request)
-    decision = kept = recall(
-        cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), machine
-    )
-    if decision is None:
-        decision, is_complete = measured_decision(model, cache, plain, request, progress)
-        if is_complete:
-            remember(cache, key, decision, machine.devices)
+    with ProfilingWorker() if chosen.kind == "cuda" else nullcontext() as worker:
+        progress("loading", 0, 1)
+        model = load_model(Path(source), chosen, shapes, libraries, precision)
+        graph = graph_from_model(model)
+        request = Request(policy, machine, budget_s, variants, libraries, split)
+        if given is not None:
+            obeyed = schedule_of(given, graph, machine)
+            request = dataclasses.replace(request, policy="file", schedule=obeyed)
+        progress("checking", 0, 1)
+        reference = chosen if fits_on_first(graph, machine) else Device("cpu")
+        plain = run_plain(model, reference, seed, libraries)
+        key = _decision_key(model, request)
+        decision = kept = recall(
+            cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), machine
+        )
+        if decision is None:
+            decision, is_complete = measured_decision(
+                model, cache, plain, request, worker, progress
+            )
+            if is_complete:
+                remember(cache, key, decision, machine.devices)
     model = with_refusals(rewritten(model, decision.rewrite), decision.refusals)
     details = _details(model, decision, environment, seed)
     annotation = annotation_for(model, decision.schedule, decision.variant, details)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 from onnxsched.annotate import portable_refusals
 from onnxsched.checking import PlainRuns
@@ -32,6 +31,7 @@ def measured_decision(
     cache: MeasurementCache,
     plain: PlainRuns,
     request: Request,
+    worker: ProfilingWorker | None,
     progress: Progress,
 ) -> tuple[Decision, bool]:
     """Try variants and rewrites, let policies schedule the promising, measure what they propose.
@@ -45,14 +45,13 @@ def measured_decision(
     Raises:
         DeviceError: Nothing that is proposed fits into the memory of the devices.
     """
-    with ProfilingWorker() if request.device.kind == "cuda" else nullcontext() as worker:
 
-        def measured(lowered: Model) -> Profile:
-            device, libraries = request.device, request.custom_ops
-            return measure_profile(lowered, device, cache, libraries, progress, worker)
+    def measured(lowered: Model) -> Profile:
+        device, libraries = request.device, request.custom_ops
+        return measure_profile(lowered, device, cache, libraries, progress, worker)
 
-        transfers = measure_transfers(request.machine.devices, cache, progress)
-        subjects = _subjects(model, measured, transfers, plain, request, progress)
+    transfers = measure_transfers(request.machine.devices, cache, progress)
+    subjects = _subjects(model, measured, transfers, plain, request, progress)
     if not any(subject.candidates for subject in subjects):
         raise _too_large(request)
     tuned = tune(

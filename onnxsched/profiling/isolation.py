@@ -24,9 +24,11 @@ import onnx
 from onnxsched.loading import Model
 from onnxsched.profile import OperatorProfile
 from onnxsched.profiling.gpu import measure_on_gpu
+from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import read_model, write_model
+from onnxsched_runtime.session import load_cuda_libraries
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import Variant
 
@@ -154,6 +156,9 @@ def _say(**message: Any) -> None:
 
 def _work() -> None:
     """The worker: answer requests, one JSON object a line, until there are no more."""
+    if cuda.device_count():
+        cuda.load_torch()
+        load_cuda_libraries()
     for line in sys.stdin:
         try:
             _answer(json.loads(line))

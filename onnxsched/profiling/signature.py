@@ -89,7 +89,8 @@ class OperatorSignatures:
             weight = node.input[3 if node.op_type == "QLinearConv" else 1]
             return 2 * outputs * math.prod(self.shape(weight)[1:])
         if "MatMul" in node.op_type or "Gemm" in node.op_type:
-            transposed = any(a.name == "transA" and a.i for a in node.attribute)
+            flags = {a.name for a in node.attribute if a.name in ("transA", "transBatchA") and a.i}
             shape = self.shape(node.input[0])
-            return 2 * outputs * (shape[-2 if transposed else -1] if shape else 1)
+            inner = -1 if "transA" not in flags else 0 if "transBatchA" in flags else -2
+            return 2 * outputs * (shape[inner] if shape else 1)
         return outputs

@@ -12,7 +12,7 @@ import onnx
 
 from onnxsched.simplification.attention import key_bias, value_bias
 from onnxsched.simplification.norms import rms_norm, scaled_norm, skip_norm
-from onnxsched.simplification.products import product_of_transposed
+from onnxsched.simplification.products import product_as_columns, product_of_transposed
 from onnxsched.simplification.relus import rectify_after_concat
 from onnxsched.simplification.replacing import declare, remove_unused, replace_all
 from onnxsched.simplification.views import idle_view, transpose_as_view, view_of_view
@@ -26,6 +26,7 @@ _RULES = (
     key_bias,
     value_bias,
     product_of_transposed,
+    product_as_columns,
     view_of_view,
     idle_view,
 )

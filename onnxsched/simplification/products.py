@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
 from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, is_standard
-from onnxsched.simplification.views import permutation, reshape
+from onnxsched.simplification.views import VIEWS, permutation, reshape
 from onnxsched_runtime.tensor import TensorType
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -46,6 +48,88 @@ def product_of_transposed(index: GraphIndex, node: onnx.NodeProto) -> Replacemen
     gone = [index.writers[side.tensor] for side, read in zip((left, right), operands, strict=True)
             if read != side]  # fmt: skip
     return _fused(index, node, operands, gone, result) if gone else None
+
+
+def product_as_columns(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
+    """No Transpose merges the heads of attention: what they write is computed transposed.
+
+    For each head, context is probabilities times values, [rows, columns]. Its transpose is values
+    transposed times probabilities transposed, and those of all heads lie as the rows of one
+    matrix, which the product with the output's weights reads as columns.
+    """
+    weight = index.weights.get(node.input[1]) if is_standard(node, "MatMul") else None
+    result = index.tensors.get(node.output[0])
+    if weight is None or len(weight.dims) != 2 or result is None or not result.shape:
+        return None
+    product, between = _product_before(index, node.input[0])
+    shape = index.shape(product.output[0]) if product is not None else None
+    if product is None or shape is None or len(shape) != 3 or 0 in result.shape:
+        return None
+    batch, rows, columns = shape
+    lies = _through(index, between, np.arange(np.prod(shape), dtype=np.int64).reshape(shape))
+    merged = np.arange(lies.size).reshape(shape).swapaxes(0, 1)
+    if lies.shape[-1] != batch * columns or (lies.ravel() != merged.ravel()).any():
+        return None
+    kind = result.element_type
+    names = [index.unused(f"{node.output[0]}/{end}") for end in ("heads", "columns", "product")]
+    shapes = ((batch, columns, rows), (batch * columns, rows), (rows, weight.dims[1]))
+    tensors = {name: TensorType(kind, tuple(s)) for name, s in zip(names, shapes, strict=True)}
+    new = [
+        _transposed(product, names[0]),
+        _fused_node([names[1], node.input[1]], names[2], node.name, transA=1),
+    ]
+    views = [
+        reshape(index, names[0], names[1], shapes[1]),
+        reshape(index, names[2], node.output[0], result.shape),
+    ]
+    return Replacement(
+        (*between, product, node),
+        (*new, *(view for view, _ in views)),
+        tuple(constant for _, constant in views),
+        tensors,
+    )
+
+
+def _product_before(
+    index: GraphIndex, tensor: str
+) -> tuple[onnx.NodeProto | None, list[onnx.NodeProto]]:
+    """The FusedMatMul that writes a tensor, and what moves its elements after it, last first."""
+    between: list[onnx.NodeProto] = []
+    while (writer := index.sole_writer(tensor, *VIEWS, "Transpose")) is not None:
+        between.append(writer)
+        tensor = writer.input[0]
+    product = index.writers.get(tensor) if index.sole_reader(tensor) is not None else None
+    is_moved = any(node.op_type == "Transpose" for node in between)
+    if product is None or product.op_type != "FusedMatMul" or not is_moved:
+        return None, []
+    return product, between
+
+
+def _through(
+    index: GraphIndex, between: list[onnx.NodeProto], elements: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    for node in reversed(between):
+        if node.op_type == "Transpose":
+            elements = elements.transpose(permutation(node, elements.ndim))
+        else:
+            elements = elements.reshape(index.shape(node.output[0]) or ())
+    return elements
+
+
+def _transposed(product: onnx.NodeProto, result: str) -> onnx.NodeProto:
+    """The product whose result is transposed: of both sides transposed, in the other order."""
+    flags = {}
+    for side, other in (("A", "B"), ("B", "A")):
+        flags[f"trans{side}"] = 1 - attribute(product, f"trans{other}", 0)
+        flags[f"transBatch{side}"] = attribute(product, f"transBatch{other}", 0)
+    alpha = attribute(product, "alpha", 1.0)
+    return _fused_node(list(reversed(product.input)), result, product.name, alpha=alpha, **flags)
+
+
+def _fused_node(inputs: list[str], result: str, name: str, **flags: float) -> onnx.NodeProto:
+    node = helper.make_node("FusedMatMul", inputs, [result], name, domain="com.microsoft")
+    node.attribute.extend(helper.make_attribute(flag, value) for flag, value in flags.items())
+    return node
 
 
 def is_product(node: onnx.NodeProto) -> bool:

@@ -236,7 +236,7 @@ def is_cuda_built() -> bool:
 
 
 @functools.cache
-def _load_cuda_libraries() -> None:
+def load_cuda_libraries() -> None:
     """Load what the CUDA provider links to: from the wheels beside ORT, else as torch finds it."""
     cuda.keep_blas_workspace()
     onnxruntime.set_default_logger_severity(3)
@@ -250,7 +250,7 @@ def missing_cuda_library() -> str | None:
     stem = "onnxruntime_providers_cuda"
     name = f"{stem}.dll" if os.name == "nt" else f"lib{stem}.so"
     cuda.device_count()
-    _load_cuda_libraries()
+    load_cuda_libraries()
     try:
         ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
     except OSError as error:
@@ -355,7 +355,7 @@ def _providers(settings: SessionSettings) -> list[Any]:
     if settings.device.kind == "cpu":
         return [_CPU]
     cuda.require_device(settings.device)
-    _load_cuda_libraries()
+    load_cuda_libraries()
     options = {
         "device_id": str(settings.device.index),
         "arena_extend_strategy": "kSameAsRequested",

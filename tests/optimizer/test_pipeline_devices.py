@@ -6,7 +6,6 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -362,7 +361,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[Device, ...]:
     install(monkeypatch)
     monkeypatch.setattr(cuda, "time_launches_us", time_launches_us)
     monkeypatch.setattr(scheduling, "measure_profile", profiled)
-    monkeypatch.setattr(scheduling, "ProfilingWorker", nullcontext)
     monkeypatch.setattr(scheduling, "lowered_model", lambda model, *_: model)
     monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ())
     monkeypatch.setattr(scheduling, "measure_transfers", free_transfers)
@@ -382,6 +380,7 @@ def test_gpus_are_scheduled_and_captured_together(
         MeasurementCache(None, ""),
         run_plain(model, CPU, 0, ()),
         Request(policy, machine, 20.0, False, ()),
+        None,
         lambda *_: None,
     )
     assert is_complete

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
@@ -64,6 +65,44 @@ def test_attention_keeps_one_transpose() -> None:
     changed = simplified(model)
     assert op_counts(changed)["Transpose"] == 1
     assert op_counts(changed)["FusedMatMul"] == 2
+    assert_equivalent(changed, model)
+
+
+@st.composite
+def merged_heads(draw: DrawFn) -> tuple[onnx.ModelProto, bool]:
+    """Products by head whose results lie side by side for one more; and whether that is so."""
+    heads, rows, inner, columns, wide = (draw(_SIZES) for _ in range(5))
+    scale = draw(st.sampled_from(["", "h = Mul(c, half)"]))
+    order = draw(st.sampled_from([[0, 2, 1, 3], [0, 2, 3, 1], [0, 1, 3, 2]]))
+    sizes = [1, heads, rows, columns]
+    width = sizes[order[2]] * sizes[order[3]]
+    shape = [1, sizes[order[1]], width]
+    lines = f"""(float[1,{heads},{rows},{inner}] p, float[1,{inner},{heads},{columns}] v)
+        => (float[1,{shape[1]},{wide}] y)
+        <float[1] half = {{0.5}}, int64[3] s = {{{",".join(map(str, shape))}}}> {{
+            tv = Transpose<perm = [0, 2, 1, 3]>(v)
+            c = MatMul(p, tv)
+            {scale}
+            t = Transpose<perm = {order}>({"h" if scale else "c"})
+            r = Reshape(t, s)
+            y = MatMul(r, w)
+        }}"""
+    weight = np.arange(width * wide, dtype=np.float32).reshape(width, wide) % 7 - 3
+    return written(lines, w=weight), order == [0, 2, 1, 3] and not scale
+
+
+@given(merged_heads())
+@settings(max_examples=60, deadline=None)
+def test_what_heads_write_is_computed_transposed_where_that_merges_them(
+    given_model: tuple[onnx.ModelProto, bool],
+) -> None:
+    model, is_merged = given_model
+    changed = simplified(model)
+    if is_merged:
+        assert op_counts(changed)["Transpose"] == 0
+        assert op_counts(changed)["FusedMatMul"] == 2
+    else:
+        assert op_counts(changed)["MatMul"] == 1
     assert_equivalent(changed, model)
 
 

@@ -9,6 +9,7 @@ import pytest
 from onnxsched.profiling.signature import OperatorSignatures
 from support.models import Array, model_of, weight
 from support.optimizing import as_it_is, parsed
+from support.simplifying import written
 
 
 def signature(text: str, opset: int = 17, **weights: Array) -> str:
@@ -108,6 +109,15 @@ def test_operations_and_bytes(text: str, kernel: tuple[int, ...], flops: int, nb
     signatures = OperatorSignatures(as_it_is(model))
     node = model.graph.node[0]
     assert (signatures.flop_count(node), signatures.nbytes(node)) == (flops, nbytes)
+
+
+def test_operations_of_products_by_head() -> None:
+    text = """(float[7,2,5] x, float[2,7,9] z) => (float[2,5,9] y) {
+        y = com.microsoft.FusedMatMul<transA = 1, transBatchA = 1>(x, z)
+    }"""
+    model = written(text)
+    [node] = model.graph.node
+    assert OperatorSignatures(as_it_is(model)).flop_count(node) == 2 * 2 * 5 * 9 * 7
 
 
 def test_what_is_not_known_counts_nothing() -> None:

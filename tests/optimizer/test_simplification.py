@@ -20,12 +20,12 @@ TRANSFORMERS = {
         "SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 18,
     },
     ("t5_encoder", 1): {
-        "Transpose": 6, "Pow": 0, "Sqrt": 0, "ReduceMean": 0, "Add": 7, "FusedMatMul": 12,
+        "Transpose": 0, "Pow": 0, "Sqrt": 0, "ReduceMean": 0, "Add": 7, "FusedMatMul": 18,
         "SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 12,
     },
     ("t5_encoder", 2): {"Transpose": 24, "SkipSimplifiedLayerNormalization": 12},
     ("bert", 1): {
-        "Transpose": 12, "Gelu": 0, "BiasGelu": 12, "Gemm": 0, "FusedMatMul": 24, "Add": 25,
+        "Transpose": 0, "Gelu": 0, "BiasGelu": 12, "Gemm": 0, "FusedMatMul": 36, "Add": 25,
         "SkipLayerNormalization": 25,
     },
 }  # fmt: skip
