@@ -7,36 +7,24 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
+from onnxsched.arms import ARMS, SCHEDULE, arm_names, baseline_of, needed_by_ort_graph, open_arm
 from onnxsched.environment import describe_environment
 from onnxsched.inputs import random_inputs
-from onnxsched.loading import load_model
 from onnxsched.racing import time_runs_us
 from onnxsched.summary import Ratio, Summary, ratio, summarize
 from onnxsched_runtime import cuda
-from onnxsched_runtime.annotation import Annotation, read_annotation
-from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.errors import UsageError
-from onnxsched_runtime.executors.streams import Capture, StreamExecutor
-from onnxsched_runtime.load import Executor, lowered_source, open_executor, plan_lowered
-from onnxsched_runtime.model import ModelSource, read_model
-from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.annotation import read_annotation
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.executors.streams import StreamExecutor
+from onnxsched_runtime.load import Executor, lowered_source
+from onnxsched_runtime.model import read_model
 
-ARMS: Mapping[str, str] = {
-    "ort": "plain ONNX Runtime: with IOBinding, or on host arrays if part of it runs on the host",
-    "ort-graph": "ONNX Runtime with its own CUDA graph",
-    "sequential": "the model as one session of the schedule's variant in one CUDA graph",
-    "schedule": "the annotated schedule in one CUDA graph",
-    "schedule-ort": "the annotated schedule, each session captured by ONNX Runtime",
-}
-_GPU_ONLY = ("ort-graph", "schedule-ort")
-_SCHEDULE = "schedule"
 _ROUND_COUNT = 20
 
 
@@ -92,7 +80,7 @@ class BenchResult:
 
     def ratio_to(self, name: str) -> Ratio:
         """How many times faster the schedule is than another arm: device time, else latency."""
-        ours, other = self.arm(_SCHEDULE), self.arm(name)
+        ours, other = self.arm(SCHEDULE), self.arm(name)
         if ours.device_us and other.device_us:
             return ratio(other.device_us, ours.device_us)
         return ratio(other.latency_us, ours.latency_us)
@@ -116,7 +104,7 @@ class BenchResult:
             "ratios": {
                 arm.name: dataclasses.asdict(self.ratio_to(arm.name))
                 for arm in self.arms
-                if arm.name != _SCHEDULE
+                if arm.name != SCHEDULE
             },
             "environment": dict(self.environment),
         }
@@ -168,23 +156,23 @@ def bench(
     annotation = read_annotation(model)
     devices = annotation.devices
     device = devices[0]
-    names = _arm_names(against, device, _needed_by_ort_graph(annotation, original is not None))
+    names = arm_names(against, device, needed_by_ort_graph(annotation, original is not None))
     libraries = tuple(custom_ops)
     lowered = lowered_source(model, annotation, libraries)
-    baseline = _baseline(model, annotation, original, device, libraries)
+    baseline = baseline_of(model, annotation, original, device, libraries)
     feeds = random_inputs(model, annotation.tensors, seed=0)
     outputs = [value.name for value in model.graph.output]
     with ExitStack() as stack:
         runs = []
         sources = {name: baseline if name.startswith("ort") else lowered for name in names}
         if device.kind == "cuda":  # the first sessions load libraries, which belong to no arm
-            first = _SCHEDULE if len(devices) > 1 else names[0]
-            with _open(first, sources[first], model, annotation, libraries) as executor:
+            first = SCHEDULE if len(devices) > 1 else names[0]
+            with open_arm(first, sources[first], model, annotation, libraries) as executor:
                 executor.run(feeds, outputs)
         for number, name in enumerate(names):
             progress("preparing", number, len(names))
             free_nbytes = _free_nbytes(devices)
-            executor = _open(name, sources[name], model, annotation, libraries)
+            executor = open_arm(name, sources[name], model, annotation, libraries)
             stack.callback(executor.close)
             runs.append(_ArmRun(name, executor, feeds, outputs, devices, free_nbytes))
         _measure(runs, warmup_ms, duration_s, iterations, progress)
@@ -198,72 +186,6 @@ def bench(
         arms=arms,
         environment=describe_environment(device),
     )
-
-
-def _needed_by_ort_graph(annotation: Annotation, has_original: bool) -> str | None:
-    """What is missing for ONNX Runtime's own CUDA graph; None where nothing is."""
-    if annotation.host_reasons:  # ORT captures whole models only
-        return "a model without host operators"
-    if annotation.details.get("rewrite", "none") != "none" and not has_original:
-        # A Split into unequal pieces ends the process when ORT captures it in its own layout.
-        return "the model as it was before its operators were merged; give it with --original"
-    return None
-
-
-def _arm_names(against: Sequence[str], device: Device, needed: str | None) -> list[str]:
-    if unknown := set(against) - ARMS.keys():
-        raise UsageError(f"There is no arm '{min(unknown)}'; there are {', '.join(ARMS)}.")
-    possible = [name for name in ARMS if device.kind == "cuda" or name not in _GPU_ONLY]
-    if strangers := set(against) - set(possible):
-        raise UsageError(f"Arm '{min(strangers)}' needs a GPU; the schedule is for {device}.")
-    if needed:
-        possible = [name for name in possible if name != "ort-graph"]
-        if "ort-graph" in against:
-            raise UsageError(f"Arm 'ort-graph' needs {needed}.")
-    if not against:  # but for the arm whose streams would slow every other one's kernels
-        return [name for name in possible if name != "schedule-ort"]
-    plain = [] if {"ort", "ort-graph"} & set(against) else ["ort"]
-    wanted = {*against, *plain, _SCHEDULE}
-    return [name for name in possible if name in wanted]
-
-
-def _baseline(
-    model: onnx.ModelProto,
-    annotation: Annotation,
-    original: str | os.PathLike[str] | None,
-    device: Device,
-    custom_ops: tuple[str, ...],
-) -> ModelSource:
-    if original is None:
-        return ModelSource(model, annotation.tensors)
-    shapes = {
-        name: tuple(shape) for name, shape in annotation.details.get("bound_shapes", {}).items()
-    }
-    loaded = load_model(Path(original), device, shapes, custom_ops)
-    if {*loaded.bound_shapes} != {*shapes}:
-        raise UsageError(f"'{original}' has other inputs than the annotated model.")
-    return ModelSource(loaded.baseline, loaded.tensors)
-
-
-def _open(
-    name: str,
-    source: ModelSource,
-    model: onnx.ModelProto,
-    annotation: Annotation,
-    custom_ops: tuple[str, ...],
-) -> Executor:
-    """The executor of an arm: all differ only in model, plan and capture."""
-    main = Placement(annotation.devices[0], 0)
-    if name in ("ort", "ort-graph"):
-        placements = dict.fromkeys((n.name for n in source.model.graph.node), main)
-        reasons = dict.fromkeys(placements, "in one session") if annotation.host_reasons else {}
-        plan = plan_model(source.model, placements, reasons)
-    else:
-        if name == "sequential":
-            annotation = replace(annotation, placements=dict.fromkeys(annotation.placements, main))
-        plan = plan_lowered(model, annotation, source)
-    capture: Mapping[str, Capture] = {"ort": "none", "ort-graph": "ort", "schedule-ort": "ort"}
-    return open_executor(source, plan, capture=capture.get(name, "whole"), custom_ops=custom_ops)
 
 
 def _free_nbytes(devices: Sequence[Device]) -> int | None:

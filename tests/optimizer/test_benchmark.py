@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from onnxsched.benchmark import ARMS, _arm_names, _free_nbytes, _needed_by_ort_graph
+from onnxsched.arms import ARMS, arm_names, needed_by_ort_graph
+from onnxsched.benchmark import _free_nbytes
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device
@@ -19,22 +20,22 @@ from support.strategies import GPU
 def test_onnx_runtimes_own_graph_needs_operators_that_it_can_capture(
     rewrite: str, has_original: bool, is_possible: bool
 ) -> None:
-    needed = _needed_by_ort_graph(
+    needed = needed_by_ort_graph(
         Annotation({}, {}, {}, details={"rewrite": rewrite}), has_original
     )
-    names = _arm_names((), GPU, needed)
+    names = arm_names((), GPU, needed)
     left_out = {"schedule-ort"} if is_possible else {"schedule-ort", "ort-graph"}
     assert names == [name for name in ARMS if name not in left_out]
-    assert "schedule-ort" in _arm_names(("schedule-ort",), GPU, needed)
+    assert "schedule-ort" in arm_names(("schedule-ort",), GPU, needed)
     if not is_possible:
         with pytest.raises(UsageError, match="'ort-graph' needs the model as it was before"):
-            _arm_names(("ort-graph",), GPU, needed)
+            arm_names(("ort-graph",), GPU, needed)
 
 
 def test_a_model_with_host_operators_is_not_captured_by_onnx_runtime() -> None:
-    needed = _needed_by_ort_graph(Annotation({}, {}, {"node": "a loop"}), True)
+    needed = needed_by_ort_graph(Annotation({}, {}, {"node": "a loop"}), True)
     with pytest.raises(UsageError, match="needs a model without host operators"):
-        _arm_names(("ort-graph",), GPU, needed)
+        arm_names(("ort-graph",), GPU, needed)
 
 
 def test_memory_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
