@@ -297,7 +297,11 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         scheduling, "promising", lambda variants, rewrites: (variants[0], *reversed(rewrites))
     )
-    monkeypatch.setattr(tuning, "_finalists", list)
+    monkeypatch.setattr(
+        tuning,
+        "_finalists",
+        lambda ranked: [o for o in ranked if o.candidate.policy == "sequential"],
+    )
     monkeypatch.setattr(
         scheduling,
         "decide",
