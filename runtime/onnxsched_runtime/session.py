@@ -8,8 +8,7 @@ import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,10 @@ import onnxruntime
 from onnx import TensorProto
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.device import Device
+from onnxsched_runtime.calling import called
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import ModelPart
-from onnxsched_runtime.settings import BufferView, SessionSettings
+from onnxsched_runtime.settings import BufferView, SessionSettings, cuda_options
 from onnxsched_runtime.tensor import TensorType
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -92,7 +91,7 @@ class OrtSession:
             OnnxschedError: An operator failed.
         """
         try:
-            _called(self._device, self._session.run_with_iobinding, binding, self._run_options)
+            called(self._device, self._session.run_with_iobinding, binding, self._run_options)
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
@@ -104,7 +103,7 @@ class OrtSession:
             OnnxschedError: An operator failed.
         """
         try:
-            results = list(_called(self._device, self._session.run, outputs, dict(feeds)))
+            results = list(called(self._device, self._session.run, outputs, dict(feeds)))
         except Exception as error:
             raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
@@ -127,7 +126,7 @@ class OrtSession:
 
     def close(self) -> None:
         """Free the session, then its stream and weights."""
-        _called(self._device, self._release)
+        called(self._device, self._release)
         self._streams.close()
         self._weights = None
 
@@ -310,7 +309,7 @@ def _create(
         settings = replace(settings, stream_handle=own.handle)
     providers = _providers(settings)
     try:
-        session = _called(
+        session = called(
             settings.device,
             onnxruntime.InferenceSession,
             model,
@@ -329,45 +328,12 @@ def _create(
     return session
 
 
-_first_gpu: list[Device] = []
-"""The first GPU that this process uses."""
-
-
-def _called(device: Device, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
-    """What a function of ORT's returns; every GPU but the first is used in a thread of its own.
-
-    ORT, cuBLAS and cuDNN each have a CUDA runtime of their own, which keeps a current device for
-    each thread. Changing it back and forth in one thread made some kernels fail on two H200s.
-    """
-    if device.kind == "cuda" and not _first_gpu:
-        _first_gpu.append(device)
-    if device.kind == "cpu" or device in _first_gpu:
-        return function(*values, **named)
-    return _thread_of(device).submit(function, *values, **named).result()
-
-
-@functools.cache
-def _thread_of(device: Device) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, str(device), cuda.make_current, (device,))
-
-
 def _providers(settings: SessionSettings) -> list[Any]:
     if settings.device.kind == "cpu":
         return [_CPU]
     cuda.require_device(settings.device)
     load_cuda_libraries()
-    options = {
-        "device_id": str(settings.device.index),
-        "arena_extend_strategy": "kSameAsRequested",
-        "enable_cuda_graph": str(int(settings.graph_capture)),
-        "prefer_nhwc": str(int(settings.variant.layout == "nhwc")),
-        "fuse_conv_bias": str(int(settings.variant.fuse_conv_bias)),
-        "cudnn_conv_algo_search": settings.variant.conv_search.upper(),
-        "use_tf32": str(int(settings.variant.tf32)),
-    }
-    if settings.stream_handle is not None:
-        options["user_compute_stream"] = str(settings.stream_handle)
-    return [(_CUDA, options), *([_CPU] if settings.host_operators else [])]
+    return [(_CUDA, cuda_options(settings)), *([_CPU] if settings.host_operators else [])]
 
 
 def _first_line(error: BaseException) -> str:

@@ -37,3 +37,19 @@ class BufferView:
     device: Device
     element_type: int
     shape: tuple[int, ...]
+
+
+def cuda_options(settings: SessionSettings) -> dict[str, str]:
+    """The settings as options of ONNX Runtime's CUDA provider."""
+    options = {
+        "device_id": str(settings.device.index),
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": str(int(settings.graph_capture)),
+        "prefer_nhwc": str(int(settings.variant.layout == "nhwc")),
+        "fuse_conv_bias": str(int(settings.variant.fuse_conv_bias)),
+        "cudnn_conv_algo_search": settings.variant.conv_search.upper(),
+        "use_tf32": str(int(settings.variant.tf32)),
+    }
+    if settings.stream_handle is not None:
+        options["user_compute_stream"] = str(settings.stream_handle)
+    return options

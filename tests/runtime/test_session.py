@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsched_runtime import cuda, session
+from onnxsched_runtime import calling, cuda, session
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.session import OrtSession, to_float16
@@ -93,16 +93,16 @@ def test_every_gpu_but_the_first_is_used_in_one_thread_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Device] = []
-    monkeypatch.setattr(session, "_first_gpu", [])
+    monkeypatch.setattr(calling, "_first_gpu", [])
     monkeypatch.setattr(cuda, "make_current", made.append)
-    session._thread_of.cache_clear()
+    calling._thread_of.cache_clear()
     devices = [Device("cuda", 1), Device("cuda", 0), Device("cpu"), Device("cuda", 2)]
-    seen = [session._called(device, threading.get_ident) for device in devices * 2]
+    seen = [calling.called(device, threading.get_ident) for device in devices * 2]
     here = threading.get_ident()
     assert seen[:4] == seen[4:]
     assert [ident == here for ident in seen[:4]] == [True, False, True, False]
     assert len(set(seen)) == 3
     assert made == [Device("cuda", 0), Device("cuda", 2)]
     with pytest.raises(ValueError, match="invalid literal"):
-        session._called(Device("cuda", 2), int, "x")
-    session._thread_of.cache_clear()
+        calling.called(Device("cuda", 2), int, "x")
+    calling._thread_of.cache_clear()
