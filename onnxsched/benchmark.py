@@ -162,7 +162,7 @@ def bench(
     baseline = baseline_of(model, annotation, original, device, libraries)
     feeds = random_inputs(model, annotation.tensors, seed=0)
     outputs = [value.name for value in model.graph.output]
-    with ExitStack() as stack:
+    with cuda.one_graph_stream(), ExitStack() as stack:
         runs = []
         sources = {name: baseline if name.startswith("ort") else lowered for name in names}
         if device.kind == "cuda":  # the first sessions load libraries, which belong to no arm

@@ -24,6 +24,7 @@ from onnxsched.refinement import refine
 from onnxsched.schedule import Schedule
 from onnxsched.simulate import simulate
 from onnxsched.trial import TrialRunner
+from onnxsched_runtime import cuda
 from onnxsched_runtime.errors import CaptureError, OnnxschedError
 
 _CALIBRATION_COUNT = 8
@@ -67,7 +68,7 @@ def tune(
         progress: Told what is being done.
     """
     outcomes: list[Outcome] = []
-    with Interruption() as interruption:
+    with Interruption() as interruption, cuda.one_graph_stream():
         start = time.monotonic()
         end, needed_s = start + _TRIALS_SHARE * budget_s, 0.0
         for number, subject in enumerate(subjects):

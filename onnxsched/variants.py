@@ -14,6 +14,7 @@ from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import race
 from onnxsched.rewriting import rewritten
+from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
@@ -102,7 +103,7 @@ def race_variants(
         ModelError: ORT refuses the first variant.
     """
     feeds = plain.feeds[0]
-    with ExitStack() as stack:
+    with cuda.one_graph_stream(), ExitStack() as stack:
         attempts = _Attempts(
             model, device, plain, refusals_of, budget_s / 2, custom_ops, progress, stack
         )

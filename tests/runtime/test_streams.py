@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -232,3 +233,21 @@ def test_a_piece_after_the_host_is_warmed_up_on_zeros(
         assert session.refusal is None
         feeds = models.feeds_for(model)
         models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
+def test_graphs_that_take_turns_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.streams, "Stream", fake_cuda.FakeStream)
+    first, other = Device("cuda", 0), Device("cuda", 1)
+    with cuda.graph_stream(first) as a, cuda.graph_stream(first) as b:
+        assert a is not b
+    with cuda.one_graph_stream():
+        with cuda.graph_stream(first) as a, cuda.graph_stream(first) as b:
+            assert a is b
+        with cuda.graph_stream(other) as c, cuda.graph_stream(first) as d:
+            assert c is not a
+            assert d is a
+        shared: Any = a
+        assert shared.is_open
+    assert not shared.is_open
+    with cuda.graph_stream(first) as e:
+        assert e is not a

@@ -172,6 +172,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
         return OrtSession(source, on_cpu)
 
     monkeypatch.setattr(cuda, "Stream", FakeStream)
+    monkeypatch.setattr(cuda, "graph_stream", lambda device: cuda.Stream(device))
     monkeypatch.setattr(cuda, "Buffer", FakeBuffer)
     monkeypatch.setattr(cuda, "DeviceMemory", FakeMemory)
     monkeypatch.setattr(cuda, "Graph", FakeGraph)

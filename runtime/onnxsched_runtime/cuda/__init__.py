@@ -20,7 +20,13 @@ from onnxsched_runtime.cuda.devices import (
 )
 from onnxsched_runtime.cuda.graphs import Graph
 from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
-from onnxsched_runtime.cuda.streams import Event, Stream, time_launches_us
+from onnxsched_runtime.cuda.streams import (
+    Event,
+    Stream,
+    graph_stream,
+    one_graph_stream,
+    time_launches_us,
+)
 from onnxsched_runtime.cuda.transfers import time_copies_us
 
 __all__ = [
@@ -34,6 +40,7 @@ __all__ = [
     "device_properties",
     "enable_peer_access",
     "free_memory_nbytes",
+    "graph_stream",
     "has_peer_access",
     "keep_blas_workspace",
     "kernel_trace",
@@ -41,6 +48,7 @@ __all__ = [
     "load_torch",
     "make_current",
     "named_range",
+    "one_graph_stream",
     "release_blas_variable",
     "require_device",
     "synchronize",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Self
 
 from onnxsched_runtime.cuda.binding import check, cudart, current_device, torch_module
@@ -85,6 +86,36 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_shared: ContextVar[dict[Device, Stream] | None] = ContextVar("_shared", default=None)
+
+
+@contextmanager
+def one_graph_stream() -> Iterator[None]:
+    """Let all that opens streams for graphs meanwhile share one a device, since it takes turns.
+
+    A process that has used many streams starts every kernel later; see
+    `docs/adr/0013-few-streams.md`.
+    """
+    streams: dict[Device, Stream] = {}
+    token = _shared.set(streams)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+        for stream in streams.values():
+            stream.close()
+
+
+def graph_stream(device: Device) -> AbstractContextManager[Stream]:
+    """A stream to launch graphs on: one's own, or that of `one_graph_stream`."""
+    shared = _shared.get()
+    if shared is None:
+        return Stream(device)
+    if device not in shared:
+        shared[device] = Stream(device)
+    return nullcontext(shared[device])
 
 
 class Event:

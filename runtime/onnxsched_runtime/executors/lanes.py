@@ -57,7 +57,7 @@ class LaneRunner(PlanRunner):
         opened: dict[Device, cuda.Stream] = {}
         for placement in placements:
             if placement.device not in opened:
-                stream = self._resources.enter_context(cuda.Stream(placement.device))
+                stream = self._resources.enter_context(cuda.graph_stream(placement.device))
                 opened[placement.device] = stream
             self.streams[placement] = opened[placement.device]
 
