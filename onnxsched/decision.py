@@ -11,6 +11,7 @@ from onnxsched.loading import AS_LOADED
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot, check_schedule
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
@@ -25,7 +26,9 @@ class Decision:
     policy: str
     variant: Variant
     rewrite: str
-    """What was made of the model before it was scheduled; a name in `REWRITES`, or `none`."""
+    """What was made of the model before it was scheduled; a name that `rewritten` knows."""
+    duplicates: tuple[Duplicate, ...]
+    """What it computes twice, where the rewrite is of that kind."""
     measured_us: float
     sequential_us: float | None
     """The model as it was loaded as one session of the default variant, in the same rounds; None
@@ -58,6 +61,7 @@ def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str
         policy=chosen.candidate.policy,
         variant=variant,
         rewrite=rewrite,
+        duplicates=subject.duplicates,
         measured_us=chosen.measured_us or 0.0,
         sequential_us=unscheduled[0].measured_us if unscheduled else None,
         alternatives=tuple(_alternative(outcome) for outcome in outcomes),
@@ -93,6 +97,7 @@ def remember(
         "policy": decision.policy,
         "variant": decision.variant.to_json(),
         "rewrite": decision.rewrite,
+        "duplicates": [[d.operator, d.copy, list(d.consumers)] for d in decision.duplicates],
         "measured_us": decision.measured_us,
         "sequential_us": decision.sequential_us,
         "alternatives": list(decision.alternatives),
@@ -105,7 +110,7 @@ def remember(
 def recall(
     cache: MeasurementCache,
     key: str,
-    graph_of: Callable[[str], OperatorGraph],
+    graph_of: Callable[[str, Sequence[Duplicate]], OperatorGraph],
     machine: Machine,
 ) -> Decision | None:
     """The decision kept for `key`; None where there is none, or it does not fit any more.
@@ -113,24 +118,31 @@ def recall(
     Args:
         cache: Where it is kept.
         key: What it was kept for.
-        graph_of: The operators as a rewrite leaves them, by its name; KeyError for a stranger.
+        graph_of: The operators as a rewrite leaves them, by its name and what it computes twice;
+            KeyError for a stranger.
         machine: Where it is to run; it may use more streams.
     """
     content = cache.read(key)
     try:
         rewrite = str(content["rewrite"])
+        duplicates = tuple(
+            Duplicate(str(operator), str(copy), tuple(map(str, consumers)))
+            for operator, copy, consumers in content["duplicates"]
+        )
         placed = [(int(o), int(device), int(stream)) for o, device, stream in content["slots"]]
         schedule = Schedule(
             tuple(Slot(o, Placement(machine.devices[device], s)) for o, device, s in placed)
         )
         count = 1 + max(stream for _, _, stream in placed)
-        check_schedule(graph_of(rewrite), replace(machine, stream_count=count), schedule)
+        graph = graph_of(rewrite, duplicates)
+        check_schedule(graph, replace(machine, stream_count=count), schedule)
         sequential_us = content["sequential_us"]
         return Decision(
             schedule=schedule,
             policy=str(content["policy"]),
             variant=Variant.from_json(content["variant"]),
             rewrite=rewrite,
+            duplicates=duplicates,
             measured_us=float(content["measured_us"]),
             sequential_us=None if sequential_us is None else float(sequential_us),
             alternatives=tuple(content["alternatives"]),

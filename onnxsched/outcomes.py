@@ -10,6 +10,7 @@ from onnxsched.candidates import Candidate
 from onnxsched.contraction import Contraction
 from onnxsched.cost import TableCost
 from onnxsched.loading import AS_LOADED, Form, Model
+from onnxsched.recomputing import Duplicate
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Subject:
     """Median solo time in microseconds and bound, by node name of the portable model."""
     refusals: Mapping[str, str]
     """Why a node can't be captured, for those where the attempt failed."""
+    duplicates: tuple[Duplicate, ...] = ()
+    """What the portable model computes twice, where it was rewritten so."""
 
 
 @dataclass(frozen=True)

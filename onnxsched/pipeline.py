@@ -54,7 +54,7 @@ class OptimizeResult:
     variant: Variant
     """How sessions execute the model."""
     rewrite: str
-    """What was made of its operators before: `merge`, for one; `none` for nothing."""
+    """What was made of its operators before: `merge` or `bands-2+twice`, for one, or `none`."""
     stream_count: int
     operator_count: int
     segment_count: int
@@ -113,7 +113,8 @@ def optimize(
         budget_s: For trying variants and schedules; operators are measured before, once.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
             `Variant` and `rewriting`.
-        split: On several devices, also cut operators on large images into bands of rows.
+        split: On several devices, also cut operators on large images into bands of rows, and
+            compute operators twice where that is simulated shorter than copying their results.
         precision: `fp16` computes in float16; inputs and outputs keep their types.
         cache_dir: Where measurements are kept; "" for the user's cache, None for nowhere.
         seed: For the inputs that outputs are compared on.
@@ -149,7 +150,7 @@ def optimize(
         plain = run_plain(model, reference, seed, libraries)
         key = _decision_key(model, request)
         decision = kept = recall(
-            cache, key, lambda rewrite: graph_from_model(rewritten(model, rewrite)), machine
+            cache, key, lambda *made: graph_from_model(rewritten(model, *made)), machine
         )
         if decision is None:
             decision, is_complete = measured_decision(
@@ -157,7 +158,8 @@ def optimize(
             )
             if is_complete:
                 remember(cache, key, decision, machine.devices)
-    model = with_refusals(rewritten(model, decision.rewrite), decision.refusals)
+    model = rewritten(model, decision.rewrite, decision.duplicates)
+    model = with_refusals(model, decision.refusals)
     details = _details(model, decision, environment, seed)
     annotation = annotation_for(model, decision.schedule, decision.variant, details)
     progress("checking", 0, 1)

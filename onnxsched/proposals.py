@@ -8,6 +8,7 @@ from onnxsched.annotate import lowered_schedule, portable_schedule
 from onnxsched.calibration import TYPICAL
 from onnxsched.candidates import Candidate, propose
 from onnxsched.contraction import (
+    ContractedCost,
     Contraction,
     contract_chains,
     contract_cost,
@@ -22,12 +23,16 @@ from onnxsched.outcomes import Subject
 from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.transfers import Transfers
+from onnxsched.recomputing import Recomputation, recompute
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.seeding import band_schedule
 from onnxsched.simulate import simulate
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ScheduleError
 from onnxsched_runtime.lowering import origins
+
+_LEAST_GAIN = 0.03
+"""Of a simulated makespan, by computing operators twice: less is not worth a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,8 @@ class Request:
     variants: bool
     custom_ops: tuple[str, ...]
     split: bool = True
-    """Cut operators on images into bands of rows, where there are several devices."""
+    """Where there are several devices: cut operators on images into bands of rows, and compute
+    operators twice."""
     schedule: Schedule | None = None
     """Of the model as it was loaded: nothing else is proposed beside one stream."""
 
@@ -50,6 +56,12 @@ class Request:
     def device(self) -> Device:
         """The first device."""
         return self.machine.devices[0]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether more operators than were loaded may be made for several devices."""
+        is_asked = self.split and self.variants and self.schedule is None
+        return is_asked and len(self.machine.devices) > 1
 
 
 def subject_of_profile(
@@ -78,6 +90,87 @@ def subject_of_profile(
     )
 
 
+def recomputed(subject: Subject, machine: Machine) -> tuple[str, Recomputation] | None:
+    """What the best schedule over several devices had better compute twice, and its policy.
+
+    None where there is no such schedule, or its simulated makespan gets hardly shorter. Operators
+    are those of the portable model: each costs what all that it was lowered to does.
+    """
+    spread = [c for c in subject.candidates if len(c.schedule.devices) > 1]
+    if not spread:
+        return None
+    best = min(spread, key=lambda candidate: candidate.predicted_us)
+    graph, cost = graph_from_model(subject.portable), _portable_cost(subject)
+    found = recompute(graph, cost, machine, best.schedule)
+    before_us = simulate(graph, cost, best.schedule).makespan_us
+    after_us = simulate(found.graph, found.cost, found.schedule).makespan_us
+    is_shorter = after_us <= (1 - _LEAST_GAIN) * before_us and found.duplicates
+    return (best.policy, found) if is_shorter else None
+
+
+def subject_of_recomputation(
+    before: Subject,
+    portable: Model,
+    lowered: Model,
+    profile: Profile,
+    policy: str,
+    found: Recomputation,
+) -> Subject:
+    """A model that computes operators twice, with the one schedule that this was found for.
+
+    Args:
+        before: What it was found in.
+        portable: The model with the copies.
+        lowered: The same lowered.
+        profile: Of that.
+        policy: Whose schedule it was.
+        found: The copies.
+    """
+    graph = graph_from_model(lowered)
+    costs = tuple(profile.cost(operator.name) for operator in graph.operators)
+    cost = replace(before.cost, operators=costs)
+    return Subject(
+        portable,
+        lowered,
+        uncontracted(graph),
+        cost,
+        (_obeyed(portable, lowered, graph, cost, policy, found.schedule),),
+        _solo_times(portable, lowered, profile),
+        portable.host_reasons,
+        found.duplicates,
+    )
+
+
+def _portable_cost(subject: Subject) -> TableCost:
+    """The costs of the portable model's operators; nothing for one that was fused away."""
+    if subject.portable.proto is subject.model.proto:
+        return subject.cost
+    origin = origins(subject.portable.proto, subject.model.proto)
+    parts: dict[str, list[int]] = {}
+    for operator, node in enumerate(subject.model.proto.graph.node):
+        if node.name in origin:
+            parts.setdefault(origin[node.name], []).append(operator)
+    sums = ContractedCost(tuple(map(tuple, parts.values())), subject.cost)
+    device = Device("cpu")  # Any: the table knows of none.
+    known = {name: sums.operator(number, device) for number, name in enumerate(parts)}
+    nodes = subject.portable.proto.graph.node
+    costs = tuple(known.get(node.name, OperatorCost(0.0)) for node in nodes)
+    return replace(subject.cost, operators=costs)
+
+
+def _obeyed(
+    portable: Model,
+    lowered: Model,
+    graph: OperatorGraph,
+    cost: TableCost,
+    policy: str,
+    schedule: Schedule,
+) -> Candidate:
+    """A schedule of the portable model as a candidate."""
+    carried = lowered_schedule(portable, lowered, schedule)
+    return Candidate(policy, schedule, carried, simulate(graph, cost, carried).makespan_us)
+
+
 def _candidates(
     portable: Model, lowered: Model, graph: OperatorGraph, cost: TableCost, request: Request
 ) -> tuple[Contraction, tuple[Candidate, ...]]:
@@ -97,9 +190,7 @@ def _candidates(
         replace(c, schedule=portable_schedule(portable, lowered, c.schedule)) for c in proposed
     ]
     if given is not None:
-        carried = lowered_schedule(portable, lowered, given)
-        predicted_us = simulate(graph, cost, carried).makespan_us
-        found.append(Candidate(request.policy, given, carried, predicted_us))
+        found.append(_obeyed(portable, lowered, graph, cost, request.policy, given))
     return contraction, tuple(found)
 
 

@@ -11,10 +11,11 @@ from onnxsched.machine import Machine
 from onnxsched.memory import too_full
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import Timeline, simulate
-from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.device import Device
 
 _DRAWING_TYPES = RANDOM_TYPES | {"Dropout"}
 """What may write something else each time."""
+_ROUNDING_US = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,7 @@ class Duplicate:
     copy: str
     """The name of the second one."""
     consumers: tuple[str, ...]
-    """Those that read from the copy then."""
-    placement: Placement
-    """Of the copy: that of the first of its consumers to be launched."""
+    """Those that read from the copy then, all on one device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def recompute(
     """Compute operators once more where their results are needed, if that is simulated shorter.
 
     Task duplication (Kruatrachue & Lewis, IEEE Software 1988) on a finished schedule: from the
-    last operator to the first, an operator that others on another device read from gets a copy
+    last operator to the first, an operator that others on another device wait for gets a copy
     there if that has its result sooner than a transfer brings it, and is kept if the makespan gets
     shorter; so it never gets longer. Only operators with one result that the caller or others
     still read are copied, none on the host, none that draws random numbers. O(candidates *
@@ -83,9 +82,9 @@ def recompute(
     """
     found = Recomputation(graph, RepeatedCost(cost, tuple(range(len(graph)))), schedule)
     timeline = simulate(graph, cost, schedule)
-    for name in [operator.name for operator in reversed(graph.operators)]:
+    for operator in reversed(range(len(graph))):
         for device in machine.devices:
-            duplicate = _promising(found, timeline, name, device)
+            duplicate = _promising(found, timeline, operator, device)
             if duplicate is None:
                 continue
             tried = with_duplicate(found, duplicate)
@@ -95,13 +94,14 @@ def recompute(
             tried_timeline = simulate(tried.graph, tried.cost, tried.schedule)
             if tried_timeline.makespan_us < timeline.makespan_us:
                 found, timeline = tried, tried_timeline
+                operator += 1  # Its copy comes before it.
     return found
 
 
 def with_duplicate(before: Recomputation, duplicate: Duplicate) -> Recomputation:
-    """The same with one more copy: it comes before its original, launched before its readers.
+    """The same with one more copy: it comes before its original.
 
-    O(n + edges).
+    It is launched before the first of its readers, on the same stream. O(n + edges).
     """
     graph = before.graph
     names = [operator.name for operator in graph.operators]
@@ -124,7 +124,7 @@ def with_duplicate(before: Recomputation, duplicate: Duplicate) -> Recomputation
     sources = before.cost.sources
     slots = [replace(s, operator=s.operator + (s.operator >= copy)) for s in before.schedule.slots]
     first = min(v for v, slot in enumerate(before.schedule.slots) if names[slot.operator] in moved)
-    slots.insert(first, Slot(copy, duplicate.placement))
+    slots.insert(first, Slot(copy, slots[first].placement))
     return Recomputation(
         OperatorGraph(operators, tuple(sorted(edges(), key=lambda edge: edge.consumer))),
         replace(before.cost, sources=(*sources[:copy], sources[copy], *sources[copy:])),
@@ -134,11 +134,10 @@ def with_duplicate(before: Recomputation, duplicate: Duplicate) -> Recomputation
 
 
 def _promising(
-    found: Recomputation, timeline: Timeline, name: str, device: Device
+    found: Recomputation, timeline: Timeline, operator: int, device: Device
 ) -> Duplicate | None:
-    """A copy of an operator on another device that has the result sooner than a transfer."""
+    """A copy on another device, waited for there, that has the result sooner than a transfer."""
     graph, cost, placement_of = found.graph, found.cost, found.schedule.placement_of
-    operator = next(v for v, o in enumerate(graph.operators) if o.name == name)
     home, node = placement_of[operator].device, graph.operators[operator]
     edges = graph.outgoing[operator]
     here = {e.consumer for e in edges if placement_of[e.consumer].device == device}
@@ -156,13 +155,14 @@ def _promising(
         for edge in graph.incoming[operator]
     )
     copy_us = max(inputs_us, default=0.0) + cost.operator(operator, device).duration_us
-    transfer_us = cost.transfer_us(edges[0].nbytes, home, device)
-    if copy_us >= timeline.finishes_us[operator] + transfer_us:
+    arrival_us = timeline.finishes_us[operator] + cost.transfer_us(edges[0].nbytes, home, device)
+    overhead_us = cost.contention.event_us + cost.contention.start_us
+    first_us = min(timeline.starts_us[v] for v in here)
+    if copy_us >= arrival_us or first_us > arrival_us + overhead_us + _ROUNDING_US:
         return None
-    first = min(here, key=found.schedule.position_of.__getitem__)
     names = {other.name for other in graph.operators}
     consumers = tuple(graph.operators[v].name for v in sorted(here))
-    return Duplicate(name, _unused(f"{name}/copy", names), consumers, placement_of[first])
+    return Duplicate(node.name, _unused(f"{node.name}/copy", names), consumers)
 
 
 def _unused(name: str, taken: set[str]) -> str:

@@ -2,18 +2,21 @@
 
 Merging siblings makes fewer and larger operators, but a longer way through the model for the
 smallest of them: whether it pays depends on the schedule, so it is tried with schedules. Bands of
-rows are more and smaller operators, which only several devices can gain from.
+rows are more and smaller operators, which only several devices can gain from. These also gain by
+computing an operator twice rather than copying its result: which ones, a schedule tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from onnxsched.bands import banded
 from onnxsched.drafting import Draft, assembled
+from onnxsched.duplication import duplicated
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import merge
+from onnxsched.recomputing import Duplicate
 from onnxsched.regions import find_bands
 from onnxsched.siblings import GraphView, find_siblings
 from onnxsched_runtime.device import Device
@@ -24,6 +27,7 @@ REWRITES: Mapping[str, Mapping[str, bool]] = {
     "merge-padded": {"is_padded": True},
 }
 """Which siblings each rewrite merges, as `find_siblings` takes it."""
+_TWICE = "twice"
 
 
 def possible_rewrites(model: Model, device: Device) -> tuple[str, ...]:
@@ -47,21 +51,32 @@ def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
     return tuple(f"{scheme}-{device_count}" for scheme in find_bands(model, device_count))
 
 
-def rewritten(model: Model, rewrite: str) -> Model:
-    """The model merged or in bands: equal within rounding, the same inputs and outputs.
+def twice(rewrite: str) -> str:
+    """The rewrite that computes operators twice after another, e.g. `bands-2+twice`."""
+    return _TWICE if rewrite == NO_REWRITE else f"{rewrite}+{_TWICE}"
+
+
+def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) -> Model:
+    """The model merged, in bands or with copies: equal within rounding, the same in- and outputs.
 
     Only standard operators are added, and the same model is always rewritten to the same nodes
     and names. O(nodes, edges and bytes of weights).
 
     Args:
         model: A portable model that is not rewritten.
-        rewrite: A name in `REWRITES`, a scheme of `find_bands` and a count of bands, or `none`.
+        rewrite: A name in `REWRITES`, a scheme of `find_bands` and a count of bands, or `none`;
+            or what `twice` makes of one of them.
+        duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:
-        KeyError: There is no such rewrite.
+        KeyError: There is no such rewrite, or no such operator to be copied.
     """
     if rewrite == NO_REWRITE:
         return model
+    before, _, last = rewrite.rpartition("+")
+    if last == _TWICE:
+        once = rewritten(model, before or NO_REWRITE)
+        return replace(duplicated(once, duplicates), rewrite=rewrite)
     scheme, _, count = rewrite.rpartition("-")
     if count.isdecimal():
         region = find_bands(model, int(count))[scheme]

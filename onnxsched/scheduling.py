@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from onnxsched.annotate import portable_refusals
 from onnxsched.checking import PlainRuns
@@ -15,8 +15,14 @@ from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import Progress, measure_profile
 from onnxsched.profiling.transfers import Transfers, measure_transfers
-from onnxsched.proposals import Request, subject_of_profile, unscheduled_subject
-from onnxsched.rewriting import possible_bands, possible_rewrites, rewritten
+from onnxsched.proposals import (
+    Request,
+    recomputed,
+    subject_of_profile,
+    subject_of_recomputation,
+    unscheduled_subject,
+)
+from onnxsched.rewriting import possible_bands, possible_rewrites, rewritten, twice
 from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.errors import DeviceError
@@ -98,6 +104,8 @@ def _subjects(
         own = profile_of(lowered)
         if lowered.form == AS_LOADED or not own.refusals:
             subjects.append(subject_of_profile(portable, lowered, own, transfers, request))
+    if request.is_split:
+        subjects += _computed_twice(model, subjects, profile_of, request)
     if not any(subject.model.form == AS_LOADED for subject in subjects):
         subjects.append(unscheduled_subject(model, default, request.machine))
     return subjects
@@ -169,15 +177,42 @@ def _raced(
 
 def _in_bands(model: Model, variant: Variant, request: Request) -> list[tuple[Model, Model]]:
     """The model in bands, portable and lowered: no race in one stream would tell their worth."""
-    if not (request.split and request.variants) or request.schedule is not None:
+    if not request.is_split:
         return []
+    names = possible_bands(model, len(request.machine.devices))
+    models = [rewritten(model, name) for name in names]
+    return [(portable, _lowered(portable, variant, request)) for portable in models]
+
+
+def _computed_twice(
+    model: Model,
+    subjects: Sequence[Subject],
+    profile_of: Callable[[Model], Profile],
+    request: Request,
+) -> list[Subject]:
+    """Forms of the model with operators computed twice, where the best schedule gains from it."""
     found = []
-    for name in possible_bands(model, len(request.machine.devices)):
-        portable = lowered = rewritten(model, name)
-        if request.device.kind == "cuda":
-            lowered = lowered_model(portable, variant, request.device, request.custom_ops)
-        found.append((portable, lowered))
+    for subject in subjects:
+        gain = recomputed(subject, request.machine)
+        if gain is None:
+            continue
+        policy, recomputation = gain
+        name = twice(subject.portable.rewrite)
+        portable = rewritten(model, name, recomputation.duplicates)
+        lowered = _lowered(portable, subject.model.variant, request)
+        own = profile_of(lowered)
+        if not own.refusals:
+            found.append(
+                subject_of_recomputation(subject, portable, lowered, own, policy, recomputation)
+            )
     return found
+
+
+def _lowered(portable: Model, variant: Variant, request: Request) -> Model:
+    """A model in another form than it was loaded in, as it is executed."""
+    if request.device.kind == "cpu":
+        return portable
+    return lowered_model(portable, variant, request.device, request.custom_ops)
 
 
 def _too_large(request: Request) -> DeviceError:

@@ -68,6 +68,8 @@ def tune(
         progress: Told what is being done.
     """
     outcomes: list[Outcome] = []
+    count = sum(len(subject.candidates) for subject in subjects)
+    are_finalists = len(machine.devices) > 1 and count <= 1 + _FINALIST_COUNT
     with Interruption() as interruption, cuda.one_graph_stream():
         start = time.monotonic()
         end, needed_s = start + _TRIALS_SHARE * budget_s, 0.0
@@ -76,6 +78,8 @@ def tune(
             is_last = number == len(subjects) - 1
             deadline = end if is_last else now + (end - now) / 2
             if needed_s > deadline - now:  # it would be prepared and not tried
+                deadline = now
+            if are_finalists:  # all of them, anyway
                 deadline = now
             trials = _Trials(subject, machine, custom_ops, deadline, interruption, progress)
             if len(machine.devices) == 1:
@@ -193,8 +197,6 @@ def _tried_in_turn(trials: _Trials) -> list[Outcome]:
     subject = trials.subject
     outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
     waiting = sorted(outcomes, key=expected)
-    if len(waiting) <= 1 + _FINALIST_COUNT:  # which are all finalists anyway
-        return waiting
     feeds = random_inputs(subject.portable.baseline, subject.portable.tensors, seed=0)
     tried: list[Outcome] = []
     while waiting and trials.is_time_left():

@@ -11,7 +11,16 @@ from onnxsched.bands import banded
 from onnxsched.regions import find_bands
 from sample_models import build
 from support.optimizing import loaded
-from tools.band_study import ROOT, SETTINGS, Setting, best_us, roofline_cost, studied, table
+from tools.band_study import (
+    ROOT,
+    SETTINGS,
+    Setting,
+    best_us,
+    gain_by_copies,
+    roofline_cost,
+    studied,
+    table,
+)
 
 RESULTS = json.loads((ROOT / "docs" / "benchmarks" / "band-study.json").read_text())["results"]
 
@@ -36,15 +45,20 @@ def test_a_setting_is_studied_whole_and_in_bands() -> None:
     assert found["schemes"]["bands"]["operators"] > 0
     for entry in (found["whole_us"], *(scheme["us"] for scheme in found["schemes"].values())):
         others = [us for name, us in entry.items() if name not in ("copies", "twice")]
-        assert entry["twice"] <= min(others)
-    assert "| googlenet 96 | 2 |" in table([found])
+        assert entry.get("copies", 0) or entry.get("twice", others[0]) in others
+        assert best_us(entry) <= min(others)
+    assert "| googlenet 96 | 2 | NVLink |" in table([found])
 
 
 def test_large_images_gain_from_bands_and_small_ones_do_not() -> None:
-    assert [(r["model"], r["image"], r["device_count"]) for r in RESULTS] == [
-        (s.model, s.image, s.device_count) for s in SETTINGS
+    assert [(r["model"], r["image"], r["device_count"], r["link"]) for r in RESULTS] == [
+        (s.model, s.image, s.device_count, s.link) for s in SETTINGS
     ]
-    of = {(r["image"], r["device_count"]): r for r in RESULTS if r["model"] == "inception_v3"}
+    of = {
+        (r["image"], r["device_count"]): r
+        for r in RESULTS
+        if (r["model"], r["link"]) == ("inception_v3", "NVLink")
+    }
     gain = {
         key: best_us(r["whole_us"]) / best_us(r["schemes"]["bands"]["us"]) for key, r in of.items()
     }
@@ -52,6 +66,20 @@ def test_large_images_gain_from_bands_and_small_ones_do_not() -> None:
     one_us = best_us(of[2048, 2]["one_device_us"])
     assert one_us == pytest.approx(7930, rel=0.05)  # as measured on an H200
     assert one_us / best_us(of[2048, 2]["schemes"]["bands"]["us"]) > 1.6
+
+
+def test_computing_twice_brings_little_but_for_slow_links() -> None:
+    gains = {
+        (r["model"], r["link"], scheme): gain_by_copies(us)
+        for r in RESULTS
+        for scheme, us in (
+            ("whole", r["whole_us"]),
+            *((scheme, entry["us"]) for scheme, entry in r["schemes"].items()),
+        )
+    }
+    assert max(gain for (_, link, _), gain in gains.items() if link == "NVLink") < 0.03
+    assert gains["googlenet", "PCIe", "bands-prefix"] > 0.05
+    assert gains["inception_v3", "host", "bands-prefix"] > 0.02
 
 
 def test_the_page_holds_the_table_of_the_committed_results() -> None:

@@ -5,7 +5,8 @@
 Sample models at several image sizes are scheduled on one device, on several, and on several in
 bands. Durations are not measured but a roofline's, for whole images as for bands; its rates are
 chosen so that the best schedule of Inception-v3 at 2048x2048 on one device takes about what it
-was measured to take on an H200. Writes `band-study.json` and prints a table. No GPU is needed.
+was measured to take on an H200. Copies are those of two H200s, or assumed where `LINKS` says so.
+Writes `band-study.json` and prints a table. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from onnxsched.regions import BandRegion, find_bands
 from onnxsched.schedule import check_schedule
 from onnxsched.seeding import band_schedule
 from onnxsched.simulate import simulate
+from onnxsched.transfer import NVLINK, TransferCurve
 from onnxsched_runtime.device import Device
 from sample_models import build
 
@@ -49,6 +51,12 @@ LEAST_US = 2.0
 SM_ELEMENTS = 4096
 """Of a result, for each multiprocessor that an operator covers."""
 SM_COUNT = 132
+LINKS = {
+    "NVLink": NVLINK,
+    "PCIe": TransferCurve(((4 << 10, 12.0), (1 << 20, 54.0), (16 << 20, 680.0)), is_peer=True),
+    "host": TransferCurve(((4 << 10, 25.0), (1 << 20, 130.0), (16 << 20, 1700.0)), is_peer=False),
+}
+"""Copies as measured, at 25 GB/s, and through the host at 10 GB/s; the last two are assumed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Setting:
     model: str
     image: int
     device_count: int = 2
+    link: str = "NVLink"
 
 
 SETTINGS = (
@@ -68,6 +77,9 @@ SETTINGS = (
     Setting("inception_v3", 2048, 4),
     Setting("googlenet", 2048),
     Setting("nasnet_large", 1024),
+    Setting("googlenet", 1024, link="PCIe"),
+    Setting("inception_v3", 1024, link="PCIe"),
+    Setting("inception_v3", 1024, link="host"),
 )
 
 
@@ -101,12 +113,14 @@ def _cost(
     return OperatorCost(duration_us, bound, sm_share=share)
 
 
-def predicted(model: Model, device_count: int) -> dict[str, float]:
-    """The makespan of each policy's schedule, of the one for bands, and of the best with copies.
+def predicted(model: Model, device_count: int, link: str) -> dict[str, float]:
+    """The makespan of each policy's schedule, and of the one for bands.
 
-    `copies` is how many operators that one computes twice.
+    And of the best of them that uses several devices, with what it had better compute `twice`;
+    `copies` is how many operators that are.
     """
-    graph, cost = graph_from_model(model), roofline_cost(model)
+    graph = graph_from_model(model)
+    cost = replace(roofline_cost(model), unmeasured=LINKS[link])
     machine = Machine(tuple(Device("cuda", n) for n in range(device_count)), STREAM_COUNT)
     chains = contract_chains(graph)
     chain_cost = contract_cost(chains, cost)
@@ -121,9 +135,11 @@ def predicted(model: Model, device_count: int) -> dict[str, float]:
     for name, schedule in schedules.items():
         check_schedule(graph, machine, schedule)
         found[name] = simulate(graph, cost, schedule).makespan_us
-    best = recompute(graph, cost, machine, schedules[min(found, key=found.__getitem__)])
-    found["twice"] = simulate(best.graph, best.cost, best.schedule).makespan_us
-    found["copies"] = len(best.duplicates)
+    spread = [name for name, schedule in schedules.items() if len(schedule.devices) > 1]
+    if spread:
+        best = recompute(graph, cost, machine, schedules[min(spread, key=found.__getitem__)])
+        found["twice"] = simulate(best.graph, best.cost, best.schedule).makespan_us
+        found["copies"] = len(best.duplicates)
     return {name: round(number, 1) for name, number in found.items()}
 
 
@@ -135,12 +151,14 @@ def studied(setting: Setting) -> dict[str, Any]:
         model = load_model(path, Device("cpu"))
     return {
         **asdict(setting),
-        "one_device_us": predicted(model, 1),
-        "whole_us": predicted(model, setting.device_count),
+        "one_device_us": predicted(model, 1, setting.link),
+        "whole_us": predicted(model, setting.device_count, setting.link),
         "schemes": {
             scheme: {
                 **_described(region),
-                "us": predicted(banded(model, region.groups, region.count), region.count),
+                "us": predicted(
+                    banded(model, region.groups, region.count), region.count, setting.link
+                ),
             }
             for scheme, region in find_bands(model, setting.device_count).items()
         },
@@ -163,21 +181,31 @@ def best_us(entry: Mapping[str, float]) -> float:
     return min(us for name, us in entry.items() if name != "copies")
 
 
+def gain_by_copies(entry: Mapping[str, float]) -> float:
+    """By how much of itself the shortest prediction shrinks where operators are computed twice."""
+    once_us = best_us({name: us for name, us in entry.items() if name != "twice"})
+    return 1 - best_us(entry) / once_us
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Speed-ups over the best schedule on one device in Markdown."""
     return "\n".join(_lines(results))
 
 
 def _lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "| model | devices | one device, us | whole | scheme | groups | done twice | in bands |"
-    yield "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"
+    yield (
+        "| model | devices | link | one device, us | whole | by copies | scheme | groups "
+        "| done twice | in bands | by copies |"
+    )
+    yield "| --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |"
     for r in results:
         one_us = best_us(r["one_device_us"])
         for scheme, entry in r["schemes"].items():
             yield (
-                f"| {r['model']} {r['image']} | {r['device_count']} | {one_us:.0f} "
-                f"| {one_us / best_us(r['whole_us']):.2f} | {scheme} | {entry['groups']} "
-                f"| {entry['overhead']:.1%} | {one_us / best_us(entry['us']):.2f} |"
+                f"| {r['model']} {r['image']} | {r['device_count']} | {r['link']} | {one_us:.0f} "
+                f"| {one_us / best_us(r['whole_us']):.2f} | {gain_by_copies(r['whole_us']):.1%} "
+                f"| {scheme} | {entry['groups']} | {entry['overhead']:.1%} "
+                f"| {one_us / best_us(entry['us']):.2f} | {gain_by_copies(entry['us']):.1%} |"
             )
 
 

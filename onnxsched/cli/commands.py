@@ -55,7 +55,11 @@ def optimize(
         ),
     ] = False,
     no_split: Annotated[
-        bool, typer.Option("--no-split", help="Cut no operators into rows for several devices.")
+        bool,
+        typer.Option(
+            "--no-split",
+            help="Neither cut operators into rows for several devices nor compute any twice.",
+        ),
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,

@@ -36,6 +36,8 @@ _UNPORTABLE_FUSIONS = ["BiasSoftmaxFusion", "ConvAddActivationFusion"]
 
 _BIAS_FUSION = "MatMulAddFusion"
 """Makes a Gemm of MatMul and bias. Left alone, later fusions take the bias in for nothing."""
+_COPY_REMOVAL = "CommonSubexpressionElimination"
+"""Would make one of operators that are computed on several devices."""
 
 
 class OrtSession:
@@ -160,7 +162,8 @@ def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) ->
     """Let ORT make every optimization for a GPU and a variant, and save the result.
 
     But for the one that makes a Gemm of a MatMul and an Add: it has as many kernels, and the
-    Reshapes that it adds are copies where a stream ends.
+    Reshapes that it adds are copies where a stream ends. And operators that compute the same stay
+    apart: those that nobody wanted twice are gone since `optimize_file`.
 
     Raises:
         DeviceError: The CUDA provider does not load.
@@ -170,7 +173,8 @@ def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) ->
     _save_optimized(options, target)
     _add_weights(options, source)
     with ExitStack() as streams:
-        _create(source, options, settings, streams, disabled_optimizers=[_BIAS_FUSION])
+        disabled = [_BIAS_FUSION, _COPY_REMOVAL]
+        _create(source, options, settings, streams, disabled_optimizers=disabled)
 
 
 def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:

@@ -14,11 +14,12 @@ from onnxsched.candidates import Candidate
 from onnxsched.contraction import Contraction
 from onnxsched.cost import TableCost
 from onnxsched.decision import Decision, decide, recall, remember
-from onnxsched.graph import Weight
+from onnxsched.graph import OperatorGraph, Weight
 from onnxsched.loading import Model
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject
 from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
@@ -128,8 +129,8 @@ def decision() -> Decision:
 
 def test_a_decision_is_remembered(cache: MeasurementCache, decision: Decision) -> None:
     remember(cache, "key", decision, MACHINE.devices)
-    assert recall(cache, "key", lambda _: DIAMOND, MACHINE) == decision
-    assert recall(cache, "another", lambda _: DIAMOND, MACHINE) is None
+    assert recall(cache, "key", lambda *_: DIAMOND, MACHINE) == decision
+    assert recall(cache, "another", lambda *_: DIAMOND, MACHINE) is None
 
 
 def test_it_is_recalled_for_the_graph_that_its_rewrite_makes(
@@ -138,18 +139,40 @@ def test_it_is_recalled_for_the_graph_that_its_rewrite_makes(
     kept = replace(decision, rewrite="merge")
     remember(cache, "key", kept, MACHINE.devices)
     graphs = {"merge": DIAMOND, "none": graph_of(3, [])}
-    assert recall(cache, "key", graphs.__getitem__, MACHINE) == kept
+
+    def made(rewrite: str, _: object) -> OperatorGraph:
+        return graphs[rewrite]
+
+    assert recall(cache, "key", made, MACHINE) == kept
     remember(cache, "key", decision, MACHINE.devices)
-    assert recall(cache, "key", graphs.__getitem__, MACHINE) is None
+    assert recall(cache, "key", made, MACHINE) is None
     remember(cache, "key", replace(decision, rewrite="melt"), MACHINE.devices)
-    assert recall(cache, "key", graphs.__getitem__, MACHINE) is None
+    assert recall(cache, "key", made, MACHINE) is None
+
+
+def test_what_is_computed_twice_is_part_of_it(cache: MeasurementCache, decision: Decision) -> None:
+    duplicates = (Duplicate("a", "a/copy", ("b", "c")), Duplicate("d", "d/copy", ("a/copy",)))
+    kept = replace(decision, rewrite="twice", duplicates=duplicates)
+    remember(cache, "key", kept, MACHINE.devices)
+    asked: list[object] = []
+
+    def made(*form: object) -> OperatorGraph:
+        asked.append(form)
+        return DIAMOND
+
+    assert recall(cache, "key", made, MACHINE) == kept
+    assert asked == [("twice", duplicates)]
+    other = replace(subject(rewrite="twice"), duplicates=duplicates)
+    fast = replace(FAST, form=(DEFAULT_VARIANT, "twice"))
+    assert decide([fast, SEQUENTIAL], [subject(), other], "auto").duplicates == duplicates
+    assert decide([SEQUENTIAL, fast], [subject(), other], "auto").duplicates == ()
 
 
 def test_it_is_recalled_for_the_device_that_is_asked_for(
     cache: MeasurementCache, decision: Decision
 ) -> None:
     remember(cache, "key", decision, MACHINE.devices)
-    recalled = recall(cache, "key", lambda _: DIAMOND, Machine((Device("cuda", 1),), 2))
+    recalled = recall(cache, "key", lambda *_: DIAMOND, Machine((Device("cuda", 1),), 2))
     assert recalled is not None
     devices = {placement.device for placement in recalled.schedule.placement_of.values()}
     assert devices == {Device("cuda", 1)}
@@ -164,14 +187,14 @@ def test_devices_and_streams_are_kept_and_a_device_that_is_too_full_is_not_used(
     spread = replace(decision, schedule=schedule, sequential_us=None)
     machine = Machine((one, other), 1)
     remember(cache, "key", spread, machine.devices)
-    assert recall(cache, "key", lambda _: DIAMOND, machine) == spread
+    assert recall(cache, "key", lambda *_: DIAMOND, machine) == spread
     full = replace(machine, memory_nbytes={other: 1})
     weighty = replace(
         DIAMOND,
         operators=tuple(replace(o, weights=(Weight("w", 2),)) for o in DIAMOND.operators),
     )
-    assert recall(cache, "key", lambda _: weighty, machine) == spread
-    assert recall(cache, "key", lambda _: weighty, full) is None
+    assert recall(cache, "key", lambda *_: weighty, machine) == spread
+    assert recall(cache, "key", lambda *_: weighty, full) is None
 
 
 def test_where_no_device_alone_has_room_there_is_nothing_to_compare_with() -> None:
@@ -191,7 +214,7 @@ def test_a_decision_for_another_graph_is_ignored(
     cache: MeasurementCache, decision: Decision, graph: Any
 ) -> None:
     remember(cache, "key", decision, MACHINE.devices)
-    assert recall(cache, "key", lambda _: graph, MACHINE) is None
+    assert recall(cache, "key", lambda *_: graph, MACHINE) is None
 
 
 @pytest.mark.parametrize(
@@ -210,6 +233,8 @@ def test_a_decision_for_another_graph_is_ignored(
         lambda content: content.update(alternatives=None),
         lambda content: content.pop("policy"),
         lambda content: content.pop("rewrite"),
+        lambda content: content.pop("duplicates"),
+        lambda content: content.update(duplicates=[["operator_0", "copy"]]),
     ],
 )
 def test_a_damaged_decision_is_ignored(
@@ -219,4 +244,4 @@ def test_a_damaged_decision_is_ignored(
     content = cache.read("key")
     damage(content)
     cache.write("key", content)
-    assert recall(cache, "key", lambda _: DIAMOND, MACHINE) is None
+    assert recall(cache, "key", lambda *_: DIAMOND, MACHINE) is None

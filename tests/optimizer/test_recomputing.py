@@ -56,7 +56,10 @@ def assert_equivalent(before: Scheduled, after: Recomputation) -> None:
         assert after.cost.operator(operator, DEVICES[0]) == cost.operators[source]
         placement = after.schedule.placement_of[operator]
         if names[operator] in copies:
-            assert placement == copies[names[operator]].placement
+            readers = {edge.consumer for edge in after.graph.outgoing[operator]}
+            assert {names[v] for v in readers} == set(copies[names[operator]].consumers)
+            first = min(readers, key=after.schedule.position_of.__getitem__)
+            assert placement == after.schedule.placement_of[first]
             assert placement.device != schedule.placement_of[source].device
             assert after.graph.outgoing[operator]
         else:
@@ -92,7 +95,8 @@ def test_a_short_operator_is_computed_where_its_result_is_needed() -> None:
     [duplicate] = found.duplicates
     assert (duplicate.operator, duplicate.copy) == ("short", "short/copy")
     assert duplicate.consumers == ("operator_2",)
-    assert duplicate.placement == machine.placements[1]
+    copy = [operator.name for operator in found.graph.operators].index("short/copy")
+    assert found.schedule.placement_of[copy] == machine.placements[1]
     assert simulate(found.graph, found.cost, found.schedule).makespan_us == 21
 
 

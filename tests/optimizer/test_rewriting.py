@@ -14,14 +14,18 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from onnxsched import regions
-from onnxsched.loading import Model
-from onnxsched.rewriting import REWRITES, possible_bands, possible_rewrites, rewritten
+from onnxsched.loading import Model, graph_from_model
+from onnxsched.machine import Machine
+from onnxsched.recomputing import Duplicate, recompute
+from onnxsched.rewriting import REWRITES, possible_bands, possible_rewrites, rewritten, twice
+from onnxsched.schedule import Schedule, Slot
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime import session
 from sample_models import build
+from support.graphs import durations, linear
 from support.models import CPU, MODELS, Array, feeds_for, reference, weight
 from support.optimizing import as_it_is, assert_close, loaded, parsed
-from support.strategies import GPU
+from support.strategies import DEVICES, GPU
 
 ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
     "googlenet": (
@@ -273,6 +277,34 @@ def test_products_of_one_tensor_reshaped_several_times_are_siblings() -> None:
          "u": weight(3, 5), "v": weight(3, 2), "w": weight(1, 1), "i": weight(5)},
     )  # fmt: skip
     assert change(model, tried(model)["merge"]) == {"Reshape": -1, "Gemm": -1, "Split": 1}
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "name"),
+    [("none", "twice"), ("merge", "merge+twice"), ("bands-2", "bands-2+twice")],
+)
+def test_operators_are_there_twice_after_any_rewrite(
+    rewrite: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regions, "_LEAST_ROWS", 4)
+    model = loaded(build("googlenet", image=128), tmp_path)
+    once = rewritten(model, rewrite)
+    graph, machine = graph_from_model(once), Machine(DEVICES[:2], 1)
+    slots = tuple(Slot(v, machine.placements[v // 5 % 2]) for v in range(len(graph)))
+    costs = durations(*[1.0] * len(graph), unmeasured=linear(20.0, 1024.0))
+    found = recompute(graph, costs, machine, Schedule(slots))
+    assert found.duplicates
+    assert twice(rewrite) == name
+    result = rewritten(model, name, found.duplicates)
+    assert result.rewrite == name
+    assert result.proto == rewritten(model, name, found.duplicates).proto
+    assert graph_from_model(result).operators == found.graph.operators
+    assert_well_formed(result)
+    feeds = feeds_for(model.proto)
+    assert_close(reference(result.proto, feeds), reference(once.proto, feeds))
+    stranger = Duplicate("stranger", "stranger/copy", ())
+    with pytest.raises(KeyError):
+        rewritten(model, name, [stranger])
 
 
 def test_what_ends_a_branch_stays_in_the_inner_merge() -> None:

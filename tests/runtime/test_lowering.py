@@ -268,6 +268,21 @@ def test_ort_lowers_a_whole_model_and_types_what_is_between() -> None:
         assert all(lowered.tensors[tensor].is_static for tensor in node.output if tensor)
 
 
+def test_operators_that_compute_the_same_stay_apart_and_where_they_are() -> None:
+    model = models.model_of(
+        """(float[1,3,6,6] x) => (float[1,2,6,6] y) {
+            a = Relu(x)  b = Relu(x)  c = Conv(a, w)  d = Conv(b, w)  y = Add(c, d)
+        }""",
+        w=models.weight(2, 3, 1, 1),
+    )
+    lowered = lowered_on_the_cpu(model).model
+    assert [node.op_type for node in lowered.graph.node].count("Relu") == 2
+    names = [node.name for node in model.graph.node]
+    placements = {name: stream(number) for number, name in enumerate(names)}
+    carried = to_lowered(placements, model, lowered)
+    assert {carried[name] for name in names[:2]} == {stream(0), stream(1)}
+
+
 def test_a_lowered_model_runs_by_the_schedule_of_the_portable_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
