@@ -12,7 +12,8 @@ from typing import Any
 
 import typer
 
-from onnxsched.cli.commands import app
+from onnxsched.cli import commands, files  # noqa: F401 - each adds its commands
+from onnxsched.cli.app import app
 from onnxsched_runtime.errors import OnnxschedError
 
 _UsageMistake: Any = typer.BadParameter.__mro__[2]

@@ -1,4 +1,4 @@
-"""The commands. Each parses its options, calls one function, and prints what came back."""
+"""The commands that run models: each parses, calls one function, and prints what came back."""
 
 from __future__ import annotations
 
@@ -9,28 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from onnxsched.cli import render
+from onnxsched.cli.app import CustomOps, Json, Model, Output, app
 from onnxsched_runtime.errors import NumericsError, SlowerError, UsageError
-
-app = typer.Typer(
-    help="Schedule the operators of an ONNX model over CUDA streams, and run the schedule.",
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-_Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model written by optimize.")]
-_Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the model.")]
-_Json = Annotated[
-    str | None, typer.Option("--json", help="Write JSON to a file, or - for stdout.")
-]
-_CustomOps = Annotated[
-    list[Path] | None, typer.Option("--custom-ops", help="A library of custom operators.")
-]
 
 
 @app.command()
 def optimize(
     model: Annotated[Path, typer.Argument(metavar="IN", help="An ONNX model.")],
-    output: _Output,
+    output: Output,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda:INDEX, or several: cuda:0,cuda:1.")
     ] = "auto",
@@ -63,11 +49,11 @@ def optimize(
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,
-    custom_ops: _CustomOps = None,
+    custom_ops: CustomOps = None,
     seed: Annotated[
         int, typer.Option(help="Of the inputs that outputs are checked on.", min=0)
     ] = 0,
-    json_to: _Json = None,
+    json_to: Json = None,
 ) -> None:
     """Measure a model on this machine, schedule it, and write it annotated.
 
@@ -104,7 +90,7 @@ def optimize(
 
 @app.command()
 def bench(
-    model: _Model,
+    model: Model,
     against: Annotated[
         str, typer.Option(help="Arms, comma-separated: ort,ort-graph,sequential,schedule-ort.")
     ] = "",
@@ -114,14 +100,14 @@ def bench(
     warmup: Annotated[float, typer.Option(help="Milliseconds before measuring, an arm.")] = 200.0,
     duration: Annotated[float, typer.Option(help="Seconds to measure, at least.")] = 3.0,
     iterations: Annotated[int, typer.Option(help="Samples of each arm, at least.", min=1)] = 100,
-    custom_ops: _CustomOps = None,
+    custom_ops: CustomOps = None,
     fail_under: Annotated[
         float | None, typer.Option(help="Exit 6 if less than this many times faster than ORT.")
     ] = None,
     throughput: Annotated[
         bool, typer.Option(help="Instead: requests a second, with more and more in flight.")
     ] = False,
-    json_to: _Json = None,
+    json_to: Json = None,
 ) -> None:
     """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
     from onnxsched.benchmark import bench as run
@@ -172,7 +158,7 @@ def _bench_throughput(
 
 @app.command(name="run")
 def run_model(
-    model: _Model,
+    model: Model,
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="NAME=FILE.npy; random where not given.")
     ] = None,
@@ -180,7 +166,7 @@ def run_model(
         Path | None, typer.Option(help="A folder for the outputs, one .npy each.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random inputs.", min=0)] = 0,
-    custom_ops: _CustomOps = None,
+    custom_ops: CustomOps = None,
 ) -> None:
     """Run the schedule once."""
     from onnxsched.running import run_files
@@ -207,8 +193,8 @@ def verify(
     runs: Annotated[int, typer.Option(help="How many different inputs.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of the first input.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where models without a schedule run.")] = "auto",
-    custom_ops: _CustomOps = None,
-    json_to: _Json = None,
+    custom_ops: CustomOps = None,
+    json_to: Json = None,
 ) -> None:
     """Compare what two models compute, scheduled or plain."""
     from onnxsched.comparison import Tolerances
@@ -256,80 +242,3 @@ def _tolerances(option: str, texts: list[str]) -> tuple[float | None, dict[str, 
         else:
             common = value
     return common, named
-
-
-@app.command()
-def inspect(
-    model: _Model,
-    schedule: Annotated[
-        Path | None, typer.Option(help="Write the schedule alone to a JSON file.")
-    ] = None,
-    json_to: _Json = None,
-) -> None:
-    """Show the schedule: streams, segments, and why what is not captured is not."""
-    from onnxsched.inspection import inspect_model
-    from onnxsched.schedule_file import placements_to_json
-
-    if schedule is not None and schedule.absolute() == model.absolute():
-        raise UsageError(f"--schedule {schedule} is the model's own file; give another.")
-    found = inspect_model(model)
-    if schedule is not None:
-        render.write_json(schedule, placements_to_json(found.annotation.placements))
-    render.emit(json_to, found.to_json(), lambda: render.inspection(found))
-
-
-@app.command()
-def strip(
-    model: Annotated[Path, typer.Argument(metavar="IN", help="An annotated model.")],
-    output: _Output,
-) -> None:
-    """Remove the schedule from a model."""
-    from onnxsched_runtime.annotation import strip_annotation
-    from onnxsched_runtime.model import read_model, write_model
-
-    content = read_model(model)
-    removed = strip_annotation(content)
-    write_model(content, output)
-    what = "Removed the schedule" if removed else "There was no schedule to remove"
-    typer.echo(f"{what}; wrote {output}.")
-
-
-@app.command()
-def restore(
-    model: Annotated[Path, typer.Argument(metavar="IN", help="A model that lost node keys.")],
-    output: _Output,
-) -> None:
-    """Write node keys that another tool dropped back, from the model's own copy."""
-    from onnxsched_runtime.annotation import restore_annotation
-    from onnxsched_runtime.model import read_model, write_model
-
-    content = read_model(model)
-    count = restore_annotation(content)
-    write_model(content, output)
-    typer.echo(f"Restored the keys of {count} nodes; wrote {output}.")
-
-
-@app.command()
-def doctor(json_to: _Json = None) -> None:
-    """Say what this machine has, and whether models can be scheduled on its GPU."""
-    from onnxsched.doctor import diagnose
-
-    found = diagnose()
-    render.emit(json_to, found.to_json(), lambda: render.diagnosis(found))
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        from onnxsched.environment import version
-
-        typer.echo(version())
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
-    ] = False,
-) -> None:
-    """Schedule the operators of an ONNX model over CUDA streams, and run the schedule."""

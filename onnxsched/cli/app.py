@@ -1,0 +1,38 @@
+"""The application that commands are added to, and the options that several have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Schedule the operators of an ONNX model over CUDA streams, and run the schedule.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model written by optimize.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the model.")]
+Json = Annotated[str | None, typer.Option("--json", help="Write JSON to a file, or - for stdout.")]
+CustomOps = Annotated[
+    list[Path] | None, typer.Option("--custom-ops", help="A library of custom operators.")
+]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from onnxsched.environment import version
+
+        typer.echo(version())
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Schedule the operators of an ONNX model over CUDA streams, and run the schedule."""

@@ -1,0 +1,72 @@
+"""The commands that look at files and at the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onnxsched.cli import render
+from onnxsched.cli.app import Json, Model, Output, app
+from onnxsched_runtime.errors import UsageError
+
+
+@app.command()
+def inspect(
+    model: Model,
+    schedule: Annotated[
+        Path | None, typer.Option(help="Write the schedule alone to a JSON file.")
+    ] = None,
+    json_to: Json = None,
+) -> None:
+    """Show the schedule: streams, segments, and why what is not captured is not."""
+    from onnxsched.inspection import inspect_model
+    from onnxsched.schedule_file import placements_to_json
+
+    if schedule is not None and schedule.absolute() == model.absolute():
+        raise UsageError(f"--schedule {schedule} is the model's own file; give another.")
+    found = inspect_model(model)
+    if schedule is not None:
+        render.write_json(schedule, placements_to_json(found.annotation.placements))
+    render.emit(json_to, found.to_json(), lambda: render.inspection(found))
+
+
+@app.command()
+def strip(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="An annotated model.")],
+    output: Output,
+) -> None:
+    """Remove the schedule from a model."""
+    from onnxsched_runtime.annotation import strip_annotation
+    from onnxsched_runtime.model import read_model, write_model
+
+    content = read_model(model)
+    removed = strip_annotation(content)
+    write_model(content, output)
+    what = "Removed the schedule" if removed else "There was no schedule to remove"
+    typer.echo(f"{what}; wrote {output}.")
+
+
+@app.command()
+def restore(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="A model that lost node keys.")],
+    output: Output,
+) -> None:
+    """Write node keys that another tool dropped back, from the model's own copy."""
+    from onnxsched_runtime.annotation import restore_annotation
+    from onnxsched_runtime.model import read_model, write_model
+
+    content = read_model(model)
+    count = restore_annotation(content)
+    write_model(content, output)
+    typer.echo(f"Restored the keys of {count} nodes; wrote {output}.")
+
+
+@app.command()
+def doctor(json_to: Json = None) -> None:
+    """Say what this machine has, and whether models can be scheduled on its GPU."""
+    from onnxsched.doctor import diagnose
+
+    found = diagnose()
+    render.emit(json_to, found.to_json(), lambda: render.diagnosis(found))
