@@ -16,6 +16,8 @@ from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import measure_profile
 from onnxsched.racing import time_runs_us
+from onnxsched.throughput import ARMS as THROUGHPUT_ARMS
+from onnxsched.throughput import COPIES, measure_throughput
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.cuda import Stream
 from onnxsched_runtime.device import Device
@@ -72,9 +74,23 @@ def test_bench_measures_every_arm_the_same_way(
     }
     rounds = {len(arm.device_us) for arm in result.arms}
     assert len(rounds) == 1
+    weights_nbytes = 4_900_000
+    assert all((arm.memory_nbytes or 0) > weights_nbytes for arm in result.arms)
     assert result.rival == "ort-graph"
     assert result.ratio_to("ort").value > 1
     assert 0.9 < result.ratio_to("schedule").value < 1.1
+
+
+def test_several_requests_in_flight_are_served_by_copies(
+    zoo: Callable[[str], Path], cache_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.onnx"
+    onnxsched.optimize(zoo("squeezenet"), target, cache_dir=cache_dir, budget_s=4.0)
+    found = measure_throughput(target, duration_s=0.2)
+    loads = {(load.arm, load.in_flight): load for load in found.loads}
+    assert loads.keys() == {(arm, count) for arm in THROUGHPUT_ARMS for count in COPIES}
+    assert all(load.requests_per_s * 0.2 > 20 for load in found.loads)
+    assert found.best.in_flight > 1
 
 
 def test_streams_are_never_aliased() -> None:
