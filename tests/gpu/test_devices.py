@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +15,12 @@ import pytest
 import onnxsched
 from onnxsched.inputs import random_inputs
 from onnxsched_runtime import cuda
-from onnxsched_runtime.annotation import Annotation, read_annotation
+from onnxsched_runtime.annotation import Annotation, read_annotation, write_annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError
 from onnxsched_runtime.executors.streams import StreamExecutor
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import read_model
+from onnxsched_runtime.model import read_model, write_model
 
 pytestmark = pytest.mark.skipif(cuda.device_count() < 2, reason="needs two GPUs")
 _NAMES = ["googlenet", "deepfm", "bert"]
@@ -85,6 +88,45 @@ def test_it_is_one_graph_over_both(scheduled: Callable[[str], Path]) -> None:
         assert session.executor.is_one_piece
         assert session.executor.graph_count == 1
         assert len(session.plan.devices) == 2
+
+
+_WITHOUT_PEERS = """
+import sys
+import numpy as np
+import onnxsched
+from onnxsched.inputs import random_inputs
+from onnxsched_runtime import cuda
+from onnxsched_runtime.annotation import read_annotation
+from onnxsched_runtime.model import read_model, write_model
+
+cuda.enable_peer_access = lambda devices: None
+model = read_model(sys.argv[1])
+tensors = read_annotation(model).tensors
+with onnxsched.load(sys.argv[1]) as one, onnxsched.load(sys.argv[2]) as two:
+    assert (two.capture, two.refusal, two.executor.graph_count) == ("whole", None, 1), two.refusal
+    for seed in range(5):
+        feeds = random_inputs(model, tensors, seed)
+        for a, b in zip(two.run(None, feeds), one.run(None, feeds), strict=True):
+            np.testing.assert_array_equal(a, b)
+"""
+
+
+def test_without_peer_access_copies_go_through_the_host_in_one_graph(
+    scheduled: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one, two = scheduled("googlenet"), tmp_path / "two.onnx"
+    model = read_model(one)
+    write_annotation(model, _over_two(read_annotation(model), period=7))
+    write_model(model, two)
+    ended = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_PEERS, str(one), str(two)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 def test_a_schedule_moves_to_the_other_gpu(scheduled: Callable[[str], Path]) -> None:
