@@ -25,7 +25,9 @@ def measure_finalists(
     deadline: float,
     progress: Progress,
 ) -> list[Outcome]:
-    """Race the finalists that can be built by a deadline, two of them whenever that is.
+    """Race the finalists that can be built by a deadline, whenever that is the first two.
+
+    Over several devices the first three, of which one is on a single device.
 
     Where memory is limited, those that can be held at the same time.
     """
@@ -34,7 +36,7 @@ def measure_finalists(
     with ExitStack() as stack:
         built: list[tuple[Outcome, Session]] = []
         for number, outcome in enumerate(finalists):
-            if len(built) > 1 and time.monotonic() > deadline:
+            if len(built) > min(len(machine.devices), 2) and time.monotonic() > deadline:
                 break
             progress("building finalists", number, len(finalists))
             try:

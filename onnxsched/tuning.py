@@ -86,10 +86,13 @@ def tune(
                 tried, needed_s = _tried(trials, is_refined)
                 outcomes += tried
                 continue
-            if not number and machine.devices[0].kind == "cuda":
-                alone, trials = _on_first_device(trials)
-                outcomes += _tried(alone, is_refined)[0]
-            outcomes += _tried_in_turn(trials)
+            is_gpu = machine.devices[0].kind == "cuda"
+            if number or not is_gpu or subject.model.host_reasons:
+                outcomes += _tried_in_turn(trials)
+                continue
+            alone, spread = _on_first_device(trials)
+            outcomes += _tried_in_turn(spread)
+            outcomes += _tried(alone, is_refined)[0]
         ranked = sorted(outcomes, key=expected)
         measured = measure_finalists(
             subjects,
@@ -142,18 +145,18 @@ class _Trials:
 
 
 def _on_first_device(trials: _Trials) -> tuple[_Trials, _Trials]:
-    """The trials of schedules that use the first device only, in half the time, and the others."""
+    """The trials of schedules that use the first device only, and in half the time the others."""
     machine = replace(trials.machine, devices=trials.machine.devices[:1])
     subject, now = trials.subject, time.monotonic()
     alone = [c for c in subject.candidates if c.schedule.devices == machine.devices]
     spread = [c for c in subject.candidates if c.schedule.devices != machine.devices]
-    first = replace(
+    first = replace(trials, subject=replace(subject, candidates=tuple(alone)), machine=machine)
+    others = replace(
         trials,
-        subject=replace(subject, candidates=tuple(alone)),
-        machine=machine,
+        subject=replace(subject, candidates=tuple(spread)),
         deadline=now + (trials.deadline - now) / 2,
     )
-    return first, replace(trials, subject=replace(subject, candidates=tuple(spread)))
+    return first, others
 
 
 def _tried(trials: _Trials, is_refined: bool) -> tuple[list[Outcome], float]:
@@ -170,10 +173,10 @@ def _tried(trials: _Trials, is_refined: bool) -> tuple[list[Outcome], float]:
     if not is_possible or len(tried) <= 2 or not trials.is_time_left():
         return tried, 0.0
     trials.progress("preparing trials", 0, len(tried))
-    start = time.monotonic()
-    with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
-        needed_s = time.monotonic() - start
-        try:
+    start, needed_s = time.monotonic(), 0.0
+    try:
+        with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
+            needed_s = time.monotonic() - start
             for index, outcome in enumerate(tried):
                 if not trials.is_time_left():
                     return tried, needed_s
@@ -184,8 +187,11 @@ def _tried(trials: _Trials, is_refined: bool) -> tuple[list[Outcome], float]:
             tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
             if is_refined and trials.is_time_left():
                 tried += _searched(trials, cost, tried, runner)
-        except CaptureError:
-            pass
+    except CaptureError:
+        pass
+    except OnnxschedError:  # chains need more memory than schedules
+        if not trials.machine.is_limited:
+            raise
     return tried, needed_s
 
 

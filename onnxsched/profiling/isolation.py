@@ -36,6 +36,8 @@ _ERRORS: Mapping[str, type[OnnxschedError]] = {
     kind.__name__: kind for kind in (DeviceError, ModelError, OnnxschedError, UsageError)
 }
 _DONE = "done\n"
+_OUT = 99
+"""The file descriptor of answers, high above those that libraries open."""
 
 
 class ProfilingWorker:
@@ -102,9 +104,11 @@ class ProfilingWorker:
                 return
             if line.startswith("{"):
                 message = json.loads(line)
-                yield message
                 if "error" in message:
+                    self.close()  # its CUDA context may be broken
+                    yield message
                     return
+                yield message
         if process.wait() == -signal.SIGKILL:
             yield {"error": "The profiling worker was killed; memory may have run out.",
                    "kind": "OnnxschedError"}  # fmt: skip
@@ -151,18 +155,21 @@ def _request(
 
 
 def _say(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
+    os.write(_OUT, f"{json.dumps(message)}\n".encode())
 
 
 def _work() -> None:
     """The worker: answer requests, one JSON object a line, until there are no more."""
+    os.dup2(os.dup(1), _OUT)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)  # what libraries print is no answer
     if cuda.device_count():
         cuda.load_torch()
         load_cuda_libraries()
     for line in sys.stdin:
         try:
             _answer(json.loads(line))
-            print(_DONE, end="", flush=True)
+            os.write(_OUT, _DONE.encode())
         except OnnxschedError as error:
             _say(error=str(error), kind=type(error).__name__)
         except Exception as error:

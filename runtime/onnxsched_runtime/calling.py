@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,7 @@ from onnxsched_runtime.device import Device
 
 _first_gpu: list[Device] = []
 """The first GPU that this process uses."""
+_choosing = threading.Lock()
 
 
 def called(device: Device, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
@@ -20,11 +22,15 @@ def called(device: Device, function: Callable[..., Any], *values: Any, **named: 
     ORT, cuBLAS and cuDNN each have a CUDA runtime of their own, which keeps a current device for
     each thread. Changing it back and forth in one thread made some kernels fail on two H200s.
     """
-    if device.kind == "cuda" and not _first_gpu:
-        _first_gpu.append(device)
-    if device.kind == "cpu" or device in _first_gpu:
+    if device.kind == "cpu":
         return function(*values, **named)
-    return _thread_of(device).submit(function, *values, **named).result()
+    with _choosing:
+        if not _first_gpu:
+            _first_gpu.append(device)
+        thread = None if device in _first_gpu else _thread_of(device)
+    if thread is None:
+        return function(*values, **named)
+    return thread.submit(function, *values, **named).result()
 
 
 @functools.cache

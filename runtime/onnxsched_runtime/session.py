@@ -174,7 +174,8 @@ def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) ->
     _add_weights(options, source)
     with ExitStack() as streams:
         disabled = [_BIAS_FUSION, _COPY_REMOVAL]
-        _create(source, options, settings, streams, disabled_optimizers=disabled)
+        held = [_create(source, options, settings, streams, disabled_optimizers=disabled)]
+        called(settings.device, held.clear)
 
 
 def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:
@@ -195,15 +196,15 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     with ExitStack() as streams:
         disabled = [*_UNPORTABLE_FUSIONS, _BIAS_FUSION]
-        session = _create(source, options, settings, streams, disabled_optimizers=disabled)
-        if settings.device.kind == "cpu":
-            return {}
-        return {
+        held = [_create(source, options, settings, streams, disabled_optimizers=disabled)]
+        on_cpu = {
             node.name: node.op_type
-            for part in session.get_provider_graph_assignment_info()
-            if part.ep_name == _CPU
+            for part in held[0].get_provider_graph_assignment_info()
+            if part.ep_name == _CPU and settings.device.kind != "cpu"
             for node in part.get_nodes()
         }
+        called(settings.device, held.clear)
+        return on_cpu
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:

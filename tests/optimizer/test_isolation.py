@@ -82,14 +82,8 @@ def test_what_the_worker_complains_of_is_raised_here(monkeypatch: pytest.MonkeyP
 def test_a_real_worker_reports_that_there_is_no_gpu_and_takes_another_request() -> None:
     model, nodes = _model()
     with ProfilingWorker() as worker:
-        first = worker._process
         for _ in range(2):
             with pytest.raises(DeviceError, match="cuda:0 is not available"):
                 list(worker.measure(model, Device("cuda"), nodes, ()))
-        assert worker._process is first
-        first.kill()
-        first.wait()
-        with pytest.raises(DeviceError, match="cuda:0 is not available"):
-            list(worker.measure(model, Device("cuda"), nodes, ()))
-    assert worker._process is not first
-    assert worker._process.poll() is not None
+            assert worker._process.poll() is not None
+        assert list(worker.measure(model, Device("cuda"), [], ())) == []

@@ -21,10 +21,12 @@ def captured(main: Stream, issue: Callable[[], None]) -> Any:
     check(runtime.cudaStreamBeginCapture(main.handle, mode))
     try:
         issue()
-    except Exception as error:
+    except BaseException as error:
         abandoned = runtime.cudaStreamEndCapture(main.handle)[1]
         if abandoned is not None and int(abandoned):
             runtime.cudaGraphDestroy(abandoned)
+        if not isinstance(error, Exception):
+            raise
         raise CaptureError(f"The capture was refused ({error}).") from error
     try:
         return check(runtime.cudaStreamEndCapture(main.handle))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -25,8 +25,8 @@ class Stream:
     def __init__(self, device: Device) -> None:
         require_device(device)
         self.device = device
-        if unused := _unused.get(device):
-            self._stream = unused.pop()
+        with suppress(IndexError):
+            self._stream = _unused.setdefault(device, []).pop()
             return
         with current_device(device):
             self._stream = check(
