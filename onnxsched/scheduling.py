@@ -25,7 +25,7 @@ from onnxsched.proposals import (
 from onnxsched.rewriting import possible_bands, possible_rewrites, rewritten, twice
 from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
-from onnxsched_runtime.errors import DeviceError
+from onnxsched_runtime.errors import DeviceError, ModelError
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _RACE_SHARE = 0.4
@@ -101,8 +101,10 @@ def _subjects(
     raced += _in_bands(model, raced[0][1].variant, request)
     subjects = []
     for portable, lowered in raced:
-        own = profile_of(lowered)
-        if lowered.form == AS_LOADED or not own.refusals:
+        own = (
+            profile_of(lowered) if lowered.form == AS_LOADED else _if_possible(profile_of, lowered)
+        )
+        if own is not None:
             subjects.append(subject_of_profile(portable, lowered, own, transfers, request))
     if request.is_split:
         subjects += _computed_twice(model, subjects, profile_of, request)
@@ -181,7 +183,8 @@ def _in_bands(model: Model, variant: Variant, request: Request) -> list[tuple[Mo
         return []
     names = possible_bands(model, len(request.machine.devices))
     models = [rewritten(model, name) for name in names]
-    return [(portable, _lowered(portable, variant, request)) for portable in models]
+    pairs = [(portable, _lowered(portable, variant, request)) for portable in models]
+    return [(portable, lowered) for portable, lowered in pairs if lowered is not None]
 
 
 def _computed_twice(
@@ -200,19 +203,31 @@ def _computed_twice(
         name = twice(subject.portable.rewrite)
         portable = rewritten(model, name, recomputation.duplicates)
         lowered = _lowered(portable, subject.model.variant, request)
-        own = profile_of(lowered)
-        if not own.refusals:
+        own = None if lowered is None else _if_possible(profile_of, lowered)
+        if lowered is not None and own is not None:
             found.append(
                 subject_of_recomputation(subject, portable, lowered, own, policy, recomputation)
             )
     return found
 
 
-def _lowered(portable: Model, variant: Variant, request: Request) -> Model:
-    """A model in another form than it was loaded in, as it is executed."""
+def _lowered(portable: Model, variant: Variant, request: Request) -> Model | None:
+    """A model in another form than it was loaded in, as it is executed; None where ORT refuses."""
     if request.device.kind == "cpu":
         return portable
-    return lowered_model(portable, variant, request.device, request.custom_ops)
+    try:
+        return lowered_model(portable, variant, request.device, request.custom_ops)
+    except ModelError:
+        return None
+
+
+def _if_possible(profile_of: Callable[[Model], Profile], lowered: Model) -> Profile | None:
+    """The profile of a form that the model can do without; None where an operator is refused."""
+    try:
+        found = profile_of(lowered)
+    except ModelError:
+        return None
+    return None if found.refusals else found
 
 
 def _too_large(request: Request) -> DeviceError:

@@ -34,6 +34,8 @@ from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 
 ROOT = Path(__file__).resolve().parent.parent
+_LIMIT_S = 600
+"""For a command: what hangs must not take the other models along."""
 ARMS = ("ort", "ort-graph", "sequential", "schedule-ort")
 
 
@@ -193,7 +195,7 @@ def time_command(
                "--budget", str(budget_s)]  # fmt: skip
 
     def run() -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LIMIT_S)
 
     return {"cold": timed(run)[1], "cached": timed(run)[1]}
 
@@ -204,7 +206,7 @@ def bench_command(source: Path, target: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "onnxsched", "bench", str(target), "--original", str(source),
                "--duration", "0.5", "--iterations", "60", "--warmup", "50",
                "--json", str(found)]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LIMIT_S)
     return dict(json.loads(found.read_text()))
 
 

@@ -4,9 +4,9 @@
 
 Batch 1 of every model and batches up to 32 of three, unless told otherwise. Each arm runs in a
 process of its own beside the reference (ONNX Runtime's CUDA graph), in interleaved rounds, and
-`DIR/suite.json` is written after each: `--resume` goes on where a run ended. With `--workers` arms
-are prepared side by side, but still measured one after another; `--compile-only` does only what
-needs many cores and no quiet GPU, and leaves it in the folder of `--work`.
+`DIR/suite.json` is written after each: `--resume` goes on where a run ended. With `--workers` the
+libraries of several arms load side by side; `--compile-only` does only what needs many cores and
+no quiet GPU, and leaves it in the folder of `--work`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def measure_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
         for configuration, place, _ in wanted:
             place.folder.mkdir(parents=True, exist_ok=True)
             configuration.write(place.source)
-        compile_arms([(arm, place) for _, place, missing in wanted for arm in missing])
+        compile_arms([(arm, place) for _, place, missing in wanted for arm in missing], end)
         for configuration, place, missing in () if options.compile_only else wanted:
             for first in range(0, len(missing), options.workers):
                 arms = missing[first : first + options.workers]
@@ -170,7 +170,6 @@ def _wanted(
                 options.warmup_ms,
                 options.iterations,
                 options.budget,
-                options.workers,
             )
             yield configuration, place, missing
 

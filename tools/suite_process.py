@@ -39,8 +39,6 @@ class WorkerPlace:
     iterations: int
     budget_s: float
     """Of `optimize`."""
-    worker_count: int
-    """How many arms are prepared at the same time."""
 
     @property
     def source(self) -> Path:
@@ -62,33 +60,40 @@ class WorkerPlace:
             warmup_ms=self.warmup_ms,
             iterations=self.iterations,
             budget_s=self.budget_s,
-            is_alone=self.worker_count == 1,
         )
 
 
-def compile_arms(wanted: Sequence[tuple[str, WorkerPlace]]) -> None:
+def compile_arms(wanted: Sequence[tuple[str, WorkerPlace]], end: float) -> None:
     """Compile those that can be at the same time; what a compiler measures, it measures alone.
 
     What has been compiled in the same place before is not again. How long it took, or why it
     failed, is left in the place, where `run_arms` finds it.
+
+    Args:
+        wanted: Arms and their places.
+        end: Nothing is begun after this time, as `time.monotonic` tells it.
     """
     jobs = [
         (place.job(arm, "compile"), place.limit_s)
         for arm, place in wanted
         if arm in TORCH_ARMS and "autotune" not in (TORCH_ARMS[arm].compile_mode or "autotune")
     ]
-    missing = [(job, limit_s) for job, limit_s in jobs if not Path(job.result).exists()]
+    missing = [(job, limit_s) for job, limit_s in jobs if "compile_s" not in _read(job.result)]
     worker_count = max(1, (os.cpu_count() or 1) // _CORES_A_COMPILER)
+
+    def compile_one(job: Job, limit_s: float) -> None:
+        if time.monotonic() < end:
+            Path(job.result).write_text(json.dumps(run_job(job, limit_s)))
+
     with ThreadPoolExecutor(worker_count) as pool:
-        for (job, _), found in zip(missing, pool.map(lambda m: run_job(*m), missing), strict=True):
-            Path(job.result).write_text(json.dumps(found))
+        list(pool.map(lambda one: compile_one(*one), missing))
 
 
 def run_arms(arms: Sequence[str], place: WorkerPlace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measure arms, one after another, after optimizing the model for those of ours.
 
     Args:
-        arms: Some of `ARMS`, no more than are prepared at the same time.
+        arms: Some of `ARMS`, whose workers load their libraries at the same time.
         place: Where.
 
     Yields:
@@ -110,8 +115,13 @@ def _made(arm: str, place: WorkerPlace) -> dict[str, Any]:
     """What making an arm took: optimizing, or compiling before."""
     if arm in SCHEDULE_ARMS:
         return run_job(place.job(arm, "optimize"), place.limit_s)
-    compiled = Path(place.job(arm, "compile").result)
-    found: dict[str, Any] = json.loads(compiled.read_text()) if compiled.exists() else {}
+    return _read(place.job(arm, "compile").result)
+
+
+def _read(result: str) -> dict[str, Any]:
+    """What a step came to; empty where it was not done."""
+    path = Path(result)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 

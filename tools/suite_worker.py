@@ -11,7 +11,9 @@ import dataclasses
 import gc
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -65,12 +67,11 @@ class Job:
     """Where a compiler keeps what it made, for the next step."""
     budget_s: float = 30.0
     """Of `optimize`."""
-    is_alone: bool = True
-    """Whether no other worker prepares an arm meanwhile: else its memory can't be told."""
 
 
 def main() -> None:
     """Do the job of the command line, and end at once: taking CUDA apart only costs time."""
+    threading.Thread(target=_listen, daemon=True).start()
     job = Job(**json.loads(sys.argv[1]))
     try:
         content = {"optimize": optimized, "compile": compiled, "measure": measured}[job.step](job)
@@ -158,6 +159,7 @@ def measured(job: Job) -> dict[str, Any]:
     device = Device.parse(job.device)
     model = load_model(job.source, device)
     feeds = random_inputs(model.baseline, model.tensors, seed=0)
+    _await_turn(job)
     free_nbytes = _free_nbytes(device)
     start = time.monotonic()
     with open_arm(job.arm, model, device, feeds, Path(job.target)) as arm:
@@ -166,16 +168,14 @@ def measured(job: Job) -> dict[str, Any]:
         _warm_up(arm, job.warmup_ms)
         memory_nbytes = free_nbytes - _free_nbytes(device, give_back=False)
         with open_arm(reference_arm(device), model, device, feeds) as reference:
+            _warm_up(reference, job.warmup_ms)
             relative = _relative_difference(model, arm, reference)
-            _await_turn(job)
-            for one in (arm, reference):
-                _warm_up(one, job.warmup_ms)
             times_us, reference_us = _interleaved(arm, reference, job.iterations)
     return {
         "time": dataclasses.asdict(summarize([s for r in times_us for s in r])),
         "reference": dataclasses.asdict(summarize([s for r in reference_us for s in r])),
         "ratio": dataclasses.asdict(ratio(reference_us, times_us)),
-        "memory_nbytes": memory_nbytes if device.kind == "cuda" and job.is_alone else None,
+        "memory_nbytes": memory_nbytes if device.kind == "cuda" else None,
         "prepare_s": prepare_s,
         "compile_s": arm.compile_s,
         "relative_difference": relative,
@@ -183,10 +183,24 @@ def measured(job: Job) -> dict[str, Any]:
     }
 
 
+_turn = threading.Event()
+
+
+def _listen() -> None:
+    """Be told when it is this worker's turn; with the suite, end all that it has started."""
+    if sys.stdin.readline():
+        _turn.set()
+        sys.stdin.readline()
+    os.killpg(0, signal.SIGKILL)
+
+
 def _await_turn(job: Job) -> None:
-    """Say that all is prepared, and wait for a line: nobody else works on the GPU then."""
+    """Say that all is loaded, and wait: nobody else works on the GPU then.
+
+    Libraries choose kernels by timing them, so not even making an arm goes with another's.
+    """
     Path(job.ready).touch()
-    sys.stdin.readline()
+    _turn.wait()
 
 
 def _free_nbytes(device: Device, give_back: bool = True) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import statistics
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
 from onnxsched_runtime.device import Device
+from tools import suite_worker
 from tools.peers import ORT_ARMS, TORCH_ARMS, open_arm, reference_arm, time_arm_us
 from tools.suite_worker import Job, measured
 
@@ -27,7 +27,9 @@ def job(
     name: str, zoo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Job:
     """What measures an arm of SqueezeNet here, as soon as it is prepared."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+    turn = threading.Event()
+    turn.set()
+    monkeypatch.setattr(suite_worker, "_turn", turn)
     source, ready = str(zoo("squeezenet")), str(tmp_path / "ready")
     return Job("measure", name, source, "", "", "cuda:0", "", ready, 1.0, 20)
 

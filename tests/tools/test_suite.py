@@ -186,8 +186,11 @@ def test_a_peer_that_computes_something_else_is_refused(tmp_path: Path) -> None:
             suite_worker._relative_difference(model, arm, reference)
 
 
-def test_an_arm_of_ours_needs_its_annotated_model(tmp_path: Path) -> None:
-    source = str(saved(build("tiny"), tmp_path))
-    job = Job("measure", "auto", source, str(tmp_path / "no.onnx"), "", "cpu", "", "")
+def test_an_arm_of_ours_needs_its_annotated_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, ready = str(saved(build("tiny"), tmp_path)), str(tmp_path / "ready")
+    monkeypatch.setattr(suite_worker, "_await_turn", lambda job: None)
+    job = Job("measure", "auto", source, str(tmp_path / "no.onnx"), "", "cpu", "", ready)
     with pytest.raises(Exception, match=r"There is no file .*no\.onnx"):
         suite_worker.measured(job)
