@@ -29,6 +29,7 @@ from onnxsched.outcomes import Outcome
 from onnxsched.policies import SPREADING
 from onnxsched.profile import OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.profiling.measure import measure_profile
 from onnxsched.profiling.transfers import Transfers
 from onnxsched.proposals import Request
 from onnxsched.racing import time_runs_us
@@ -40,7 +41,7 @@ from onnxsched.verify import verify
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError, UsageError
+from onnxsched_runtime.errors import DeviceError, ModelError, UsageError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import node_reads
 from sample_models import build
@@ -416,3 +417,23 @@ def test_bands_of_rows_are_candidates_unless_they_are_unwanted(
         feeds = feeds_for(onnx.load(source))
         with onnxsched.load(target) as session:
             assert_close(session.run(None, feeds), plain_outputs(source, feeds))
+
+
+def test_bands_that_ort_refuses_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regions, "_LEAST_ROWS", 4)
+    refused: list[str] = []
+
+    def profiled(model: Model, *rest: Any) -> Profile:
+        if "bands" in model.rewrite:
+            refused.append(model.rewrite)
+            raise ModelError("planted")
+        return measure_profile(model, *rest)
+
+    monkeypatch.setattr(scheduling, "measure_profile", profiled)
+    source = tmp_path / "in.onnx"
+    onnx.save(build("squeezenet", image=64), source)
+    result = optimized(source, tmp_path / "out.onnx", policy="heft", budget_s=4.0)
+    assert refused
+    assert {entry["rewrite"] for entry in result.alternatives} == {"none"}
