@@ -128,7 +128,10 @@ class OrtSession:
 
     def close(self) -> None:
         """Free the session, then its stream and weights."""
-        called(self._device, self._release)
+        try:
+            called(self._device, self._release)
+        except RuntimeError:  # the interpreter ends, and has ended the device's thread
+            self._release()
         self._streams.close()
         self._weights = None
 

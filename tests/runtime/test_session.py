@@ -106,3 +106,19 @@ def test_every_gpu_but_the_first_is_used_in_one_thread_of_its_own(
     with pytest.raises(ValueError, match="invalid literal"):
         calling.called(Device("cuda", 2), int, "x")
     calling._thread_of.cache_clear()
+
+
+def test_a_session_can_be_closed_when_the_thread_of_its_gpu_has_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    onnx.save(build("tiny"), tmp_path / "tiny.onnx")
+    opened = OrtSession(tmp_path / "tiny.onnx", SessionSettings(CPU))
+    other = Device("cuda", 7)
+    opened._device = other
+    monkeypatch.setattr(calling, "_first_gpu", [Device("cuda", 0)])
+    monkeypatch.setattr(cuda, "make_current", lambda device: None)
+    calling._thread_of.cache_clear()
+    calling._thread_of(other).shutdown()
+    opened.close()
+    assert opened._session is None
+    calling._thread_of.cache_clear()
