@@ -98,12 +98,16 @@ def choose_device(text: str) -> Device:
     return device
 
 
+_RESERVE_NBYTES = 1 << 30
+"""Of each GPU's free memory, for contexts and workspaces of libraries, the profiler's too."""
+
+
 def machine_of(devices: tuple[Device, ...], stream_count: int) -> Machine:
-    """The machine to schedule for: several GPUs with the memory that is free on each now.
+    """The machine to schedule for: several GPUs with what schedules may use of their memory.
 
     One device, and the CPU, are not limited: what does not fit shows when it is run.
     """
     if len(devices) == 1 or devices[0].kind == "cpu":
         return Machine(devices, stream_count)
-    free = {device: cuda.free_memory_nbytes(device) for device in devices}
-    return Machine(devices, stream_count, free)
+    free = {device: cuda.free_memory_nbytes(device) - _RESERVE_NBYTES for device in devices}
+    return Machine(devices, stream_count, {d: max(0, nbytes) for d, nbytes in free.items()})

@@ -19,7 +19,7 @@ def _four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "device_count", lambda: 4)
     monkeypatch.setattr(cuda.devices, "device_count", lambda: 4)
     monkeypatch.setattr(session, "is_cuda_built", lambda: True)
-    monkeypatch.setattr(cuda, "free_memory_nbytes", lambda device: 1000 + device.index)
+    monkeypatch.setattr(cuda, "free_memory_nbytes", lambda device: (device.index << 30) + 5)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,8 @@ def test_where_one_is_wanted_several_are_refused() -> None:
 
 
 def test_several_gpus_are_limited_to_what_is_free_and_one_is_not() -> None:
-    assert machine_of(GPUS[1:3], 8) == Machine(GPUS[1:3], 8, {GPUS[1]: 1001, GPUS[2]: 1002})
+    assert machine_of(GPUS[1:3], 8) == Machine(GPUS[1:3], 8, {GPUS[1]: 5, GPUS[2]: (1 << 30) + 5})
+    assert machine_of(GPUS[:2], 8).room_nbytes(GPUS[0]) == 0
     assert machine_of(GPUS[:1], 8) == Machine(GPUS[:1], 8)
     groups = (CPU, Device("cpu", 1))
     assert machine_of(groups, 2) == Machine(groups, 2)
