@@ -118,14 +118,9 @@ def _finalists(ranked: Sequence[Outcome]) -> list[Outcome]:
     streams = [outcome for outcome in sequential if outcome not in plain]
     others = [o for o in ranked if o.candidate.policy != "sequential"]
     alone = [o for o in others if len(o.candidate.schedule.devices) == 1]
-    rest = [o for o in others[1:_FINALIST_COUNT] if o not in alone[:1]]
-    return [
-        *plain,
-        *others[:1],
-        *streams[:1],
-        *(o for o in alone[:1] if o not in others[:1]),
-        *rest,
-    ]
+    best = others[:_FINALIST_COUNT]
+    wanted = [*plain, *best[:1], *alone[:1], *streams[:1], *best[1:]]
+    return list({id(outcome): outcome for outcome in wanted}.values())
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from onnxsched.policies import POLICIES
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
 from onnxsched.tuning import tune
-from onnxsched_runtime.device import Device
+from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import CaptureError, OnnxschedError
+from onnxsched_runtime.variant import DEFAULT_VARIANT
 from sample_models import build
 from support.models import CPU, MODELS
 from support.optimizing import loaded
@@ -375,6 +376,28 @@ def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
     schedules = [candidate.schedule for candidate in finalists]
     assert fastest.schedule in schedules or fastest.policy == "sequential"
     assert any(schedule.devices != (GPU,) for schedule in schedules)
+
+
+def test_the_best_on_one_device_is_built_before_what_may_be_too_late(model: Model) -> None:
+    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
+    graph = graph_from_model(model)
+    found = propose(graph, contract_chains(graph), cost_of(model), machine, tuple(POLICIES))
+    alone = [c for c in found if c.schedule.devices == (GPU,)]
+    [plain] = [c for c in alone if c.policy == "sequential"]
+    best = next(c for c in alone if c is not plain)
+    *first, last = best.schedule.slots
+    moved = replace(last, placement=Placement(Device("cuda", 1), 0))
+    spread = replace(best, schedule=Schedule((*first, moved)))
+    merged = (DEFAULT_VARIANT, "merge")
+    ranked = [
+        Outcome(spread, 1.0),
+        Outcome(plain, 2.0, form=merged),
+        Outcome(spread, 3.0, form=merged),
+        Outcome(best, 4.0),
+        Outcome(plain, 5.0),
+    ]
+    finalists = tuning._finalists(ranked)
+    assert [o.trial_us for o in finalists] == [5.0, 1.0, 4.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("is_limited", [True, False])
