@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import onnx
+
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.device import Placement
 from onnxsched_runtime.lowering import origins, to_lowered, to_portable
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
@@ -26,9 +29,8 @@ def annotation_for(
         variant: How sessions execute the model.
         details: What else the annotation tells people and tools.
     """
-    names = [node.name for node in model.proto.graph.node]
     return Annotation(
-        placements={names[slot.operator]: slot.placement for slot in schedule.slots},
+        placements=_placements(model.proto, schedule),
         tensors=model.tensors,
         host_reasons=model.host_reasons,
         variant=variant,
@@ -40,22 +42,28 @@ def portable_schedule(model: Model, lowered: Model, schedule: Schedule) -> Sched
     """A schedule of a lowered model's operators as one of the portable model's."""
     if lowered.proto is model.proto:
         return schedule
-    names = [node.name for node in lowered.proto.graph.node]
-    placements = {names[slot.operator]: slot.placement for slot in schedule.slots}
-    index = {node.name: number for number, node in enumerate(model.proto.graph.node)}
-    carried = to_portable(placements, model.proto, lowered.proto)
-    return Schedule(tuple(Slot(index[name], placement) for name, placement in carried.items()))
+    placements = _placements(lowered.proto, schedule)
+    return _schedule(model.proto, to_portable(placements, model.proto, lowered.proto))
 
 
 def lowered_schedule(model: Model, lowered: Model, schedule: Schedule) -> Schedule:
     """A schedule of a portable model's operators as one of the lowered model's."""
     if lowered.proto is model.proto:
         return schedule
-    names = [node.name for node in model.proto.graph.node]
-    placements = {names[slot.operator]: slot.placement for slot in schedule.slots}
-    index = {node.name: number for number, node in enumerate(lowered.proto.graph.node)}
-    carried = to_lowered(placements, model.proto, lowered.proto)
-    return Schedule(tuple(Slot(index[name], placement) for name, placement in carried.items()))
+    placements = _placements(model.proto, schedule)
+    return _schedule(lowered.proto, to_lowered(placements, model.proto, lowered.proto))
+
+
+def _placements(proto: onnx.ModelProto, schedule: Schedule) -> dict[str, Placement]:
+    """The stream of each node by name, in launch order."""
+    names = [node.name for node in proto.graph.node]
+    return {names[slot.operator]: slot.placement for slot in schedule.slots}
+
+
+def _schedule(proto: onnx.ModelProto, placements: Mapping[str, Placement]) -> Schedule:
+    """The schedule of a model whose nodes are placed so, in launch order."""
+    index = {node.name: number for number, node in enumerate(proto.graph.node)}
+    return Schedule(tuple(Slot(index[name], placement) for name, placement in placements.items()))
 
 
 def portable_refusals(model: Model, lowered: Model, refusals: Mapping[str, str]) -> dict[str, str]:
