@@ -8,8 +8,8 @@ import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -175,10 +175,8 @@ def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) ->
     options = _session_options(settings)
     _save_optimized(options, target)
     _add_weights(options, source)
-    with ExitStack() as streams:
-        disabled = [_BIAS_FUSION, _COPY_REMOVAL]
-        held = [_create(source, options, settings, streams, disabled_optimizers=disabled)]
-        called(settings.device, held.clear)
+    with _created(source, options, settings, [_BIAS_FUSION, _COPY_REMOVAL]):
+        pass
 
 
 def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict[str, str]:
@@ -197,17 +195,13 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     _save_optimized(options, target)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    with ExitStack() as streams:
-        disabled = [*_UNPORTABLE_FUSIONS, _BIAS_FUSION]
-        held = [_create(source, options, settings, streams, disabled_optimizers=disabled)]
-        on_cpu = {
+    with _created(source, options, settings, [*_UNPORTABLE_FUSIONS, _BIAS_FUSION]) as held:
+        return {
             node.name: node.op_type
             for part in held[0].get_provider_graph_assignment_info()
             if part.ep_name == _CPU and settings.device.kind != "cpu"
             for node in part.get_nodes()
         }
-        called(settings.device, held.clear)
-        return on_cpu
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -301,6 +295,19 @@ def _session_options(settings: SessionSettings) -> Any:
                 f"The custom operator library '{library}' does not load ({_first_line(error)})."
             ) from error
     return options
+
+
+@contextmanager
+def _created(
+    source: ModelPart | Path, options: Any, settings: SessionSettings, disabled: Sequence[str]
+) -> Iterator[list[Any]]:
+    """A session of ORT's for a moment, in a list: it is freed in the thread that made it."""
+    with ExitStack() as streams:
+        held = [_create(source, options, settings, streams, disabled)]
+        try:
+            yield held
+        finally:
+            called(settings.device, held.clear)
 
 
 def _create(
