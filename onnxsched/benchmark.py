@@ -165,12 +165,14 @@ def bench(
     with cuda.one_graph_stream(), ExitStack() as stack:
         runs = []
         sources = {name: baseline if name.startswith("ort") else lowered for name in names}
-        if device.kind == "cuda":  # the first sessions load libraries, which belong to no arm
-            first = SCHEDULE if len(devices) > 1 else names[0]
-            with open_arm(first, sources[first], model, annotation, libraries) as executor:
-                executor.run(feeds, outputs)
-        for number, name in enumerate(names):
-            progress("preparing", number, len(names))
+        steps = len(names) * (2 if device.kind == "cuda" else 1)
+        if device.kind == "cuda":  # first sessions load kernels of libraries, which are no arm's
+            for number, name in enumerate(names):
+                progress("preparing", number, steps)
+                with open_arm(name, sources[name], model, annotation, libraries) as executor:
+                    executor.run(feeds, outputs)
+        for number, name in enumerate(names, start=steps - len(names)):
+            progress("preparing", number, steps)
             free_nbytes = _free_nbytes(devices)
             executor = open_arm(name, sources[name], model, annotation, libraries)
             stack.callback(executor.close)

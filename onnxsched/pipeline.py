@@ -40,6 +40,8 @@ from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import write_model
 from onnxsched_runtime.variant import Variant
 
+_LEAST_BUDGET_S, _OPERATORS_A_SECOND = 30.0, 12.0
+"""Sessions of a large model take longer to prepare, and it has more schedules."""
 _DEFAULT_STREAMS = {"cuda": 16, "cpu": min(4, os.cpu_count() or 1)}
 
 
@@ -87,7 +89,7 @@ def optimize(
     policy: str = "auto",
     schedule: str | os.PathLike[str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    budget_s: float = 30.0,
+    budget_s: float | None = None,
     variants: bool = True,
     split: bool = True,
     precision: Precision = "keep",
@@ -110,7 +112,8 @@ def optimize(
         schedule: A JSON file with a schedule that is obeyed instead, as policy `file`; see
             docs/annotation.md. Its devices are taken where `device` is `auto`.
         shapes: Shapes of inputs whose dimensions are symbols.
-        budget_s: For trying variants and schedules; operators are measured before, once.
+        budget_s: For trying variants and schedules; operators are measured before, once. 30 if
+            None, and more where there are more than 360 operators.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
             `Variant` and `rewriting`.
         split: On several devices, also cut operators on large images into bands of rows, and
@@ -141,7 +144,9 @@ def optimize(
         progress("loading", 0, 1)
         model = load_model(Path(source), chosen, shapes, libraries, precision)
         graph = graph_from_model(model)
-        request = Request(policy, machine, budget_s, variants, libraries, split)
+        enough_s = max(_LEAST_BUDGET_S, len(graph) / _OPERATORS_A_SECOND)
+        given_s = enough_s if budget_s is None else budget_s
+        request = Request(policy, machine, given_s, variants, libraries, split)
         if given is not None:
             obeyed = schedule_of(given, graph, machine)
             request = dataclasses.replace(request, policy="file", schedule=obeyed)

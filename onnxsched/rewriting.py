@@ -16,10 +16,12 @@ from onnxsched.drafting import Draft, assembled
 from onnxsched.duplication import duplicated
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import merge
+from onnxsched.offsets import delayed, find_delays
 from onnxsched.recomputing import Duplicate
 from onnxsched.regions import find_bands
 from onnxsched.siblings import GraphView, find_siblings
 from onnxsched_runtime.device import Device
+from onnxsched_runtime.variant import Variant
 
 REWRITES: Mapping[str, Mapping[str, bool]] = {
     "merge": {},
@@ -28,10 +30,17 @@ REWRITES: Mapping[str, Mapping[str, bool]] = {
 }
 """Which siblings each rewrite merges, as `find_siblings` takes it."""
 _TWICE = "twice"
+_LATE = "late-bias"
+_LEAST_LATE = 0.05
+"""Biases that can wait, of all operators: fewer are not worth a trial."""
 
 
-def possible_rewrites(model: Model, device: Device) -> tuple[str, ...]:
-    """The rewrites that merge operators, each in another way, the most thorough first."""
+def possible_rewrites(model: Model, device: Device, variant: Variant) -> tuple[str, ...]:
+    """The rewrites that change a model, the most promising first.
+
+    Those that merge operators, each in another way; and where the variant adds the biases of
+    convolutions by kernels of their own, those that let them wait for sums.
+    """
     if device.kind == "cpu" or model.host_reasons:
         return ()
     view = GraphView(model)
@@ -41,7 +50,11 @@ def possible_rewrites(model: Model, device: Device) -> tuple[str, ...]:
         names = tuple(tuple(sibling.node.name for sibling in group) for group in groups)
         if names:
             found.setdefault(names, name)
-    return tuple(found.values())
+    merged = tuple(found.values())
+    least = _LEAST_LATE * len(model.proto.graph.node)
+    if variant.fuse_conv_bias or len(find_delays(view)[1]) < least:
+        return merged
+    return (_LATE, *(f"{name}+{_LATE}" for name in merged[:1]), *merged)
 
 
 def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
@@ -65,7 +78,7 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
     Args:
         model: A portable model that is not rewritten.
         rewrite: A name in `REWRITES`, a scheme of `find_bands` and a count of bands, or `none`;
-            or what `twice` makes of one of them.
+            `late-bias` alone or after a `+`; or what `twice` makes of one of them.
         duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:
@@ -74,9 +87,10 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
     if rewrite == NO_REWRITE:
         return model
     before, _, last = rewrite.rpartition("+")
-    if last == _TWICE:
+    if last in (_TWICE, _LATE):
         once = rewritten(model, before or NO_REWRITE)
-        return replace(duplicated(once, duplicates), rewrite=rewrite)
+        changed = duplicated(once, duplicates) if last == _TWICE else delayed(once)
+        return replace(changed, rewrite=rewrite)
     scheme, _, count = rewrite.rpartition("-")
     if count.isdecimal():
         region = find_bands(model, int(count))[scheme]

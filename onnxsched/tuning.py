@@ -59,7 +59,8 @@ def tune(
     Ctrl-C ends the trials, and what is best so far is kept.
 
     Args:
-        subjects: Variants and rewrites of one model, and what is proposed for each.
+        subjects: Variants and rewrites of one model, and what is proposed for each, the most
+            promising first.
         machine: Where to measure; its streams are the cap for schedules that are found here.
         budget_s: For all of it. Of the trials' share each subject has half of what those before
             it left, and the last has all; what could not even be prepared in time is not tried.

@@ -67,7 +67,7 @@ def race_variants(
     model: Model,
     device: Device,
     variants: Sequence[Variant],
-    rewrites: Sequence[str],
+    rewrites_of: Callable[[Variant], Sequence[str]],
     plain: PlainRuns,
     *,
     refusals_of: Callable[[Model], Mapping[str, str]],
@@ -87,7 +87,7 @@ def race_variants(
         model: The portable model.
         device: Where to measure.
         variants: How to execute it.
-        rewrites: What to make of it; names in `REWRITES`.
+        rewrites_of: What to make of it where a variant is the fastest, the most promising first.
         plain: What it must compute.
         refusals_of: Why operators of a lowered model can't be captured, found out elsewhere: it
             may end the process.
@@ -110,6 +110,7 @@ def race_variants(
         entrants = attempts.prepare([(NO_REWRITE, variant) for variant in variants])
         found = _timed(entrants, feeds, progress)
         best = found[0].model
+        rewrites = rewrites_of(best.variant)
         others = attempts.prepare([(rewrite, best.variant) for rewrite in rewrites])
         if not others:
             return found, found[:1]

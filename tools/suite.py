@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", help=f"comma-separated, of {', '.join(ARMS)}; all")
     parser.add_argument("--device", default="cuda:0", help="where to measure; cuda:0")
     parser.add_argument("--limit", type=float, default=300, help="seconds a step; 300")
-    parser.add_argument("--budget", type=float, default=30, help="of optimize, in seconds; 30")
+    parser.add_argument("--budget", type=float, help="of optimize, in seconds")
     parser.add_argument(
         "--workers",
         type=int,

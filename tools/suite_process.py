@@ -37,7 +37,7 @@ class WorkerPlace:
     """How long a step may take."""
     warmup_ms: float
     iterations: int
-    budget_s: float
+    budget_s: float | None
     """Of `optimize`."""
 
     @property

@@ -65,7 +65,7 @@ class Job:
     """Samples an arm."""
     compiled_dir: str = ""
     """Where a compiler keeps what it made, for the next step."""
-    budget_s: float = 30.0
+    budget_s: float | None = None
     """Of `optimize`."""
 
 

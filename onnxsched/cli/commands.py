@@ -33,7 +33,10 @@ def optimize(
     precision: Annotated[
         str, typer.Option(help="keep, or fp16 to compute in half precision.")
     ] = "keep",
-    budget: Annotated[float, typer.Option(help="Seconds to try schedules for.")] = 30.0,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Seconds to try schedules for; 30, more for large models."),
+    ] = None,
     no_variants: Annotated[
         bool,
         typer.Option(
@@ -63,7 +66,7 @@ def optimize(
     from onnxsched.shapes import parse_shapes
 
     render.require_json_target(json_to, model, output)
-    if not budget >= 0:
+    if budget is not None and not budget >= 0:
         raise UsageError(f"--budget {budget} is no time; give seconds, at least 0.")
     if no_cache and cache_dir is not None:
         raise UsageError("--cache-dir and --no-cache contradict each other; give one.")

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx
 
+from onnxsched.simplification.replacing import (
+    GraphIndex,
+    Replacement,
+    is_standard,
+    with_inputs,
+    with_outputs,
+)
 from onnxsched_runtime.model import node_reads
 
 _KEEPS_SIGN = {
@@ -81,3 +90,23 @@ def _moved(
     concat.input[:] = [source.get(tensor, tensor) for tensor in concat.input]
     concat.output[:] = [after.input[0]]
     return after
+
+
+def rectify_after_pool(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
+    """A Relu after a MaxPool instead of before it: the larger of two is rectified as both are.
+
+    Only where the pool leaves fewer numbers than it reads.
+    """
+    if not is_standard(node, "MaxPool") or len(node.output) != 1:
+        return None
+    relu = index.sole_writer(node.input[0], "Relu")
+    sizes = [index.shape(tensor) for tensor in (node.input[0], node.output[0])]
+    if relu is None or sizes[0] is None or sizes[1] is None:
+        return None
+    if math.prod(sizes[1]) >= math.prod(sizes[0]):
+        return None
+    result = node.output[0]
+    pooled = index.unused(f"{result}/pooled")
+    pool = with_outputs(with_inputs(node, {node.input[0]: relu.input[0]}), {result: pooled})
+    after = with_outputs(with_inputs(relu, {relu.input[0]: pooled}), {relu.output[0]: result})
+    return Replacement((relu, node), (pool, after), tensors={pooled: index.tensors[result]})

@@ -114,6 +114,14 @@ def with_inputs(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodePr
     return copy
 
 
+def with_outputs(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
+    """A node that writes other tensors."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.output[:] = [renamed.get(name, name) for name in node.output]
+    return copy
+
+
 def replace_all(model: onnx.ModelProto, rule: Rule, tensors: dict[str, TensorType]) -> int:
     """Carry out a rule wherever it applies now, in place; what is next to a replacement waits.
 

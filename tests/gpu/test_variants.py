@@ -16,10 +16,12 @@ from onnxsched.loading import Model, load_model
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import measure_profile
-from onnxsched.rewriting import possible_rewrites
+from onnxsched.rewriting import possible_rewrites, rewritten
 from onnxsched.variants import possible_variants, race_variants
-from onnxsched_runtime.annotation import read_annotation
-from onnxsched_runtime.device import Device
+from onnxsched_runtime.annotation import Annotation, read_annotation
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.executors.streams import StreamExecutor
+from onnxsched_runtime.load import Session
 from onnxsched_runtime.lowering import lower, origins
 from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.session import OrtSession
@@ -97,7 +99,8 @@ def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
     model = load_model(zoo("squeezenet"), _CUDA)
     plain = run_plain(model, _CUDA, 0, ())
     outcomes, rewrites = race_variants(
-        model, _CUDA, possible_variants(model, _CUDA), possible_rewrites(model, _CUDA), plain,
+        model, _CUDA, possible_variants(model, _CUDA),
+        lambda variant: possible_rewrites(model, _CUDA, variant), plain,
         refusals_of=lambda lowered: _refusals(lowered, cache),
         budget_s=60.0, custom_ops=(), progress=_quiet,
     )  # fmt: skip
@@ -116,6 +119,7 @@ def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
         ("googlenet", Variant("nhwc", fuse_conv_bias=True), {"merge", "merge-inner"}),
         ("googlenet", DEFAULT_VARIANT, {"merge", "merge-inner"}),
         ("t5_encoder", DEFAULT_VARIANT, {"merge"}),
+        ("randwire", DEFAULT_VARIANT, {"late-bias"}),
     ],
 )
 def test_rewrites_are_right_where_they_are_captured(
@@ -125,11 +129,30 @@ def test_rewrites_are_right_where_they_are_captured(
     model = load_model(zoo(name), _CUDA)
     cache = MeasurementCache(cache_dir, "rewrites")
     _, rewrites = race_variants(
-        model, _CUDA, (variant,), possible_rewrites(model, _CUDA), run_plain(model, _CUDA, 0, ()),
+        model, _CUDA, (variant,), lambda variant: possible_rewrites(model, _CUDA, variant),
+        run_plain(model, _CUDA, 0, ()),
         refusals_of=lambda lowered: _refusals(lowered, cache),
         budget_s=120.0, custom_ops=(), progress=_quiet,
     )  # fmt: skip
     assert {outcome.model.rewrite for outcome in rewrites} == {"none", *captured}
+
+
+def test_biases_that_wait_are_kernels_less(zoo: Zoo) -> None:
+    model = load_model(zoo("randwire"), _CUDA)
+    counts = []
+    for rewrite in ("none", "late-bias"):
+        portable = rewritten(model, rewrite)
+        names = [node.name for node in portable.proto.graph.node]
+        annotation = Annotation(dict.fromkeys(names, Placement(_CUDA, 0)), portable.tensors, {})
+        with Session(portable.proto, annotation) as session:
+            counts.append(_kernel_count(session))
+    assert counts[1] <= counts[0] - 140
+
+
+def _kernel_count(session: Session) -> int:
+    executor = session.executor
+    assert isinstance(executor, StreamExecutor)
+    return sum(graph.node_kinds["KERNEL"] for graph in executor._graphs)
 
 
 @pytest.mark.alone

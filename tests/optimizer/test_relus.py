@@ -1,6 +1,8 @@
-"""One Relu after a Concat computes what several before it do."""
+"""One Relu after a Concat or a pool computes what those before it do."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +12,7 @@ from onnx import TensorProto, helper
 from onnxsched.simplification.relus import rectify_after_concat
 from onnxsched_runtime.model import name_nodes
 from sample_models import build
+from support.simplifying import simplified
 
 SHAPE = (1, 2, 4, 4)
 
@@ -106,3 +109,50 @@ def test_inception_modules_lose_three_relus_each() -> None:
     model = build("googlenet", image=64)
     assert rectify_after_concat(model) == 9 * 3
     assert op_types(model).count("Relu") == 57 - 9 * 3
+
+
+def halves(source: str, target: str, **attributes: Any) -> onnx.NodeProto:
+    given = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1] * 4, **attributes}
+    return helper.make_node("MaxPool", [source], target.split(), **given)
+
+
+def loaded_types(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
+    """Types of operators before and after a model is simplified, which changes no result."""
+    before, types = results(model), op_types(model)
+    simple = simplified(model)
+    for one, other in zip(before, results(simple), strict=True):
+        np.testing.assert_array_equal(one, other)
+    return types, op_types(simple)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [relu("a", "p"), halves("p", "y")],
+        [relu("a", "p"), relu("b", "q"), concat("p", "q", target="c"), halves("c", "y")],
+    ],
+    ids=["one", "after a concat"],
+)
+def test_a_pool_that_makes_an_image_smaller_comes_before_the_relu(
+    nodes: list[onnx.NodeProto],
+) -> None:
+    _, after = loaded_types(model_of(*nodes))
+    assert after[-2:] == ["MaxPool", "Relu"]
+    assert after.count("Relu") == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "outputs"),
+    [
+        ([relu("a", "p"), halves("p", "y", strides=[1, 1])], ("y",)),
+        ([relu("a", "p"), halves("p", "y"), halves("p", "z", pads=[0] * 4)], ("y", "z")),
+        ([relu("a", "p"), halves("p", "y")], ("y", "p")),
+        ([helper.make_node("Tanh", ["a"], ["p"]), halves("p", "y")], ("y",)),
+    ],
+    ids=["as large", "other readers", "an output", "no Relu"],
+)
+def test_other_relus_stay_before_a_pool(
+    nodes: list[onnx.NodeProto], outputs: tuple[str, ...]
+) -> None:
+    before, after = loaded_types(model_of(*nodes, outputs=outputs))
+    assert after == before

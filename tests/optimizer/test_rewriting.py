@@ -21,6 +21,7 @@ from onnxsched.rewriting import REWRITES, possible_bands, possible_rewrites, rew
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime import session
+from onnxsched_runtime.variant import DEFAULT_VARIANT
 from sample_models import build
 from support.graphs import durations, linear
 from support.models import CPU, MODELS, Array, feeds_for, reference, weight
@@ -44,8 +45,22 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
         },
     ),
     "squeezenet": ({"image": 48}, {"merge-padded": {"Conv": -8, "Concat": -8}}),
-    "nasnet_mobile": ({"image": 32}, {"merge": {"Conv": -11, "Split": 11}}),
-    "randwire": ({"image": 32}, {}),
+    "nasnet_mobile": (
+        {"image": 32},
+        {
+            "late-bias": {"Relu": -80, "Max": 80, "Add": -52, "Sum": 52},
+            "merge+late-bias": {
+                "Conv": -11,
+                "Split": 11,
+                "Relu": -80,
+                "Max": 80,
+                "Add": -52,
+                "Sum": 52,
+            },
+            "merge": {"Conv": -11, "Split": 11},
+        },
+    ),
+    "randwire": ({"image": 32}, {"late-bias": {"Relu": -17, "Max": 17, "Add": -124, "Sum": 54}}),
     "t5_encoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
     "t5_decoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
     "bert": ({"sequence": 8}, {"merge": {"MatMul": -24, "Split": 12}}),
@@ -104,7 +119,7 @@ def tried(model: Model, seed: int = 0) -> dict[str, Model]:
 def test_sample_models_keep_their_outputs(name: str, tmp_path: Path) -> None:
     sizes, expected = ZOO[name]
     model = loaded(build(name, **sizes), tmp_path)
-    assert possible_rewrites(model, GPU) == tuple(expected)
+    assert possible_rewrites(model, GPU, DEFAULT_VARIANT) == tuple(expected)
     feeds = feeds_for(model.proto, seed=3)
     outputs = reference(model.proto, feeds)
     for rewrite, changed in expected.items():
@@ -122,10 +137,10 @@ def test_fused_convolutions_are_merged_too(tmp_path: Path) -> None:
 
 def test_only_a_gpu_and_models_that_are_captured_whole_have_rewrites() -> None:
     model = as_it_is(MODELS["fork_join"]())
-    assert possible_rewrites(model, GPU) == ("merge",)
-    assert possible_rewrites(model, CPU) == ()
+    assert possible_rewrites(model, GPU, DEFAULT_VARIANT) == ("merge",)
+    assert possible_rewrites(model, CPU, DEFAULT_VARIANT) == ()
     host = as_it_is(model.proto, {model.proto.graph.node[0].name: "for once"})
-    assert possible_rewrites(host, GPU) == ()
+    assert possible_rewrites(host, GPU, DEFAULT_VARIANT) == ()
     assert rewritten(model, "none") is model
     for name in ("melt", "melt-2", "bands-2"):
         with pytest.raises(KeyError):

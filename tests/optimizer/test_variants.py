@@ -173,7 +173,7 @@ def race_both(
     feeds = tuple({"x": np.full(3, seed, np.float32)} for seed in range(1, 3))
     plain = PlainRuns(("y",), feeds, tuple([feed["x"] * 2] for feed in feeds))
     variants, rewritten = race_variants(
-        as_it_is(MODELS["chain"]()), GPU, wanted, rewrites, plain,
+        as_it_is(MODELS["chain"]()), GPU, wanted, lambda variant: rewrites, plain,
         refusals_of=refusals_of, budget_s=budget_s, custom_ops=(),
         progress=lambda what, done, total: None,
     )  # fmt: skip
