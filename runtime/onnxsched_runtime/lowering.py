@@ -16,6 +16,7 @@ from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto, helper
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
@@ -64,7 +65,44 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
         known |= _inferred(untyped, settings)
     flowing = written.union(value.name for value in model.graph.input)
     tensors = {name: kind for name, kind in known.items() if name in flowing}
-    return replace(untyped, tensors=tensors, is_lowered=True)
+    show_idle_transposes_as_views(model, tensors)
+    return replace(ModelSource(model, tensors, source.variant), is_lowered=True)
+
+
+def show_idle_transposes_as_views(
+    model: onnx.ModelProto, tensors: Mapping[str, TensorType]
+) -> None:
+    """Make a Reshape, which copies nothing, of each Transpose that moves no number, in place.
+
+    ORT adds such a Transpose where it changes the layout of an image of one point.
+    """
+    taken = {weight.name for weight in model.graph.initializer} | tensors.keys()
+    for node in model.graph.node:
+        shape = _shape_of_idle_transpose(node, tensors)
+        if shape is None:
+            continue
+        name = f"{node.name}/shape"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        weight = helper.make_tensor(name, TensorProto.INT64, [len(shape)], shape)
+        model.graph.initializer.append(weight)
+        node.CopyFrom(helper.make_node("Reshape", [node.input[0], name], node.output, node.name))
+
+
+def _shape_of_idle_transpose(
+    node: onnx.NodeProto, tensors: Mapping[str, TensorType]
+) -> tuple[int, ...] | None:
+    """The shape of what a Transpose writes; None where it moves numbers, or is none."""
+    if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
+        return None
+    before, after = (tensors.get(name) for name in (node.input[0], node.output[0]))
+    if before is None or before.shape is None or after is None or after.shape is None:
+        return None
+    given = [list(a.ints) for a in node.attribute if a.name == "perm"]
+    axes = given[0] if given else list(reversed(range(len(before.shape))))
+    moved = [axis for axis in axes if before.shape[axis] != 1]
+    return after.shape if moved == sorted(moved) and 0 not in after.shape else None
 
 
 def _declared(model: onnx.ModelProto) -> dict[str, TensorType]:

@@ -82,7 +82,8 @@ def test_lowering_keeps_the_names_of_what_it_does_not_add(zoo: Zoo) -> None:
     lowered = lower(source, _CUDA)
     origin = origins(model.proto, lowered.model)
     strangers = [n.op_type for n in lowered.model.graph.node if n.name not in origin]
-    assert set(strangers) == {"Transpose"}
+    assert set(strangers) <= {"Transpose", "Reshape"}
+    assert "Transpose" in strangers
     assert set(origin.values()) == {node.name for node in model.proto.graph.node}
     default = lower(ModelSource(model.proto, model.tensors), _CUDA)
     names = {node.name for node in default.model.graph.node}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
@@ -15,8 +17,15 @@ from onnx import helper
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.lowering import lower, origins, to_lowered, to_portable
+from onnxsched_runtime.lowering import (
+    lower,
+    origins,
+    show_idle_transposes_as_views,
+    to_lowered,
+    to_portable,
+)
 from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support import fake_cuda, models
 from support.plans import stream, topological_orders
@@ -302,3 +311,38 @@ def test_a_lowered_model_runs_by_the_schedule_of_the_portable_one(
         for seed in range(2):
             feeds = models.feeds_for(model, seed)
             models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
+@settings(deadline=None)
+@given(
+    shape=st.lists(st.sampled_from([1, 1, 2, 3]), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_a_transpose_is_shown_as_a_view_where_it_moves_no_number(
+    shape: list[int], data: DataObject
+) -> None:
+    perm = data.draw(st.permutations(range(len(shape))))
+    given_perm: dict[str, Any] = {} if data.draw(st.booleans()) else {"perm": perm}
+    perm = given_perm.get("perm", list(reversed(range(len(shape)))))
+    after = [shape[axis] for axis in perm]
+    value = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Transpose", ["x"], ["y"], "moves", **given_perm)],
+            "g",
+            [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, after)],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=10,
+    )
+    tensors = {
+        name: TensorType(onnx.TensorProto.FLOAT, tuple(of))
+        for name, of in (("x", shape), ("y", after))
+    }
+    show_idle_transposes_as_views(model, tensors)
+    (node,) = model.graph.node
+    is_idle = bool((value.transpose(perm).ravel() == value.ravel()).all())
+    assert (node.op_type, node.name) == ("Reshape" if is_idle else "Transpose", "moves")
+    (result,) = models.reference(model, {"x": value})
+    np.testing.assert_array_equal(result, value.transpose(perm))
