@@ -164,13 +164,18 @@ def _rectification(
 
 
 def _is_rectified_later(view: GraphView, tensor: str) -> bool:
-    """Whether all that reads a tensor is a Relu, or a Concat of whose result that is so."""
+    """Whether all that reads a tensor is a Relu, or a Concat or maximum that leads to Relus."""
     readers = view.readers.get(tensor, [])
     return bool(readers and tensor not in view.outputs) and all(
         kind_of(node) == ("", "Relu")
-        or (kind_of(node) == ("", "Concat") and _is_rectified_later(view, node.output[0]))
+        or (_chooses(node) and _is_rectified_later(view, node.output[0]))
         for node in readers
     )
+
+
+def _chooses(node: onnx.NodeProto) -> bool:
+    """Whether all that a node writes are numbers that it reads."""
+    return kind_of(node) in (("", "Concat"), ("", "MaxPool")) and len(node.output) == 1
 
 
 def _channel_bias(

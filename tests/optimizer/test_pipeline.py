@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 import onnxsched
 from onnxsched import checking, pipeline, scheduling, tuning
@@ -19,8 +20,9 @@ from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
 from onnxsched.inspection import inspect_model
 from onnxsched.loading import load_model
-from onnxsched.outcomes import Tuned
+from onnxsched.outcomes import Subject, Tuned
 from onnxsched.policies import POLICIES
+from onnxsched.proposals import Request
 from onnxsched.tuning import tune
 from onnxsched.verify import verify
 from onnxsched_runtime.annotation import read_annotation
@@ -340,6 +342,59 @@ def test_a_rewrite_is_written_recalled_and_loaded(
     second = optimized(source, again, **options)
     assert (second.from_cache, second.rewrite) == (True, "merge")
     assert again.read_bytes() == target.read_bytes()
+
+
+def test_detours_are_scheduled_without_a_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "possible_detours", lambda *_: ("merge",))
+    monkeypatch.delattr(scheduling, "race_variants")
+    source, target = saved(build("googlenet", image=64), tmp_path), tmp_path / "out.onnx"
+
+    def rewrites(**options: Any) -> set[str]:
+        result = optimized(source, target, budget_s=1.0, **options)
+        return {a["rewrite"] for a in result.alternatives}
+
+    assert rewrites(streams=2) == {"none", "merge"}
+    assert rewrites(streams=1) == rewrites(streams=2, variants=False) == {"none"}
+
+
+def test_what_is_predicted_shortest_is_tried_first(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shortest: list[float] = []
+
+    def tuned(subjects: Sequence[Subject], *arguments: Any, **options: Any) -> Tuned:
+        for subject in subjects:
+            shortest.append(min(candidate.predicted_us for candidate in subject.candidates))
+        return tune(subjects, *arguments, **options)
+
+    monkeypatch.setattr(scheduling, "possible_detours", lambda *_: ("merge", "late-bias"))
+    monkeypatch.setattr(scheduling, "tune", tuned)
+    optimized(tiny, tmp_path / "out.onnx", streams=3)
+    assert len(shortest) == 3
+    assert shortest == sorted(shortest)
+
+
+@pytest.mark.parametrize(("count", "budget_s"), [(5, 30.0), (360, 30.0), (600, 50.0)])
+def test_large_models_have_more_time(
+    count: int, budget_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [helper.make_node("Neg", [f"t{i}"], [f"t{i + 1}"]) for i in range(count)]
+    ends = [helper.make_tensor_value_info(f"t{i}", TensorProto.FLOAT, [2]) for i in (0, count)]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 17)]
+    source = saved(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path)
+    asked: list[float] = []
+
+    def decided(*arguments: Any) -> Any:
+        asked.extend(a.budget_s for a in arguments if isinstance(a, Request))
+        return measured_decision(*arguments)
+
+    measured_decision = scheduling.measured_decision
+    monkeypatch.setattr(pipeline, "measured_decision", decided)
+    optimized(source, tmp_path / "out.onnx", policy="sequential")
+    assert asked == [budget_s]
 
 
 def test_a_cpu_has_no_rewrites_and_without_variants_there_are_none(
