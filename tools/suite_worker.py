@@ -24,18 +24,15 @@ import torch
 
 from onnxsched import optimize
 from onnxsched.comparison import Tolerances, difference
-from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.environment import describe_environment
 from onnxsched.inputs import random_inputs
-from onnxsched.inspection import inspect_model
-from onnxsched.loading import Model, graph_from_model, load_model
+from onnxsched.loading import Model, load_model
 from onnxsched.pipeline import OptimizeResult
-from onnxsched.simulate import critical_path_us, total_us
 from onnxsched.summary import ratio, summarize
-from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError, OnnxschedError
-from onnxsched_runtime.model import read_model, written_whole
+from onnxsched_runtime.model import written_whole
+from tools.bounds import bounds_us
 from tools.peers import Arm, open_arm, reference_arm, time_arm_us
 
 _ROUND_COUNT = 20
@@ -114,7 +111,7 @@ def optimized(job: Job) -> dict[str, Any]:
             {key: value for key, value in entry.items() if key != "samples_us"}
             for entry in result.alternatives
         ],
-        **_bounds_us(Path(job.target)),
+        **bounds_us(Path(job.target), Device.parse(job.device), Path(job.cache_dir)),
     }
 
 
@@ -129,20 +126,6 @@ def _predicted_us(result: OptimizeResult) -> float | None:
         ),
         None,
     )
-
-
-def _bounds_us(target: Path) -> dict[str, float]:
-    """What no schedule is longer and none shorter than, if kernels do not slow each other."""
-    proto = read_model(target)
-    annotation = read_annotation(proto)
-    graph = graph_from_model(Model(proto, annotation.tensors, annotation.host_reasons, {}, proto))
-    duration_us = {node.name: node.duration_us or 0.0 for node in inspect_model(target).nodes}
-    cost = TableCost(tuple(OperatorCost(duration_us[o.name]) for o in graph.operators))
-    device = annotation.devices[0]
-    return {
-        "operator_sum_us": total_us(graph, cost, device),
-        "critical_path_us": critical_path_us(graph, cost, device),
-    }
 
 
 def compiled(job: Job) -> dict[str, Any]:
