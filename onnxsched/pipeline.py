@@ -33,6 +33,7 @@ from onnxsched.proposals import Request
 from onnxsched.rewriting import rewritten
 from onnxsched.schedule_file import ScheduleFile, read_schedule_file, schedule_of
 from onnxsched.scheduling import measured_decision
+from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
@@ -140,7 +141,8 @@ def optimize(
     cache = MeasurementCache(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
-    with ProfilingWorker() if chosen.kind == "cuda" else nullcontext() as worker:
+    is_gpu = chosen.kind == "cuda"
+    with cuda.one_graph_stream(), ProfilingWorker() if is_gpu else nullcontext() as worker:
         progress("loading", 0, 1)
         model = load_model(Path(source), chosen, shapes, libraries, precision)
         graph = graph_from_model(model)

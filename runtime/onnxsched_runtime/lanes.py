@@ -7,6 +7,7 @@ that nothing else is copied to, so that it is found in what was captured, and le
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ MARK = TensorType(TensorProto.FLOAT, (1,))
 """What a mark copies."""
 MARK_SOURCE = "onnxsched/mark"
 """The input that every mark copies from."""
+_TAKES_ANY_WEIGHT = {"Gather", "MatMul", "Gemm", "FusedMatMul"}
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 
@@ -134,15 +136,47 @@ def _is_view(source: ModelSource, node: NodeProto) -> bool:
     return node.op_type in _VIEWS and node.domain in ("", "ai.onnx") and fixed
 
 
-def marked_part(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> ModelPart:
+def shared_weights(
+    source: ModelSource, plan: ExecutionPlan, lanes: Sequence[Lane]
+) -> dict[Lane, tuple[str, ...]]:
+    """The large weights that each lane reads and others of its device do, too.
+
+    Each session would have a copy: a language model reads its table first and last. Only where an
+    operator takes a weight as it takes any tensor; convolutions prepare theirs. O(nodes).
+    """
+    reads: dict[Lane, dict[str, None]] = {}
+    unfit: set[str] = set()
+    for lane in lanes:
+        own = reads.setdefault(lane, {})
+        for name in (n for index in lane.segments for n in plan.segments[index].nodes):
+            node = source.nodes[name]
+            found = [t for t in node_reads(node) if source.large_weight(t) is not None]
+            own.update(dict.fromkeys(found))
+            unfit.update(found if node.op_type not in _TAKES_ANY_WEIGHT else ())
+    counts = Counter((lane.placement.device, name) for lane in reads for name in reads[lane])
+    return {
+        lane: tuple(n for n in own if counts[lane.placement.device, n] > 1 and n not in unfit)
+        for lane, own in reads.items()
+    }
+
+
+def marked_part(
+    source: ModelSource, plan: ExecutionPlan, lane: Lane, shared: Sequence[str] = ()
+) -> ModelPart:
     """Cut a lane out as a model of its own, its nodes in launch order, with marks.
 
     Its outputs are those of the lane, or what `written_instead` says.
+
+    Args:
+        source: The model.
+        plan: The plan that the lane is of.
+        lane: The lane.
+        shared: Weights that are inputs of it.
     """
     instead = written_instead(source, plan, lane)
     outputs = [instead.get(tensor, tensor) for tensor in lane.outputs]
     segments = _read_nodes(source, plan, lane, outputs)
-    inputs = [plan.original(tensor) for tensor in lane.inputs]
+    inputs = [*map(plan.original, lane.inputs), *shared]
     part = source.part([name for segment in segments for name in segment], inputs, outputs)
     if not lane.marks:
         return part

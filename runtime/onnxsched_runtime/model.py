@@ -229,9 +229,10 @@ class ModelSource:
     def part(
         self, names: Sequence[str], inputs: Sequence[str], outputs: Sequence[str]
     ) -> ModelPart:
-        """Cut the named nodes out, given what flows in and out."""
+        """Cut the named nodes out, given what flows in and out; weights may flow in, too."""
         nodes = [self.nodes[name] for name in names]
-        used = dict.fromkeys(t for node in nodes for t in node_reads(node) if t in self._weights)
+        stored = self._weights.keys() - set(inputs)
+        used = dict.fromkeys(t for node in nodes for t in node_reads(node) if t in stored)
         weights = {name: array for name in used if (array := self.large_weight(name)) is not None}
         initializers = [_placeholder(self._weights[n]) if n in weights else self._weights[n]
                         for n in used]  # fmt: skip
@@ -282,7 +283,7 @@ class ModelSource:
         return {}
 
     def _value(self, name: str) -> onnx.ValueInfoProto:
-        kind = self.tensors.get(name)
+        kind = self.kind_of(name) if self.is_weight(name) else self.tensors.get(name)
         if kind is None:
             return self._declared.get(name) or helper.make_empty_tensor_value_info(name)
         return helper.make_tensor_value_info(name, kind.element_type, kind.shape)

@@ -320,7 +320,7 @@ def _create(
     """A session of ORT's; on a GPU, one without a stream gets one that `streams` closes."""
     model = source.content if isinstance(source, ModelPart) else str(source)
     if settings.device.kind == "cuda" and settings.stream_handle is None:
-        own = streams.enter_context(cuda.Stream(settings.device))
+        own = streams.enter_context(cuda.graph_stream(settings.device))
         settings = replace(settings, stream_handle=own.handle)
     providers = _providers(settings)
     try:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import onnx
 import pytest
 
-from onnxsched_runtime.lanes import MARK_SOURCE, Lane, lanes_of, marked_part, written_instead
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.lanes import (
+    MARK_SOURCE,
+    Lane,
+    lanes_of,
+    marked_part,
+    shared_weights,
+    written_instead,
+)
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
@@ -68,3 +76,60 @@ def test_a_view_of_what_comes_from_elsewhere_is_copied() -> None:
     (viewing,) = [lane for lane in lanes if "tall" in lane.outputs]
     assert written_instead(source, plan, viewing) == {}
     assert nodes_of(source, plan, viewing) == ["wide", "tall"]
+
+
+def tied(last: str = "Gemm<transB = 1>(hidden, table)") -> onnx.ModelProto:
+    """A model that reads its table first and last."""
+    return models.model_of(
+        f"""(int64[4] x) => (float[4,64] y) {{
+            rows = Gather(table, x)
+            hidden = Tanh(rows)
+            y = {last}
+        }}""",
+        table=models.weight(64, 16),
+        other=models.weight(16, 64),
+        small=models.weight(16, 1),
+    )
+
+
+def test_a_weight_that_two_lanes_read_flows_into_both() -> None:
+    source, plan, lanes = planned(tied(), (1, 2, 2))
+    shared = shared_weights(source, plan, lanes)
+    assert shared == dict.fromkeys(lanes, ("table",))
+    for lane in lanes:
+        part = marked_part(source, plan, lane, shared[lane])
+        model = onnx.ModelProto.FromString(part.content)
+        assert "table" in {value.name for value in model.graph.input}
+        assert "table" not in {w.name for w in model.graph.initializer} | part.weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("last", "streams"),
+    [
+        ("Gemm<transB = 1>(hidden, table)", (1, 1, 1)),
+        ("MatMul(hidden, other)", (1, 2, 2)),
+        ("Transpose<perm = [1, 0]>(table)", (1, 1, 2)),
+    ],
+    ids=["one lane", "others", "an operator that may prepare it"],
+)
+def test_other_weights_stay_with_their_lanes(last: str, streams: tuple[int, ...]) -> None:
+    model = tied(last)
+    if "Transpose" in last:
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 16
+    source, plan, lanes = planned(model, streams)
+    assert not any(shared_weights(source, plan, lanes).values())
+
+
+def test_each_device_has_a_copy_of_its_own() -> None:
+    model = tied()
+    names = [node.name for node in model.graph.node]
+    placements = {
+        name: Placement(Device("cuda", index), 0)
+        for name, index in zip(names, (0, 1, 1), strict=True)
+    }
+    plan = plan_model(model, placements, {})
+    source = ModelSource(model, models.annotation_of(model, (1, 2, 2)).tensors)
+    lanes = lanes_of(plan, plan.pieces[0]).lanes
+    lanes = tuple(lane for lane in lanes if not plan.is_copy(lane.segments[0]))
+    assert len(lanes) == 2
+    assert not any(shared_weights(source, plan, lanes).values())

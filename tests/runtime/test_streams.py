@@ -241,7 +241,12 @@ def test_graphs_that_take_turns_share_a_stream(monkeypatch: pytest.MonkeyPatch) 
     with cuda.graph_stream(first) as a, cuda.graph_stream(first) as b:
         assert a is not b
     with cuda.one_graph_stream():
+        with cuda.graph_stream(first) as outer:
+            pass
+        with cuda.one_graph_stream(), cuda.graph_stream(first) as inner:
+            assert inner is outer
         with cuda.graph_stream(first) as a, cuda.graph_stream(first) as b:
+            assert a is outer
             assert a is b
         with cuda.graph_stream(other) as c, cuda.graph_stream(first) as d:
             assert c is not a
@@ -251,3 +256,29 @@ def test_graphs_that_take_turns_share_a_stream(monkeypatch: pytest.MonkeyPatch) 
     assert not shared.is_open
     with cuda.graph_stream(first) as e:
         assert e is not a
+
+
+def test_a_weight_that_two_streams_read_is_there_once(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[int] = []
+    upload = fake_cuda.FakeMemory.upload
+
+    def counted(memory: fake_cuda.FakeMemory, array: np.ndarray, offset_nbytes: int) -> None:
+        uploads.append(array.nbytes)
+        upload(memory, array, offset_nbytes)
+
+    monkeypatch.setattr(fake_cuda.FakeMemory, "upload", counted)
+    model = models.model_of(
+        """(int64[4] x) => (float[4,64] y) {
+            rows = Gather(table, x)
+            hidden = Tanh(rows)
+            y = Gemm<transB = 1>(hidden, table)
+        }""",
+        table=models.weight(64, 16),
+    )
+    with Session(model, models.annotation_of(model, (1, 2, 2), device=GPU)) as session:
+        assert session.refusal is None
+        assert uploads == [64 * 16 * 4]
+        feeds = models.feeds_for(model)
+        models.assert_same(session.run(None, feeds), models.reference(model, feeds))

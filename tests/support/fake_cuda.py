@@ -60,6 +60,10 @@ class FakeMemory(cuda.DeviceMemory):
         self._bytes = np.zeros(nbytes + 1, np.uint8)
         self.pointer = self._bytes.ctypes.data
 
+    def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
+        assert offset_nbytes + array.nbytes <= self.nbytes
+        ctypes.memmove(self.pointer + offset_nbytes, array.ctypes.data, array.nbytes)
+
     def close(self) -> None:
         self.pointer = 0
 

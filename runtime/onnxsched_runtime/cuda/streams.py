@@ -93,11 +93,14 @@ _shared: ContextVar[dict[Device, Stream] | None] = ContextVar("_shared", default
 
 @contextmanager
 def one_graph_stream() -> Iterator[None]:
-    """Let all that opens streams for graphs meanwhile share one a device, since it takes turns.
+    """Let all that opens streams to launch on meanwhile share one a device, since it takes turns.
 
     A process that has used many streams starts every kernel later; see
-    `docs/adr/0013-few-streams.md`.
+    `docs/adr/0013-few-streams.md`. Inside another, this is the other.
     """
+    if _shared.get() is not None:
+        yield
+        return
     streams: dict[Device, Stream] = {}
     token = _shared.set(streams)
     try:
@@ -109,7 +112,7 @@ def one_graph_stream() -> Iterator[None]:
 
 
 def graph_stream(device: Device) -> AbstractContextManager[Stream]:
-    """A stream to launch graphs on: one's own, or that of `one_graph_stream`."""
+    """A stream to launch on: one's own, or that of `one_graph_stream`."""
     shared = _shared.get()
     if shared is None:
         return Stream(device)

@@ -18,6 +18,7 @@ from onnxsched_runtime.lanes import (
     lane_tensors,
     lanes_of,
     marked_part,
+    shared_weights,
     written_instead,
 )
 from onnxsched_runtime.model import ModelSource
@@ -50,6 +51,9 @@ class LaneRunner(PlanRunner):
         self._opened: dict[Lane, OrtSession] = {}
         self._runs: dict[Lane, BoundRun | CopyRun] = {}
         self._marks: dict[Device, list[cuda.Buffer]] = {}
+        self._shared: dict[Lane, tuple[str, ...]] = {}
+        self._weights: dict[tuple[Device, str], cuda.Buffer] = {}
+        """What several lanes of a device read."""
         self._workspaces: dict[Lane, cuda.DeviceMemory] = {}
         super().__init__(source, plan, lane_tensors(plan), custom_ops)
 
@@ -62,12 +66,18 @@ class LaneRunner(PlanRunner):
             self.streams[placement] = opened[placement.device]
 
     def _open_runs(self) -> None:
+        lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]
+        run_here = [lane for lane in lanes if not self._is_copy(lane)]
+        self._shared = shared_weights(self._source, self.plan, run_here)
+        for lane in run_here:
+            for name in self._shared[lane]:
+                self._open_weight(name, lane.placement.device)
         for plan in self._lanes.values():
             for lane in plan.lanes:
                 if not self._is_copy(lane):
                     self._opened[lane] = self._session(
                         lane.placement,
-                        marked_part(self._source, self.plan, lane),
+                        marked_part(self._source, self.plan, lane, self._shared[lane]),
                         on_device=True,
                         keeps_nodes=self._source.is_lowered or bool(lane.marks),
                     )
@@ -77,6 +87,17 @@ class LaneRunner(PlanRunner):
     def _is_copy(self, lane: Lane) -> bool:
         """Whether it is a copy, which has a stream of its own."""
         return self.plan.is_copy(lane.segments[0])
+
+    def _open_weight(self, name: str, device: Device) -> None:
+        """Upload a weight once, for all sessions of a device."""
+        array = self._source.large_weight(name)
+        if array is None or (device, name) in self._weights:
+            return
+        memory = self._resources.enter_context(cuda.DeviceMemory(array.nbytes, device))
+        memory.upload(array, 0)
+        self._weights[device, name] = cuda.Buffer(
+            self._source.kind_of(name), device, memory.pointer
+        )
 
     def _open_marks(self, lane: Lane) -> None:
         """What the marks of a lane copy from, and what each copies to, once for all lanes."""
@@ -95,11 +116,13 @@ class LaneRunner(PlanRunner):
             source, target = (buffers[name] for name in (*lane.inputs, *lane.outputs))
             return CopyRun(source, target, self.streams[lane.placement])
         inputs = {self.plan.original(name): view(buffers[name]) for name in lane.inputs}
+        device = lane.placement.device
+        inputs |= {name: view(self._weights[device, name]) for name in self._shared[lane]}
         outputs = {name: view(buffers[name]) for name in lane.outputs}
         for name, origin in written_instead(self._source, self.plan, lane).items():
             shape = self._source.tensors[origin].shape
             outputs[origin] = replace(outputs.pop(name), shape=shape or ())
-        marks = self._marks[lane.placement.device]
+        marks = self._marks[device]
         for number, mark in enumerate(lane.marks, 1):
             inputs[MARK_SOURCE] = view(marks[0])
             outputs[mark] = view(marks[number])

@@ -63,10 +63,13 @@ class PlanRunner:
             raise
 
     def _open_streams(self, placements: Sequence[Placement]) -> None:
-        """A stream for each placement."""
+        """A stream for each placement; the first of a device may be shared."""
+        seen: set[Device] = set()
         for placement in placements:
-            stream = cuda.Stream(placement.device)
-            self.streams[placement] = self._resources.enter_context(stream)
+            is_first = placement.device not in seen
+            seen.add(placement.device)
+            made = cuda.graph_stream if is_first else cuda.Stream
+            self.streams[placement] = self._resources.enter_context(made(placement.device))
 
     def _open_buffers(self, tensors: Collection[str]) -> None:
         """An arena on each device."""
