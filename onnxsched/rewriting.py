@@ -19,7 +19,6 @@ from onnxsched.merging import merge
 from onnxsched.offsets import delayed, find_delays
 from onnxsched.recomputing import Duplicate
 from onnxsched.regions import find_bands
-from onnxsched.scores import biased_scores, find_query_biases
 from onnxsched.siblings import GraphView, find_siblings
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.variant import Variant
@@ -32,7 +31,6 @@ REWRITES: Mapping[str, Mapping[str, bool]] = {
 """Which siblings each rewrite merges, as `find_siblings` takes it."""
 _TWICE = "twice"
 _LATE = "late-bias"
-_QUERIES = "query-bias"
 _LEAST_LATE = 0.05
 """Biases that can wait, of all operators: fewer are not worth a trial."""
 
@@ -66,13 +64,6 @@ def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
     return tuple(f"{scheme}-{device_count}" for scheme in find_bands(model, device_count))
 
 
-def possible_detours(model: Model, device: Device) -> tuple[str, ...]:
-    """The rewrites that add work beside the longest way to make that shorter."""
-    if device.kind == "cpu" or model.host_reasons or not find_query_biases(GraphView(model)):
-        return ()
-    return (_QUERIES,)
-
-
 def twice(rewrite: str) -> str:
     """The rewrite that computes operators twice after another, e.g. `bands-2+twice`."""
     return _TWICE if rewrite == NO_REWRITE else f"{rewrite}+{_TWICE}"
@@ -87,7 +78,7 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
     Args:
         model: A portable model that is not rewritten.
         rewrite: A name in `REWRITES`, a scheme of `find_bands` and a count of bands, or `none`;
-            `late-bias` or `query-bias`; or several, one after the other, with a `+` between them.
+            `late-bias`; or several, one after the other, with a `+` between them.
         duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:
@@ -105,8 +96,6 @@ def _step(model: Model, step: str, duplicates: Sequence[Duplicate]) -> Model:
         return duplicated(model, duplicates)
     if step == _LATE:
         return delayed(model)
-    if step == _QUERIES:
-        return biased_scores(model)
     scheme, _, count = step.rpartition("-")
     if count.isdecimal():
         region = find_bands(model, int(count))[scheme]

@@ -25,7 +25,6 @@ from onnxsched.proposals import (
 )
 from onnxsched.rewriting import (
     possible_bands,
-    possible_detours,
     possible_rewrites,
     rewritten,
     twice,
@@ -65,6 +64,8 @@ def measured_decision(
 
     transfers = measure_transfers(request.machine.devices, cache, progress)
     subjects = _subjects(model, measured, transfers, plain, request, progress)
+    if worker is not None:  # all is profiled, and what follows is measured beside nothing else
+        worker.close()
     if not any(subject.candidates for subject in subjects):
         raise _too_large(request)
     tuned = tune(
@@ -105,7 +106,7 @@ def _subjects(
         return profiles[lowered.form]
 
     raced = _raced(model, default, profile_of, plain, request, progress)
-    raced += _unraced(model, raced[0][1].variant, request)
+    raced += _in_bands(model, raced[0][1].variant, request)
     subjects = []
     for portable, lowered in raced:
         own = (
@@ -194,13 +195,11 @@ def _raced(
     ]
 
 
-def _unraced(model: Model, variant: Variant, request: Request) -> list[tuple[Model, Model]]:
-    """What no race in one stream would tell the worth of, portable and lowered."""
-    names: tuple[str, ...] = ()
-    if request.variants and request.schedule is None and len(request.machine.placements) > 1:
-        names += possible_detours(model, request.device)
-    if request.is_split:
-        names += possible_bands(model, len(request.machine.devices))
+def _in_bands(model: Model, variant: Variant, request: Request) -> list[tuple[Model, Model]]:
+    """The model in bands, portable and lowered: no race in one stream would tell their worth."""
+    if not request.is_split:
+        return []
+    names = possible_bands(model, len(request.machine.devices))
     models = [rewritten(model, name) for name in names]
     pairs = [(portable, _lowered(portable, variant, request)) for portable in models]
     return [(portable, lowered) for portable, lowered in pairs if lowered is not None]

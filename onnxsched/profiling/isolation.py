@@ -124,7 +124,7 @@ class ProfilingWorker:
         )
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; another one starts if more is to be measured."""
         self._process.kill()
         with contextlib.suppress(BrokenPipeError):  # of what it has not read
             self._process.communicate()

@@ -344,21 +344,6 @@ def test_a_rewrite_is_written_recalled_and_loaded(
     assert again.read_bytes() == target.read_bytes()
 
 
-def test_detours_are_scheduled_without_a_race(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scheduling, "possible_detours", lambda *_: ("merge",))
-    monkeypatch.delattr(scheduling, "race_variants")
-    source, target = saved(build("googlenet", image=64), tmp_path), tmp_path / "out.onnx"
-
-    def rewrites(**options: Any) -> set[str]:
-        result = optimized(source, target, budget_s=1.0, **options)
-        return {a["rewrite"] for a in result.alternatives}
-
-    assert rewrites(streams=2) == {"none", "merge"}
-    assert rewrites(streams=1) == rewrites(streams=2, variants=False) == {"none"}
-
-
 def test_what_is_predicted_shortest_is_tried_first(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +354,8 @@ def test_what_is_predicted_shortest_is_tried_first(
             shortest.append(min(candidate.predicted_us for candidate in subject.candidates))
         return tune(subjects, *arguments, **options)
 
-    monkeypatch.setattr(scheduling, "possible_detours", lambda *_: ("merge", "late-bias"))
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ("merge", "late-bias"))
+    monkeypatch.setattr(scheduling, "promising", lambda variants, rewrites: rewrites)
     monkeypatch.setattr(scheduling, "tune", tuned)
     optimized(tiny, tmp_path / "out.onnx", streams=3)
     assert len(shortest) == 3
