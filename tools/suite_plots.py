@@ -16,7 +16,9 @@ from onnxsched_runtime.errors import OnnxschedError, UsageError
 from onnxsched_runtime.model import written_whole
 from tools.suite_table import COLUMNS, fastest, grouped, reference_column
 
-_COLORS = ("#9aa0a6", "#5f6b7a", "#e8710a", "#a8c7fa", "#1a73e8", "#34a853", "#b80672")
+_COLORS = (
+    "#9aa0a6", "#5f6b7a", "#e8710a", "#a8c7fa", "#1a73e8", "#00695c", "#34a853", "#b80672",
+)  # fmt: skip
 """One a column of the table, in its order."""
 
 

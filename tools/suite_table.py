@@ -20,6 +20,7 @@ COLUMNS: Mapping[str, Sequence[str]] = {
     ),
     "ORT": ("ort",),
     "ORT graph": ("ort-graph",),
+    "ORT best": ("ort-best",),
     "one stream": ("sequential",),
     "auto": ("auto",),
 }
@@ -45,7 +46,7 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(
             f"| {model} | {batch} | {' | '.join(cells)} | {over_reference} | {over_torch} |"
         )
-    return "\n".join([*lines, "", *_notes(report)]) + "\n"
+    return "\n".join([*lines, "", *_costs(report), *_notes(report)]) + "\n"
 
 
 def grouped(report: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -81,6 +82,38 @@ def _over(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return f"{value:.2f}x ({other['arm'].removeprefix('torch-')})"
 
 
+def _costs(report: Mapping[str, Any]) -> list[str]:
+    """What `auto` costs, and how near it is to what no schedule of its kernels is shorter than."""
+    lines = []
+    for (model, batch, *_), arms in grouped(report).items():
+        ours, reference = arms.get("auto"), arms.get("ort-graph")
+        if not ours or ours.get("sm_time_us") is None:
+            continue
+        bound_us = max(ours["critical_path_us"], ours["sm_time_us"])
+        cells = [
+            _megabytes(ours), _megabytes(reference), f"{ours['optimize_s']:.0f}",
+            _number(ours["predicted_us"]), _number(ours["operator_sum_us"]),
+            _number(ours["critical_path_us"]), _number(ours["sm_time_us"]),
+            f"{ours['time']['median_us'] / bound_us:.2f}x" if bound_us else "",
+        ]  # fmt: skip
+        lines.append(f"| {model} | {batch} | {' | '.join(cells)} |")
+    heads = [
+        "auto MB", "ORT graph MB", "optimize s", "predicted", "sum", "longest way", "SM time",
+        "over both",
+    ]  # fmt: skip
+    table = [f"| model | batch | {' | '.join(heads)} |", f"| --- | ---: |{' ---: |' * len(heads)}"]
+    return [*table, *lines, ""] if lines else []
+
+
+def _megabytes(entry: Any) -> str:
+    nbytes = None if entry is None else entry["memory_nbytes"]
+    return "" if nbytes is None else f"{nbytes / 1e6:.0f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
 def reference_column(report: Mapping[str, Any]) -> str:
     """What everything is compared with: the CPU has no graphs."""
     environment = report.get("environment", {})
@@ -94,7 +127,8 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     notes = [
         f"Microseconds, medians of interleaved rounds; {environment.get('device', '')}, "
         f"{report.get('date', '')}, float32 with TF32 allowed, {', '.join(versions)}. In brackets "
-        "the 95 % interval, or the fastest torch arm."
+        "the 95 % interval, or the fastest torch arm. SM time is that of each kernel alone times the "
+        "share of the multiprocessors that it covers."
     ]
     failed = [entry for entry in report["results"] if entry["error"]]
     if failed:

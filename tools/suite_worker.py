@@ -33,7 +33,7 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError, OnnxschedError
 from onnxsched_runtime.model import written_whole
 from tools.bounds import bounds_us
-from tools.peers import Arm, open_arm, reference_arm, time_arm_us
+from tools.peers import Arm, ExecutorArm, open_arm, reference_arm, time_arm_us
 
 _ROUND_COUNT = 20
 _RELATIVE = 1e-2
@@ -161,6 +161,7 @@ def measured(job: Job) -> dict[str, Any]:
         "memory_nbytes": memory_nbytes if device.kind == "cuda" else None,
         "prepare_s": prepare_s,
         "compile_s": arm.compile_s,
+        "variant": str(arm.variant) if isinstance(arm, ExecutorArm) and arm.variant else None,
         "relative_difference": relative,
         "environment": {**describe_environment(device), "torch": torch.__version__},
     }

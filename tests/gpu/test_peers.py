@@ -14,7 +14,14 @@ from onnxsched.inputs import random_inputs
 from onnxsched.loading import load_model
 from onnxsched_runtime.device import Device
 from tools import suite_worker
-from tools.peers import ORT_ARMS, TORCH_ARMS, open_arm, reference_arm, time_arm_us
+from tools.peers import (
+    ORT_ARMS,
+    TORCH_ARMS,
+    ExecutorArm,
+    open_arm,
+    reference_arm,
+    time_arm_us,
+)
 from tools.suite_worker import Job, measured
 
 GPU = Device("cuda")
@@ -67,3 +74,12 @@ def test_a_graph_is_not_slower_than_eager_mode(zoo: Callable[[str], Path]) -> No
             times_us[name] = statistics.median(time_arm_us(arm, 20))
     assert times_us["torch-graph"] < times_us["torch-eager"]
     assert times_us["ort-graph"] < times_us["torch-eager"]
+
+
+def test_the_best_of_plain_onnx_runtime_is_found(zoo: Callable[[str], Path]) -> None:
+    model = load_model(zoo("squeezenet"), GPU)
+    feeds = random_inputs(model.baseline, model.tensors, seed=0)
+    with open_arm("ort-best", model, GPU, feeds) as arm:
+        assert isinstance(arm, ExecutorArm)
+        assert arm.variant is not None
+        assert arm.variant.layout == "nhwc"

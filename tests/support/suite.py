@@ -19,6 +19,7 @@ def result(model: str, batch: int, arm: str) -> dict[str, Any]:
         "sequence": None,
         "arm": arm,
         "error": None,
+        "memory_nbytes": None,
         "time": {"median_us": time_us},
         "reference": {"median_us": TIMES_US["ort-graph"] * batch},
         "ratio": {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01},

@@ -19,7 +19,7 @@ def test_the_table_shows_the_fastest_of_several_arms() -> None:
     lines = table(report()).splitlines()
     assert lines[0].split(" | ")[-2:] == ["over ORT graph", "over best torch |"]
     assert lines[2] == (
-        "| googlenet | 1 | 500 |  | 150 | 300 | 200 |  | 100 | 2.00x (1.99-2.01) "
+        "| googlenet | 1 | 500 |  | 150 | 300 | 200 |  |  | 100 | 2.00x (1.99-2.01) "
         "| 1.50x (compile-nhwc) |"
     )
     assert [line.split(" | ")[:2] for line in lines[2:5]] == [
@@ -28,6 +28,18 @@ def test_the_table_shows_the_fastest_of_several_arms() -> None:
         ["| bert", "1"],
     ]
     assert {line.count("|") for line in lines[:5]} == {lines[0].count("|")}
+
+
+def test_a_second_table_says_what_auto_costs_and_how_near_its_bounds_it_is() -> None:
+    content = report()
+    ours = next(entry for entry in content["results"] if entry["arm"] == "auto")
+    bounds = {"operator_sum_us": 300.0, "critical_path_us": 80.0, "sm_time_us": 50.0}
+    ours |= {"optimize_s": 12.3, "predicted_us": 95.0, "memory_nbytes": 5_000_000, **bounds}
+    lines = table(content).splitlines()
+    [row] = [line for line in lines if " 1.25x |" in line]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["googlenet", "1", "5"]
+    assert cells[4:] == ["12", "95", "300", "80", "50", "1.25x"]
 
 
 def test_the_table_names_the_machine_and_what_failed() -> None:
