@@ -127,7 +127,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     notes = [
         f"Microseconds, medians of interleaved rounds; {environment.get('device', '')}, "
         f"{report.get('date', '')}, float32 with TF32 allowed, {', '.join(versions)}. In brackets "
-        "the 95 % interval, or the fastest torch arm. SM time is that of each kernel alone times the "
+        "the 95 % interval, or the fastest torch arm. SM time is each kernel's alone times the "
         "share of the multiprocessors that it covers."
     ]
     failed = [entry for entry in report["results"] if entry["error"]]
