@@ -117,11 +117,17 @@ def _finalists(ranked: Sequence[Outcome]) -> list[Outcome]:
     sequential = [o for o in ranked if o.candidate.policy == "sequential"]
     plain = [outcome for outcome in sequential if outcome.form == AS_LOADED]
     streams = [outcome for outcome in sequential if outcome not in plain]
+    streams.sort(key=_alone_us)
     others = [o for o in ranked if o.candidate.policy != "sequential"]
     alone = [o for o in others if len(o.candidate.schedule.devices) == 1]
     best = others[:_FINALIST_COUNT]
     wanted = [*plain, *best[:1], *alone[:1], *streams[:1], *best[1:]]
     return list({id(outcome): outcome for outcome in wanted}.values())
+
+
+def _alone_us(outcome: Outcome) -> float:
+    """The time in one stream: what is one chain is not tried, but predictions hold there."""
+    return outcome.candidate.predicted_us if outcome.trial_us is None else outcome.trial_us
 
 
 @dataclass(frozen=True)

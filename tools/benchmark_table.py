@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = [
     ROOT / "docs" / "benchmarks" / name
-    for name in ("h200-zoo.json", "h200-variants.json", "h200-lanes.json")
+    for name in ("h200-zoo.json", "h200-variants.json", "h200-defaults.json")
 ]
 BEGIN, END = "<!-- benchmark table: begin -->\n", "<!-- benchmark table: end -->\n"
 

@@ -400,6 +400,16 @@ def test_the_best_on_one_device_is_built_before_what_may_be_too_late(model: Mode
     assert [o.trial_us for o in finalists] == [5.0, 1.0, 4.0, 2.0, 3.0]
 
 
+def test_what_is_one_chain_is_no_worse_for_not_being_tried(model: Model) -> None:
+    [plain] = [c for c in candidates_of(model, GPU)[1] if c.policy == "sequential"]
+    tried = Outcome(plain, 2.0, form=(DEFAULT_VARIANT, "merge"))
+    for predicted_us, expected in ((1.5, "merge-padded"), (2.5, "merge")):
+        chain = replace(plain, predicted_us=predicted_us)
+        untried = Outcome(chain, form=(DEFAULT_VARIANT, "merge-padded"))
+        ranked = [tried, Outcome(plain, 3.0), untried]
+        assert [o.form[1] for o in tuning._finalists(ranked)] == ["none", expected]
+
+
 @pytest.mark.parametrize("is_limited", [True, False])
 def test_what_memory_is_too_small_for_is_left_out_where_memory_is_limited(
     is_limited: bool, model: Model, monkeypatch: pytest.MonkeyPatch
