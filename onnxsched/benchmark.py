@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxsched.arms import ARMS, SCHEDULE, arm_names, baseline_of, needed_by_ort_graph, open_arm
-from onnxsched.environment import describe_environment
+from onnxsched.environment import describe_environment, pairs_through_host
 from onnxsched.inputs import random_inputs
 from onnxsched.racing import time_runs_us
 from onnxsched.summary import Ratio, Summary, ratio, summarize
@@ -68,6 +68,8 @@ class BenchResult:
     rewrite: str
     """What was made of the model's operators before, e.g. `merge`; `none` for nothing."""
     arms: tuple[Arm, ...]
+    through_host: tuple[str, ...]
+    """Pairs of GPUs of the schedule whose tensors go through the host: without peer access."""
     environment: Mapping[str, Any]
 
     def arm(self, name: str) -> Arm:
@@ -106,6 +108,7 @@ class BenchResult:
                 for arm in self.arms
                 if arm.name != SCHEDULE
             },
+            "through_host": list(self.through_host),
             "environment": dict(self.environment),
         }
 
@@ -186,6 +189,7 @@ def bench(
         variant=str(annotation.variant),
         rewrite=str(annotation.details.get("rewrite", "none")),
         arms=arms,
+        through_host=pairs_through_host(devices),
         environment=describe_environment(device),
     )
 

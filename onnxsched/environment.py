@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,21 @@ def choose_device(text: str) -> Device:
     if others:
         raise UsageError(f"'{text}' names several; a model without a schedule runs on one.")
     return device
+
+
+def pairs_through_host(devices: Sequence[Device]) -> tuple[str, ...]:
+    """Pairs of GPUs between which tensors go through the host, e.g. `cuda:0-cuda:1`.
+
+    They have no access to each other's memory in one direction or the other. A graph is one
+    nevertheless: the driver copies in two steps.
+    """
+    if any(device.kind == "cpu" for device in devices):
+        return ()
+    return tuple(
+        f"{one}-{other}"
+        for one, other in itertools.combinations(devices, 2)
+        if not (cuda.has_peer_access(one, other) and cuda.has_peer_access(other, one))
+    )
 
 
 _RESERVE_NBYTES = 1 << 30

@@ -20,6 +20,7 @@ from onnxsched.environment import (
     describe_environment,
     device_name,
     machine_of,
+    pairs_through_host,
 )
 from onnxsched.loading import Model, Precision, graph_from_model, load_model, with_refusals
 from onnxsched.machine import Machine
@@ -65,6 +66,8 @@ class OptimizeResult:
     refusal: str | None
     """Why it is not captured as one CUDA graph; None where it is."""
     host_reasons: Mapping[str, str]
+    through_host: tuple[str, ...]
+    """Pairs of GPUs of the schedule whose tensors go through the host: without peer access."""
     measured_us: float
     sequential_us: float | None
     """The same model as one session, in the same rounds; None where no device alone holds it."""
@@ -266,6 +269,7 @@ def _result(
         capture=session.capture,
         refusal=session.refusal,
         host_reasons=model.host_reasons,
+        through_host=pairs_through_host(decision.schedule.devices),
         measured_us=decision.measured_us,
         sequential_us=decision.sequential_us,
         differences=differences,

@@ -138,7 +138,16 @@ def optimize_result(result: OptimizeResult) -> None:
     print(
         f"{result.operator_count} operators in {result.segment_count} segment(s), " + _how(result)
     )
+    _tell_of_detours(result.through_host)
     print(f"{_agreement(result.differences)} Wrote {result.path}.")
+
+
+def _tell_of_detours(through_host: Sequence[str]) -> None:
+    if through_host:
+        print(
+            f"No peer access between {', '.join(through_host)}: tensors that cross go through the "
+            "host, which takes longer."
+        )
 
 
 def _agreement(differences: Sequence[Difference]) -> str:
@@ -186,6 +195,7 @@ def bench_result(result: BenchResult) -> None:
         f"({', '.join(map(str, result.devices))}), {result.policy}, "
         f"{_form(result.variant, result.rewrite)}."
     )
+    _tell_of_detours(result.through_host)
     for arm in result.arms:
         if arm.refusal:
             print(f"{arm.name} is not captured as its name says: {arm.refusal}")

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched import pipeline
+from onnxsched import benchmark, pipeline
 from onnxsched.cli import run
 from onnxsched.policies import POLICIES
 from onnxsched_runtime.annotation import read_annotation
@@ -157,6 +157,14 @@ def test_several_devices_are_scheduled_and_shown(folder: Path, call: Any) -> Non
         call("verify", "new.onnx", "tiny.onnx", "--device", "cpu").splitlines()[1].endswith("yes")
     )
     assert "Chose " in call(*arguments, "--budget", "0")
+
+
+def test_copies_through_the_host_are_told_of(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "No peer access between cuda:0-cuda:1: tensors that cross go through the host"
+    for module in (pipeline, benchmark):
+        monkeypatch.setattr(module, "pairs_through_host", lambda devices: ("cuda:0-cuda:1",))
+    assert sentence in call("optimize", "tiny.onnx", "-o", "new.onnx", "--device", "cpu")
+    assert sentence in call("bench", "new.onnx", *QUICK)
 
 
 def test_bench_shows_every_arm(folder: Path, call: Any) -> None:

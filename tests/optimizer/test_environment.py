@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnxsched.environment import choose_device, choose_devices, machine_of
+from onnxsched.environment import choose_device, choose_devices, machine_of, pairs_through_host
 from onnxsched.machine import Machine
 from onnxsched_runtime import cuda, session
 from onnxsched_runtime.device import Device
@@ -70,3 +70,13 @@ def test_several_gpus_are_limited_to_what_is_free_and_one_is_not() -> None:
     assert machine_of(GPUS[:1], 8) == Machine(GPUS[:1], 8)
     groups = (CPU, Device("cpu", 1))
     assert machine_of(groups, 2) == Machine(groups, 2)
+
+
+def test_pairs_without_peer_access_both_ways_go_through_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = {(GPUS[1], GPUS[0]), (GPUS[2], GPUS[3]), (GPUS[3], GPUS[2])}
+    monkeypatch.setattr(cuda, "has_peer_access", lambda one, other: (one, other) not in closed)
+    assert pairs_through_host(GPUS) == ("cuda:0-cuda:1", "cuda:2-cuda:3")
+    assert pairs_through_host(GPUS[:1]) == ()
+    assert pairs_through_host((CPU, Device("cpu", 1))) == ()
