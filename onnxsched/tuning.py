@@ -181,10 +181,12 @@ def _tried(trials: _Trials, is_refined: bool) -> tuple[list[Outcome], float]:
             needed_s = time.monotonic() - start
             for index, outcome in enumerate(tried):
                 if not trials.is_time_left():
-                    return tried, needed_s
+                    break
                 trials.progress("trying schedules", index, len(tried))
                 trial_us = _median_us(runner, outcome.candidate.contracted)
                 tried[index] = replace(outcome, trial_us=trial_us)
+            if all(outcome.trial_us is None for outcome in tried):
+                return tried, needed_s
             cost = _calibrated(subject, tried)
             tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
             if is_refined and trials.is_time_left():
