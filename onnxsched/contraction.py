@@ -62,21 +62,29 @@ class ContractedCost:
 
 
 def contract_chains(graph: OperatorGraph) -> Contraction:
-    """Make each maximal linear chain one operator.
+    """Make each maximal linear chain one operator, with the views of what it writes.
 
     Operators u -> v are joined when v is u's only successor and u is v's only predecessor, and
     both or neither can be captured. Such a chain has no parallelism inside and nothing waits for
     its middle, so a stream of its own runs it as fast as any schedule can. Only on one that must
-    be shared is something given up: no other operator can run between two members.
+    be shared is something given up: no other operator can run between two members. A view that
+    alone reads a tensor is joined with what writes that, even if it writes others too, as a Split
+    does: by itself the view would be a copy. A chain ends with its first such view.
 
     Contracted operators are ordered by first member. This is topological: an edge between groups
-    leaves the last member of one and enters the first member of the other, and edges of the
-    original point forward, so first(A) <= last(A) < first(B). O(n + edges).
+    enters the first member of one, since all others read from their own group only, and edges of
+    the original point forward, so first(A) < first(B). O(n + edges).
     """
     group_of: list[int] = []
     groups: list[list[int]] = []
+    forked: set[int] = set()
     for operator in range(len(graph)):
         previous = _link_into(graph, operator)
+        if previous is not None and group_of[previous] in forked:
+            previous = None
+        if previous is None and _is_view_of_fork(graph, operator):
+            [previous] = graph.predecessors[operator]
+            forked.add(group_of[previous])
         if previous is None:
             group_of.append(len(groups))
             groups.append([operator])
@@ -121,12 +129,25 @@ def _link_into(graph: OperatorGraph, operator: int) -> int | None:
     if len(graph.predecessors[operator]) != 1:
         return None
     [previous] = graph.predecessors[operator]
-    runs_on_host, ran_on_host = (
-        graph.operators[index].host_reason is not None for index in (operator, previous)
-    )
-    if len(graph.successors[previous]) != 1 or runs_on_host != ran_on_host:
+    if len(graph.successors[previous]) != 1 or _crosses_capture(graph, operator, previous):
         return None
     return previous
+
+
+def _is_view_of_fork(graph: OperatorGraph, operator: int) -> bool:
+    """Whether an operator is a view that begins no chain, of a tensor that nothing else reads."""
+    incoming, successors = graph.incoming[operator], graph.successors[operator]
+    if not graph.operators[operator].is_view or len(incoming) != 1:
+        return False
+    if len(graph.tensors[incoming[0].tensor]) != 1:
+        return False
+    begins_chain = len(successors) == 1 and len(graph.predecessors[successors[0]]) == 1
+    return not begins_chain and not _crosses_capture(graph, operator, incoming[0].producer)
+
+
+def _crosses_capture(graph: OperatorGraph, *operators: int) -> bool:
+    """Whether some of the operators can be captured and others can't."""
+    return len({graph.operators[index].host_reason is None for index in operators}) > 1
 
 
 def _joined(graph: OperatorGraph, group: Sequence[int]) -> Operator:

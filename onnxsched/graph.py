@@ -35,6 +35,8 @@ class Operator:
     """Of what it writes, what is not freed before the end: outputs of the model."""
     scratch_nbytes: int = 0
     """What it needs beside its inputs and outputs while it runs."""
+    is_view: bool = False
+    """It only gives what it reads another shape: beside what writes that, it costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from onnx import helper
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
-from onnxsched.simplification import simplify
+from onnxsched.simplification import VIEWS, simplify
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import (
@@ -288,6 +288,7 @@ def graph_from_model(model: Model) -> OperatorGraph:
                 for name in node.output
                 if name in kept or name not in read
             ),
+            is_view=node.op_type in VIEWS and node.domain in ("", "ai.onnx"),
         )
         for node in model.proto.graph.node
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onnxsched.contraction import contract_chains, contract_cost, expand
 from onnxsched.cost import Contention, OperatorCost, TableCost
@@ -107,3 +109,51 @@ def test_chains_without_costs_are_free() -> None:
     contraction = contract_chains(graph_of(3, [(0, 1), (1, 2)]))
     chain = contract_cost(contraction, durations(0.0, 0.0, 0.0))
     assert chain.operator(0, GPU).duration_us == 0.0
+
+
+def with_views(graph: OperatorGraph, views: Iterable[int]) -> OperatorGraph:
+    chosen = set(views)
+    operators = [
+        replace(operator, is_view=index in chosen)
+        for index, operator in enumerate(graph.operators)
+    ]
+    return OperatorGraph(tuple(operators), graph.edges)
+
+
+@settings(deadline=None, max_examples=200)
+@given(problem=problems(), machine=machines(max_devices=2), data=st.data())
+def test_views_are_joined_with_what_they_view_and_schedules_stay_valid(
+    problem: tuple[OperatorGraph, TableCost], machine: Machine, data: st.DataObject
+) -> None:
+    graph, cost = problem
+    able = [index for index in range(len(graph)) if len(graph.incoming[index]) == 1]
+    chosen = data.draw(st.sets(st.sampled_from(able))) if able else set()
+    graph = with_views(graph, chosen)
+    contraction = contract_chains(graph)
+    group_of = {member: n for n, group in enumerate(contraction.groups) for member in group}
+    assert sorted(group_of) == list(range(len(graph)))
+    for group in contraction.groups:
+        assert list(group) == sorted(group)
+        for member in group[1:]:
+            assert {group_of[before] for before in graph.predecessors[member]} == {
+                group_of[member]
+            }
+    small_cost = contract_cost(contraction, cost)
+    small = POLICIES["heft"](contraction.graph, small_cost, machine)
+    check_schedule(graph, machine, expand(contraction, small))
+
+
+def test_views_of_what_a_split_writes_are_one_with_it() -> None:
+    graph = graph_of(8, [(0, 1), (1, 2), (1, 3), (1, 4), (2, 5), (3, 5), (4, 6), (5, 6), (6, 7)])
+    assert contract_chains(with_views(graph, (2, 3, 4))).groups == ((0, 1, 2, 3, 4), (5,), (6, 7))
+    assert contract_chains(graph).groups == ((0, 1), (2,), (3,), (4,), (5,), (6, 7))
+
+
+def test_a_view_that_begins_a_chain_or_shares_what_it_reads_stays_apart() -> None:
+    graph = graph_of(5, [(0, 1), (0, 2), (1, 3), (2, 4)])
+    assert contract_chains(with_views(graph, (1, 2))).groups == ((0,), (1, 3), (2, 4))
+    joins = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
+    same = tuple(replace(e, tensor="t") if e.producer == 0 else e for e in joins.edges)
+    shared = OperatorGraph(joins.operators, same)
+    assert contract_chains(with_views(shared, (1, 2))).groups == ((0,), (1,), (2,), (3,))
+    assert contract_chains(with_views(joins, (1, 2))).groups == ((0, 1, 2), (3,))
