@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
@@ -27,6 +27,7 @@ _ROOM_SHARE = 0.2
 """Of the weights' size: so much may be stored for sums."""
 _MOST_ADDENDS = 8
 """ONNX Runtime sums more in several kernels."""
+_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 _MIN_OPSET = 8
 """From here on Max and Sum broadcast."""
 
@@ -143,12 +144,13 @@ def is_stored_convolution(view: GraphView, node: onnx.NodeProto) -> bool:
 
 
 def _is_sum(view: GraphView, node: onnx.NodeProto) -> bool:
-    """Whether a node adds two images of one shape."""
+    """Whether a node adds two images of one shape, of a type that Sum takes."""
     types = [view.model.tensors.get(name) for name in (*node.input, node.output[0])]
-    if kind_of(node) != ("", "Add") or any(kind != types[0] for kind in types):
+    first = types[0]
+    if kind_of(node) != ("", "Add") or first is None or any(kind != first for kind in types):
         return False
-    shape = types[0].shape if types[0] else None
-    return shape is not None and len(shape) == 4 and shape[0] == 1
+    is_image = first.shape is not None and len(first.shape) == 4 and first.shape[0] == 1
+    return is_image and first.element_type in _FLOATS
 
 
 def _factor(view: GraphView, node: onnx.NodeProto) -> float | None:

@@ -20,7 +20,7 @@ from onnxsched.rewriting import possible_rewrites, rewritten
 from onnxsched.siblings import GraphView
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.models import feeds_for, reference
-from support.optimizing import as_it_is, assert_close
+from support.optimizing import as_it_is, assert_close, parsed
 from support.strategies import GPU
 
 CHANNELS = 2
@@ -191,3 +191,13 @@ def test_only_variants_whose_biases_are_kernels_let_them_wait() -> None:
     assert "late-bias" not in possible_rewrites(model, GPU, Variant("nhwc", fuse_conv_bias=True))
     assert rewritten(model, "late-bias").rewrite == "late-bias"
     assert rewritten(model, "late-bias").proto == delayed(model).proto
+
+
+def test_adds_of_whole_numbers_stay() -> None:
+    model = as_it_is(
+        parsed(
+            "(int32[1, 2, 3, 3] x, int32[1, 2, 3, 3] z) => (int32[1, 2, 3, 3] y) "
+            "{ a = Add(x, z)  b = Add(a, x)  y = Add(b, z) }"
+        )
+    )
+    assert [node.op_type for node in delayed(model).proto.graph.node] == ["Add"] * 3
