@@ -56,8 +56,10 @@ def find_bands(model: Model, count: int) -> dict[str, BandRegion]:
 
     `bands` takes all operators over large images, in groups as long as little work is done twice.
     `bands-prefix` takes the first of these groups only, where images are largest: nothing is
-    exchanged, and all is joined once. Left out is what would be the same again, and a model that
-    is in bands is not cut once more. O(nodes * count * log(nodes)) where groups are short.
+    exchanged, and all is joined once. `bands-half` takes the first half of them: a small image
+    hardly fills one device, so that half of it takes as long. Left out is what would be the same
+    again, and a model that is in bands is not cut once more. O(nodes * count * log(nodes)) where
+    groups are short.
 
     Args:
         model: A portable model.
@@ -70,6 +72,8 @@ def find_bands(model: Model, count: int) -> dict[str, BandRegion]:
         return {}
     groups = _grouped(view, list(_pieces(view, nodes, count, 1)), count)
     found = {"bands": region_of(view, groups, count)}
+    if len(groups) > 2:
+        found["bands-half"] = region_of(view, groups[: (len(groups) + 1) // 2], count)
     if len(groups) > 1:
         found["bands-prefix"] = region_of(view, groups[:1], count)
     return found

@@ -52,8 +52,9 @@ def tune(
 
     All are tried in the order of their predictions while the budget lasts: on one GPU, where the
     model is captured whole, from sessions of its chains; over several devices, where each chain
-    would need a session on every one, built as they will run, one after another. Where there are
-    several, only the first subject's schedules on one are tried from its chains. The best few, of
+    would need a session on every one, built as they will run, one after another, all subjects'
+    in one order. Where there are several, only the first subject's schedules on one are tried
+    from its chains. The best few, of
     one stream too, are then built as they will run and measured in interleaved rounds: the model
     in one stream as it was loaded and the most promising first, others while the budget lasts.
     Ctrl-C ends the trials, and what is best so far is kept.
@@ -62,38 +63,19 @@ def tune(
         subjects: Variants and rewrites of one model, and what is proposed for each, the most
             promising first.
         machine: Where to measure; its streams are the cap for schedules that are found here.
-        budget_s: For all of it. Of the trials' share each subject has half of what those before
-            it left, and the last has all; what could not even be prepared in time is not tried.
+        budget_s: For all of it. On one device each subject has half of what those before it left
+            of the trials' share, and the last has all; what could not even be prepared in time is
+            not tried.
         is_refined: Spend what is left of it on local search from the best schedules.
         custom_ops: Libraries of custom operators.
         progress: Told what is being done.
     """
-    outcomes: list[Outcome] = []
-    count = sum(len(subject.candidates) for subject in subjects)
-    are_finalists = len(machine.devices) > 1 and count <= 1 + _FINALIST_COUNT
     with Interruption() as interruption, cuda.one_graph_stream():
         start = time.monotonic()
-        end, needed_s = start + _TRIALS_SHARE * budget_s, 0.0
-        for number, subject in enumerate(subjects):
-            now = time.monotonic()
-            is_last = number == len(subjects) - 1
-            deadline = end if is_last else now + (end - now) / 2
-            if needed_s > deadline - now:  # it would be prepared and not tried
-                deadline = now
-            if are_finalists:  # all of them, anyway
-                deadline = now
-            trials = _Trials(subject, machine, custom_ops, deadline, interruption, progress)
-            if len(machine.devices) == 1:
-                tried, needed_s = _tried(trials, is_refined)
-                outcomes += tried
-                continue
-            is_gpu = machine.devices[0].kind == "cuda"
-            if number or not is_gpu or subject.model.host_reasons:
-                outcomes += _tried_in_turn(trials)
-                continue
-            alone, spread = _on_first_device(trials)
-            outcomes += _tried_in_turn(spread)
-            outcomes += _tried(alone, is_refined)[0]
+        end = start + _TRIALS_SHARE * budget_s
+        trials = [_Trials(s, machine, custom_ops, end, interruption, progress) for s in subjects]
+        tried = _on_one_device if len(machine.devices) == 1 else _over_devices
+        outcomes = tried(trials, is_refined)
         ranked = sorted(outcomes, key=expected)
         measured = measure_finalists(
             subjects,
@@ -144,6 +126,35 @@ class _Trials:
     def is_time_left(self) -> bool:
         """Whether another schedule may be tried."""
         return time.monotonic() < self.deadline and not self.interruption.is_requested
+
+
+def _on_one_device(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]:
+    """The outcomes of all subjects, one after another."""
+    outcomes: list[Outcome] = []
+    needed_s = 0.0
+    for number, subject in enumerate(trials):
+        now = time.monotonic()
+        is_last = number == len(trials) - 1
+        deadline = subject.deadline if is_last else now + (subject.deadline - now) / 2
+        if needed_s > deadline - now:  # it would be prepared and not tried
+            deadline = now
+        tried, needed_s = _tried(replace(subject, deadline=deadline), is_refined)
+        outcomes += tried
+    return outcomes
+
+
+def _over_devices(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]:
+    """The outcomes of all subjects, and of the first one's schedules on the first device."""
+    first, now = trials[0], time.monotonic()
+    if sum(len(t.subject.candidates) for t in trials) <= 1 + _FINALIST_COUNT:
+        trials = [replace(t, deadline=now) for t in trials]  # all are finalists anyway
+        return _tried_in_turn(trials)
+    if first.machine.devices[0].kind != "cuda" or first.subject.model.host_reasons:
+        return _tried_in_turn(trials)
+    alone, spread = _on_first_device(first)
+    others = [replace(subject, deadline=spread.deadline) for subject in trials[1:]]
+    outcomes = _tried_in_turn([spread, *others])
+    return [*outcomes, *_tried(alone, is_refined)[0]]
 
 
 def _on_first_device(trials: _Trials) -> tuple[_Trials, _Trials]:
@@ -199,28 +210,33 @@ def _tried(trials: _Trials, is_refined: bool) -> tuple[list[Outcome], float]:
     return tried, needed_s
 
 
-def _tried_in_turn(trials: _Trials) -> list[Outcome]:
-    """The outcomes of a subject's candidates, each built as it will run, timed and closed.
+def _tried_in_turn(trials: Sequence[_Trials]) -> list[Outcome]:
+    """The outcomes of all candidates, each built as it will run, timed and closed.
 
-    What can't be built, for want of memory say, is left out.
+    The most promising of all subjects comes first. What can't be built, for want of memory say,
+    is left out.
     """
-    subject = trials.subject
-    outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
-    waiting = sorted(outcomes, key=expected)
-    feeds = random_inputs(subject.portable.baseline, subject.portable.tensors, seed=0)
+    waiting = [
+        (Outcome(candidate, form=of.subject.model.form), of)
+        for of in trials
+        for candidate in of.subject.candidates
+    ]
+    waiting.sort(key=lambda pair: expected(pair[0]))
+    first, count = trials[0].subject.portable, len(waiting)
+    feeds = random_inputs(first.baseline, first.tensors, seed=0)
     tried: list[Outcome] = []
-    while waiting and trials.is_time_left():
-        outcome = waiting.pop(0)
-        trials.progress("trying schedules", len(tried), len(outcomes))
+    while waiting and waiting[0][1].is_time_left():
+        outcome, of = waiting.pop(0)
+        of.progress("trying schedules", len(tried), count)
         try:
-            with session_of(subject, outcome, trials.custom_ops) as session:
+            with session_of(of.subject, outcome, of.custom_ops) as session:
                 samples_us = timed_run(session, feeds)(_SAMPLE_COUNT)
         except OnnxschedError:
-            if not trials.machine.is_limited or not (tried or waiting):
+            if not of.machine.is_limited or not (tried or waiting):
                 raise
             continue
         tried.append(replace(outcome, trial_us=statistics.median(samples_us)))
-    return tried + waiting
+    return [*tried, *(outcome for outcome, _ in waiting)]
 
 
 def _median_us(runner: TrialRunner, contracted: Schedule) -> float:

@@ -41,7 +41,7 @@ def test_a_band_costs_its_share_of_the_whole_image(tmp_path: Path) -> None:
 
 def test_a_setting_is_studied_whole_and_in_bands() -> None:
     found = studied(Setting("googlenet", 96))
-    assert set(found["schemes"]) <= {"bands", "bands-prefix"}
+    assert set(found["schemes"]) <= {"bands", "bands-half", "bands-prefix"}
     assert found["schemes"]["bands"]["operators"] > 0
     for entry in (found["whole_us"], *(scheme["us"] for scheme in found["schemes"].values())):
         others = [us for name, us in entry.items() if name not in ("copies", "twice")]

@@ -152,7 +152,7 @@ def test_several_devices_add_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = loaded(build("googlenet", image=128), tmp_path)
     assert possible_bands(model, 1) == ()
     names = possible_bands(model, 2)
-    assert names == ("bands-2", "bands-prefix-2")
+    assert names == ("bands-2", "bands-half-2", "bands-prefix-2")
     feeds = feeds_for(model.proto)
     for name in names:
         result = rewritten(model, name)

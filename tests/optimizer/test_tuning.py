@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from onnxsched import finalists, tuning
 from onnxsched.candidates import Candidate, propose
 from onnxsched.contraction import Contraction, contract_chains, contract_cost, expand
 from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.interruption import Interruption
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject, Tuned
@@ -358,8 +359,8 @@ def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
     built: list[Outcome] = []
 
-    def in_turn(over: tuning._Trials) -> list[Outcome]:
-        built.extend(Outcome(candidate, 10.0) for candidate in over.subject.candidates)
+    def in_turn(over: Sequence[tuning._Trials]) -> list[Outcome]:
+        built.extend(Outcome(c, 10.0) for trials in over for c in trials.subject.candidates)
         return built
 
     monkeypatch.setattr(tuning, "_tried_in_turn", in_turn)
@@ -444,3 +445,38 @@ def test_what_memory_is_too_small_for_is_left_out_where_memory_is_limited(
         measured = [o for o in found.outcomes if o.samples_us]
         assert measured
         assert {o.candidate.stream_count for o in measured} == {1}
+
+
+def test_over_several_devices_all_subjects_are_tried_in_one_order(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contraction, candidates = candidates_of(model)
+
+    def subject(name: str, factor: float) -> Subject:
+        form = replace(model, rewrite=name)
+        scaled = tuple(replace(c, predicted_us=factor * c.predicted_us) for c in candidates)
+        return Subject(model, form, contraction, cost_of(model), scaled, {}, {})
+
+    opened: list[tuple[float, str]] = []
+
+    class Opened(FakeSession):
+        def __init__(self, of: Subject, outcome: Outcome, _: Any) -> None:
+            opened.append((outcome.candidate.predicted_us, of.model.rewrite))
+            self._seconds = 0.0
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(tuning, "session_of", Opened)
+    machine = Machine((CPU, Device("cpu", 1)), STREAMS)
+    end, quiet = time.monotonic() + 60, lambda *_: None
+    subjects = (subject("none", 1.0), subject("merge", 0.9))
+    trials = [tuning._Trials(s, machine, (), end, Interruption(), quiet) for s in subjects]
+    outcomes = tuning._over_devices(trials, is_refined=False)
+    assert opened == sorted(opened)
+    assert [name for _, name in opened] != sorted(name for _, name in opened)
+    assert len(opened) == len(outcomes) == 2 * len(candidates)
+    assert all(outcome.trial_us is not None for outcome in outcomes)
