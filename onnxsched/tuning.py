@@ -54,10 +54,9 @@ def tune(
     model is captured whole, from sessions of its chains; over several devices, where each chain
     would need a session on every one, built as they will run, one after another, all subjects'
     in one order. Where there are several, only the first subject's schedules on one are tried
-    from its chains. The best few, of
-    one stream too, are then built as they will run and measured in interleaved rounds: the model
-    in one stream as it was loaded and the most promising first, others while the budget lasts.
-    Ctrl-C ends the trials, and what is best so far is kept.
+    from its chains. The best few, of one stream too, are then built as they will run and measured
+    in interleaved rounds: the model in one stream as it was loaded and the most promising first,
+    others while the budget lasts. Ctrl-C ends the trials, and what is best so far is kept.
 
     Args:
         subjects: Variants and rewrites of one model, and what is proposed for each, the most
