@@ -17,7 +17,7 @@ from onnx import helper
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
-from onnxsched.simplification import VIEWS, simplify
+from onnxsched.simplification import simplify
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import (
@@ -32,6 +32,7 @@ from onnxsched_runtime.session import optimize_file, to_float16
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+from onnxsched_runtime.views import is_view
 
 _MIN_IR, _MAX_IR = 10, 13
 """Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
@@ -288,7 +289,7 @@ def graph_from_model(model: Model) -> OperatorGraph:
                 for name in node.output
                 if name in kept or name not in read
             ),
-            is_view=node.op_type in VIEWS and node.domain in ("", "ai.onnx"),
+            is_view=is_view(node),
         )
         for node in model.proto.graph.node
     )

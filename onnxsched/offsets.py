@@ -67,7 +67,7 @@ class Delays:
         if kind in (("", "MaxPool"), ("", "AveragePool")):
             is_kept = len(node.output) == 1 and not attributes_of(node).get("count_include_pad")
             return is_kept and not is_map and self.can_wait(result, is_map)
-        if not is_stored_convolution(self.view, node) or node.input[0] != tensor:
+        if not _is_stored_convolution(self.view, node) or node.input[0] != tensor:
             return False
         if is_map or _is_padded(self.view, node):
             return self.can_wait(result, is_map=True)
@@ -96,7 +96,7 @@ def find_delays(view: GraphView) -> tuple[Delays, tuple[str, ...]]:
     waiting = [
         node.name
         for node in view.model.proto.graph.node
-        if is_stored_convolution(view, node)
+        if _is_stored_convolution(view, node)
         and len(node.input) == 3
         and delays.can_wait(node.output[0], is_map=False)
     ]
@@ -123,7 +123,7 @@ def delayed(model: Model) -> Model:
     waiting = _Waiting()
     for node in model.proto.graph.node:
         kind = kind_of(node)
-        if is_stored_convolution(draft.view, node):
+        if _is_stored_convolution(draft.view, node):
             _convolve(draft, delays, node, waiting.offsets)
         elif kind == ("", "Add"):
             _add(draft, delays, node, waiting)
@@ -134,7 +134,7 @@ def delayed(model: Model) -> Model:
     return assembled(draft, model.rewrite)
 
 
-def is_stored_convolution(view: GraphView, node: onnx.NodeProto) -> bool:
+def _is_stored_convolution(view: GraphView, node: onnx.NodeProto) -> bool:
     """Whether a node is a convolution of an image with stored weights."""
     stored = all(name in view.weights for name in node.input[1:])
     result = view.model.tensors.get(node.output[0]) if kind_of(node) == ("", "Conv") else None
@@ -156,7 +156,7 @@ def _is_sum(view: GraphView, node: onnx.NodeProto) -> bool:
 def _factor(view: GraphView, node: onnx.NodeProto) -> float | None:
     """The one number that a Mul multiplies with; None where it does anything else."""
     stored = [name for name in node.input if name in view.weights]
-    if len(stored) != 1 or not 0 <= len(view.weights[stored[0]].dims) <= 4:
+    if len(stored) != 1 or len(view.weights[stored[0]].dims) > 4:
         return None
     if view.array(stored[0]).size != 1:
         return None
@@ -182,7 +182,8 @@ def _convolve(
         after = after + view.array(node.input[2]).astype(np.float64).reshape(1, -1, 1, 1)
     if before is not None:
         after = after + _convolved(view, node, before)
-    changed = _copy(node)
+    changed = onnx.NodeProto()
+    changed.CopyFrom(node)
     if delays.can_wait(result, is_map=after.shape[2:] != (1, 1)):
         offsets[result] = after
         changed.input[:] = node.input[:2]
@@ -259,9 +260,3 @@ def _carry(view: GraphView, node: onnx.NodeProto, offsets: dict[str, np.ndarray]
 def _dtype(kind: TensorType) -> np.dtype[Any]:
     dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(kind.element_type)
     return dtype
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    return copy

@@ -23,12 +23,7 @@ from onnxsched.proposals import (
     subject_of_recomputation,
     unscheduled_subject,
 )
-from onnxsched.rewriting import (
-    possible_bands,
-    possible_rewrites,
-    rewritten,
-    twice,
-)
+from onnxsched.rewriting import possible_bands, possible_rewrites, rewritten, twice
 from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.errors import DeviceError, ModelError

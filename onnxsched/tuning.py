@@ -131,13 +131,13 @@ def _on_one_device(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]
     """The outcomes of all subjects, one after another."""
     outcomes: list[Outcome] = []
     needed_s = 0.0
-    for number, subject in enumerate(trials):
+    for number, of in enumerate(trials):
         now = time.monotonic()
         is_last = number == len(trials) - 1
-        deadline = subject.deadline if is_last else now + (subject.deadline - now) / 2
+        deadline = of.deadline if is_last else now + (of.deadline - now) / 2
         if needed_s > deadline - now:  # it would be prepared and not tried
             deadline = now
-        tried, needed_s = _tried(replace(subject, deadline=deadline), is_refined)
+        tried, needed_s = _tried(replace(of, deadline=deadline), is_refined)
         outcomes += tried
     return outcomes
 
@@ -145,13 +145,12 @@ def _on_one_device(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]
 def _over_devices(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]:
     """The outcomes of all subjects, and of the first one's schedules on the first device."""
     first, now = trials[0], time.monotonic()
-    if sum(len(t.subject.candidates) for t in trials) <= 1 + _FINALIST_COUNT:
-        trials = [replace(t, deadline=now) for t in trials]  # all are finalists anyway
-        return _tried_in_turn(trials)
+    if sum(len(of.subject.candidates) for of in trials) <= 1 + _FINALIST_COUNT:
+        return _tried_in_turn([replace(of, deadline=now) for of in trials])  # all are finalists
     if first.machine.devices[0].kind != "cuda" or first.subject.model.host_reasons:
         return _tried_in_turn(trials)
     alone, spread = _on_first_device(first)
-    others = [replace(subject, deadline=spread.deadline) for subject in trials[1:]]
+    others = [replace(of, deadline=spread.deadline) for of in trials[1:]]
     outcomes = _tried_in_turn([spread, *others])
     return [*outcomes, *_tried(alone, is_refined)[0]]
 

@@ -102,16 +102,16 @@ def measure_model(
         source, target = Path(scratch, "in.onnx"), Path(scratch, "out.onnx")
         kind, _, image = name.partition("@")
         write_model(sample_models.build(kind, image=int(image) if image else None), source)
-        cache, again = Path(scratch, "cache"), Path(scratch, "again")
+        cache, other = Path(scratch, "cache"), Path(scratch, "other")
         is_timed = name == "googlenet" and precision == "keep"
-        command_s = time_command(source, target, device, cache, budget_s) if is_timed else None
+        command_s = time_command(source, target, device, other, budget_s) if is_timed else None
         phases = Phases()
         optimized, optimize_s = timed(
             lambda: optimize(
                 source,
                 target,
                 device=device,
-                cache_dir=again if is_timed else cache,
+                cache_dir=cache,
                 budget_s=budget_s,
                 precision=precision,
                 progress=phases,
@@ -120,7 +120,7 @@ def measure_model(
         seconds = phases.seconds()
         measured = bench_command(source, target)
         on_cpu = difference_on_cpu(target)
-        bounds = bounds_us(target, optimized.devices[0], again if is_timed else cache)
+        bounds = bounds_us(target, optimized.devices[0], cache)
     return {
         "policy": optimized.policy,
         "variant": str(optimized.variant),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from onnxsched.cli import render
 from onnxsched.cli.app import Json, Model, Output, app
 from onnxsched_runtime.errors import UsageError
+
+_Found = TypeVar("_Found")
 
 
 @app.command()
@@ -39,11 +42,8 @@ def strip(
 ) -> None:
     """Remove the schedule from a model."""
     from onnxsched_runtime.annotation import strip_annotation
-    from onnxsched_runtime.model import read_model, write_model
 
-    content = read_model(model)
-    removed = strip_annotation(content)
-    write_model(content, output)
+    removed = _changed(model, output, strip_annotation)
     what = "Removed the schedule" if removed else "There was no schedule to remove"
     typer.echo(f"{what}; wrote {output}.")
 
@@ -55,12 +55,19 @@ def restore(
 ) -> None:
     """Write node keys that another tool dropped back, from the model's own copy."""
     from onnxsched_runtime.annotation import restore_annotation
+
+    count = _changed(model, output, restore_annotation)
+    typer.echo(f"Restored the keys of {count} nodes; wrote {output}.")
+
+
+def _changed(source: Path, target: Path, change: Callable[[Any], _Found]) -> _Found:
+    """Write a model changed; returns what the change came to."""
     from onnxsched_runtime.model import read_model, write_model
 
-    content = read_model(model)
-    count = restore_annotation(content)
-    write_model(content, output)
-    typer.echo(f"Restored the keys of {count} nodes; wrote {output}.")
+    content = read_model(source)
+    found = change(content)
+    write_model(content, target)
+    return found
 
 
 @app.command()

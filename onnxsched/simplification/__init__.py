@@ -15,10 +15,9 @@ from onnxsched.simplification.norms import rms_norm, scaled_norm, skip_norm
 from onnxsched.simplification.products import product_as_columns, product_of_transposed
 from onnxsched.simplification.relus import rectify_after_concat, rectify_after_pool
 from onnxsched.simplification.replacing import declare, remove_unused, replace_all
-from onnxsched.simplification.views import VIEWS, idle_view, transpose_as_view, view_of_view
+from onnxsched.simplification.views import idle_view, transpose_as_view, view_of_view
 from onnxsched_runtime.tensor import TensorType
 
-__all__ = ["VIEWS", "simplify"]
 _RULES = (
     rectify_after_pool,
     transpose_as_view,

@@ -18,7 +18,7 @@ from onnxsched.simplification.replacing import (
     is_standard,
     with_inputs,
 )
-from onnxsched.simplification.views import VIEWS, permutation
+from onnxsched_runtime.views import VIEWS, permutation
 
 _Origins = npt.NDArray[np.int32]
 """For each element of a tensor, which element of the bias was added to it."""

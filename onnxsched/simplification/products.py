@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, is_standard
-from onnxsched.simplification.views import VIEWS, permutation, reshape
+from onnxsched.simplification.views import reshape
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.views import VIEWS, permutation
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _SIDES = ("A", "B")

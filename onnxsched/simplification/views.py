@@ -1,4 +1,4 @@
-"""Operators that only change the shape: ONNX Runtime lets them alias what they read, for free."""
+"""Transposes and views that are better views, or not there at all."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from onnx import TensorProto, helper
 from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
-    attribute,
     is_standard,
     with_inputs,
 )
-
-VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
-"""Those operators; Transpose is none, since ONNX Runtime copies for it."""
+from onnxsched_runtime.views import VIEWS, is_idle
 
 
 def transpose_as_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
@@ -22,10 +19,9 @@ def transpose_as_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | 
     if not is_standard(node, "Transpose"):
         return None
     shape = index.shape(node.input[0])
-    if shape is None:
+    if shape is None or not is_idle(node, shape):
         return None
-    moved = [axis for axis in permutation(node, len(shape)) if shape[axis] != 1]
-    return _viewed(index, node, node.input[0]) if moved == sorted(moved) else None
+    return _viewed(index, node, node.input[0])
 
 
 def view_of_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
@@ -48,11 +44,6 @@ def idle_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
     if not all(result in reader.input for reader in readers):
         return None
     return Replacement((node, *readers), tuple(with_inputs(n, {result: source}) for n in readers))
-
-
-def permutation(transpose: onnx.NodeProto, rank: int) -> list[int]:
-    """Which axis of what it reads each axis of a Transpose's result is."""
-    return attribute(transpose, "perm", list(reversed(range(rank))))
 
 
 def reshape(

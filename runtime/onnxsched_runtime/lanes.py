@@ -17,6 +17,7 @@ from onnxsched_runtime.device import Placement
 from onnxsched_runtime.model import ModelPart, ModelSource, node_reads
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.views import is_view
 from onnxsched_runtime.wiring import Point
 
 MARK = TensorType(TensorProto.FLOAT, (1,))
@@ -24,7 +25,6 @@ MARK = TensorType(TensorProto.FLOAT, (1,))
 MARK_SOURCE = "onnxsched/mark"
 """The input that every mark copies from."""
 _TAKES_ANY_WEIGHT = {"Gather", "MatMul", "Gemm", "FusedMatMul"}
-_VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def written_instead(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> dic
 
 def _is_view(source: ModelSource, node: NodeProto) -> bool:
     fixed = all(source.is_weight(name) for name in node.input[1:] if name)
-    return node.op_type in _VIEWS and node.domain in ("", "ai.onnx") and fixed
+    return is_view(node) and fixed
 
 
 def shared_weights(

@@ -31,6 +31,7 @@ from onnxsched_runtime.model import (
 from onnxsched_runtime.session import OrtSession, lower_to_file
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.views import is_idle
 
 _RENAMED = re.compile(r"(.+)_token_\d+(?:_\d+)?")
 
@@ -99,10 +100,7 @@ def _shape_of_idle_transpose(
     before, after = (tensors.get(name) for name in (node.input[0], node.output[0]))
     if before is None or before.shape is None or after is None or after.shape is None:
         return None
-    given = [list(a.ints) for a in node.attribute if a.name == "perm"]
-    axes = given[0] if given else list(reversed(range(len(before.shape))))
-    moved = [axis for axis in axes if before.shape[axis] != 1]
-    return after.shape if moved == sorted(moved) and 0 not in after.shape else None
+    return after.shape if is_idle(node, before.shape) and 0 not in after.shape else None
 
 
 def _declared(model: onnx.ModelProto) -> dict[str, TensorType]:

@@ -72,17 +72,14 @@ class LaneRunner(PlanRunner):
         for lane in run_here:
             for name in self._shared[lane]:
                 self._open_weight(name, lane.placement.device)
-        for plan in self._lanes.values():
-            for lane in plan.lanes:
-                if not self._is_copy(lane):
-                    self._opened[lane] = self._session(
-                        lane.placement,
-                        marked_part(self._source, self.plan, lane, self._shared[lane]),
-                        on_device=True,
-                        keeps_nodes=self._source.is_lowered or bool(lane.marks),
-                    )
-                    self._open_marks(lane)
-                self._runs[lane] = self._bound(lane, self.buffers)
+            self._opened[lane] = self._session(
+                lane.placement,
+                marked_part(self._source, self.plan, lane, self._shared[lane]),
+                on_device=True,
+                keeps_nodes=self._source.is_lowered or bool(lane.marks),
+            )
+            self._open_marks(lane)
+        self._runs = {lane: self._bound(lane, self.buffers) for lane in lanes}
 
     def _is_copy(self, lane: Lane) -> bool:
         """Whether it is a copy, which has a stream of its own."""
