@@ -180,6 +180,7 @@ def bench(
             executor = open_arm(name, sources[name], model, annotation, libraries)
             stack.callback(executor.close)
             runs.append(_ArmRun(name, executor, feeds, outputs, devices, free_nbytes))
+        cuda.forget_idle_streams(devices)
         _measure(runs, warmup_ms, duration_s, iterations, progress)
         arms = tuple(run.result() for run in runs)
     return BenchResult(

@@ -228,7 +228,9 @@ def _tried_in_turn(trials: Sequence[_Trials]) -> list[Outcome]:
         of.progress("trying schedules", len(tried), count)
         try:
             with session_of(of.subject, outcome, of.custom_ops) as session:
-                samples_us = timed_run(session, feeds)(_SAMPLE_COUNT)
+                run = timed_run(session, feeds)
+                cuda.forget_idle_streams(session.plan.devices)
+                samples_us = run(_SAMPLE_COUNT)
         except OnnxschedError:
             if not of.machine.is_limited or not (tried or waiting):
                 raise

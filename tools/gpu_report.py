@@ -37,7 +37,7 @@ from tools.bounds import bounds_us
 ROOT = Path(__file__).resolve().parent.parent
 _LIMIT_S = 600
 """For a command: what hangs must not take the other models along."""
-ARMS = ("ort", "ort-graph", "sequential", "schedule-ort")
+ARMS = ("ort", "ort-graph", "sequential")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import onnx
 
 from onnxsched.simplification.attention import key_bias, value_bias
 from onnxsched.simplification.norms import rms_norm, scaled_norm, skip_norm
+from onnxsched.simplification.pools import average_after_convolution
 from onnxsched.simplification.products import product_as_columns, product_of_transposed
 from onnxsched.simplification.relus import rectify_after_concat, rectify_after_pool
 from onnxsched.simplification.replacing import declare, remove_unused, replace_all
@@ -20,6 +21,7 @@ from onnxsched_runtime.tensor import TensorType
 
 _RULES = (
     rectify_after_pool,
+    average_after_convolution,
     transpose_as_view,
     rms_norm,
     skip_norm,

@@ -70,9 +70,11 @@ def load(
     membership = None
     if process_group is not None:
         membership = member(annotation.devices, process_group, device_ranks, timeout_s)
-    return Session(
+    session = Session(
         model, annotation, capture=capture, custom_ops=tuple(custom_ops), membership=membership
     )
+    cuda.forget_idle_streams(session.plan.devices if membership is None else [membership.device])
+    return session
 
 
 def multiplies_matrices(model: onnx.ModelProto, tensors: Mapping[str, TensorType]) -> bool:

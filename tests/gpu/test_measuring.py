@@ -18,6 +18,7 @@ from onnxsched.profiling.measure import measure_profile
 from onnxsched.racing import time_runs_us
 from onnxsched.throughput import ARMS as THROUGHPUT_ARMS
 from onnxsched.throughput import COPIES, measure_throughput
+from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.cuda import Stream
 from onnxsched_runtime.device import Device
@@ -108,6 +109,33 @@ def test_streams_are_never_aliased() -> None:
     streams = [Stream(Device("cuda")) for _ in range(100)]
     assert len({stream.handle for stream in streams}) == 100
     for stream in streams:
+        stream.close()
+
+
+def test_streams_that_are_idle_slow_nothing_down(
+    zoo: Callable[[str], Path], tmp_path: Path
+) -> None:
+    target = tmp_path / "out.onnx"
+    onnxsched.optimize(
+        zoo("squeezenet"), target, policy="opara", streams=2, cache_dir=None, budget_s=0.0
+    )
+    used = []
+    with onnxsched.load(target) as session:
+        executor = session.executor
+        assert isinstance(executor, StreamExecutor)
+
+        def time_us() -> float:
+            samples = cuda.time_launches_us(executor.main_stream, executor.launch, 40)
+            return float(np.median(samples))
+
+        fresh_us = time_us()
+        for _ in range(16):
+            used.append(Stream(Device("cuda")))
+            used[-1].delay(1000)
+        slow_us = time_us()
+        cuda.forget_idle_streams([Device("cuda")])
+        assert time_us() <= 1.02 * min(fresh_us, slow_us)
+    for stream in used:
         stream.close()
 
 

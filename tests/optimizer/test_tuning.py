@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -117,6 +118,7 @@ class FakeSession:
     """Runs in the time that its schedule's stream count says."""
 
     executor = None
+    plan = SimpleNamespace(devices=())
 
     def __init__(self, proto: Any, annotation: Any, **_: Any) -> None:
         self._seconds = 0.0001 * len({str(p) for p in annotation.placements.values()})

@@ -23,6 +23,7 @@ from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
 from onnxsched_runtime.cuda.streams import (
     Event,
     Stream,
+    forget_idle_streams,
     graph_stream,
     one_graph_stream,
     time_launches_us,
@@ -39,6 +40,7 @@ __all__ = [
     "device_count",
     "device_properties",
     "enable_peer_access",
+    "forget_idle_streams",
     "free_memory_nbytes",
     "graph_stream",
     "has_peer_access",

@@ -1,0 +1,104 @@
+"""An average of fewer channels computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxsched.loading import load_model
+from onnxsched_runtime.device import Device
+from sample_models import build
+from support.simplifying import assert_equivalent, op_types, simplified
+
+
+def model_of(
+    pool: dict[str, Any],
+    conv: dict[str, Any],
+    sizes: tuple[int, int, int],
+    has_bias: bool,
+    outputs: tuple[str, ...] = ("y",),
+) -> onnx.ModelProto:
+    """A pool, and a convolution of what it writes: of so many channels to so many, on so wide."""
+    channels, filters, width = sizes
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((filters, channels, *conv.pop("kernel", (1, 1)))) / 4
+    bias = random.standard_normal(filters)
+    nodes = [
+        helper.make_node("AveragePool", ["x"], ["p"], name="pool", **pool),
+        helper.make_node("Conv", ["p", "w", *(["b"] * has_bias)], ["y"], name="conv", **conv),
+    ]
+    weights = [numpy_helper.from_array(weight.astype(np.float32), "w")]
+    weights += [numpy_helper.from_array(bias.astype(np.float32), "b")] * has_bias
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, channels, 6, width])
+    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list("nchw")) for n in outputs]
+    graph = helper.make_graph(nodes, "g", [image], results, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+@st.composite
+def pools(draw: DrawFn) -> onnx.ModelProto:
+    kernel = draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+    pads = [draw(st.integers(0, size - 1)) for size in (*kernel, *kernel)]
+    pool: dict[str, Any] = {"kernel_shape": kernel, "pads": pads}
+    pool["count_include_pad"] = draw(st.integers(0, 1))
+    sizes = (draw(st.integers(3, 6)), draw(st.integers(1, 2)), draw(st.integers(4, 7)))
+    return model_of(pool, {}, sizes, draw(st.booleans()))
+
+
+@given(pools())
+@settings(max_examples=100, deadline=None)
+def test_the_average_of_fewer_channels_computes_the_same(model: onnx.ModelProto) -> None:
+    changed = simplified(model)
+    assert op_types(changed) == ["Conv", "AveragePool"]
+    assert_equivalent(changed, model)
+
+
+@pytest.mark.parametrize(
+    ("pool", "conv", "sizes", "outputs"),
+    [
+        ({"strides": [2, 2]}, {}, (4, 2, 6), ("y",)),
+        ({"ceil_mode": 1}, {}, (4, 2, 6), ("y",)),
+        ({"dilations": [2, 2]}, {}, (4, 2, 6), ("y",)),
+        ({"auto_pad": "SAME_UPPER"}, {}, (4, 2, 6), ("y",)),
+        ({}, {"strides": [2, 2]}, (4, 2, 6), ("y",)),
+        ({}, {"pads": [1, 1, 1, 1]}, (4, 2, 6), ("y",)),
+        ({}, {"kernel": (3, 3)}, (4, 2, 6), ("y",)),
+        ({}, {}, (2, 2, 6), ("y",)),
+        ({}, {}, (4, 2, 6), ("y", "p")),
+    ],
+    ids=[
+        "strides", "ceil", "dilations", "unwritten pads", "conv strides", "conv pads", "3x3",
+        "as many channels", "an output",
+    ],
+)  # fmt: skip
+def test_other_pools_stay_before_the_convolution(
+    pool: dict[str, Any],
+    conv: dict[str, Any],
+    sizes: tuple[int, int, int],
+    outputs: tuple[str, ...],
+) -> None:
+    model = model_of({"kernel_shape": [2, 2], **pool}, dict(conv), sizes, True, outputs)
+    assert op_types(simplified(model)) == ["AveragePool", "Conv"]
+
+
+def test_inception_averages_what_its_branches_write(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(build("inception_v3", image=139), path)
+    nodes = load_model(path, Device("cpu")).proto.graph.node
+    readers = {name: node.op_type for node in nodes for name in node.input}
+    writers = {name: node.op_type for node in nodes for name in node.output}
+    pools = [node for node in nodes if node.op_type == "AveragePool"]
+    assert len(pools) == 9
+    assert {writers[pool.input[0]] for pool in pools} == {"Conv"}
+    assert {readers[pool.output[0]] for pool in pools} == {"Concat"}
