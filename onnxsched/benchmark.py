@@ -180,8 +180,7 @@ def bench(
             executor = open_arm(name, sources[name], model, annotation, libraries)
             stack.callback(executor.close)
             runs.append(_ArmRun(name, executor, feeds, outputs, devices, free_nbytes))
-        cuda.forget_idle_streams(devices)
-        _measure(runs, warmup_ms, duration_s, iterations, progress)
+        _measure(runs, devices, warmup_ms, duration_s, iterations, progress)
         arms = tuple(run.result() for run in runs)
     return BenchResult(
         model=Path(path).name,
@@ -251,6 +250,7 @@ class _ArmRun:
 
 def _measure(
     runs: Sequence[_ArmRun],
+    devices: Sequence[Device],
     warmup_ms: float,
     duration_s: float,
     iterations: int,
@@ -263,6 +263,7 @@ def _measure(
     number = 0
     while number < _ROUND_COUNT or time.monotonic() < end:
         progress("measuring", min(number, _ROUND_COUNT), _ROUND_COUNT)
+        cuda.forget_idle_streams(devices)
         for run in runs:
             run.measure(count)
         number += 1

@@ -23,10 +23,11 @@ def race(
     Device time of one launch where a run is one CUDA graph, else time of a whole run.
     """
     runs = [timed_run(session, feeds) for session in sessions]
-    cuda.forget_idle_streams({device for s in sessions for device in s.plan.devices})
+    devices = {device for session in sessions for device in session.plan.devices}
     samples: list[list[float]] = [[] for _ in sessions]
     for number in range(_ROUND_COUNT):
         progress("measuring", number, _ROUND_COUNT)
+        cuda.forget_idle_streams(devices)
         for run, kept in zip(runs, samples, strict=True):
             kept += run(_RUNS_A_ROUND)
     return [tuple(kept) for kept in samples]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.load import Session
 from support import fake_cuda, models
 
+GPU = Device("cuda")
+
 
 class FakeSession:
     """Notes its runs."""
 
     executor = None
+    plan = SimpleNamespace(devices=(GPU,))
 
     def __init__(self, name: str, runs: list[str]) -> None:
         self._name, self._runs = name, runs
@@ -26,12 +30,19 @@ class FakeSession:
         self._runs.append(self._name)
 
 
-def test_rounds_are_interleaved_after_one_run_of_each() -> None:
+def test_rounds_are_interleaved_after_one_run_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before each of them, whatever the one before has used is forgotten."""
     runs: list[str] = []
+
+    def forget(devices: set[Device]) -> None:
+        assert devices == {GPU}
+        runs.append("forgotten")
+
+    monkeypatch.setattr(cuda, "forget_idle_streams", forget)
     sessions: list[Any] = [FakeSession("a", runs), FakeSession("b", runs)]
     steps: list[tuple[str, int, int]] = []
     samples = race(sessions, {"x": 1}, lambda *step: steps.append(step))
-    assert runs == [*"ab", *(["a"] * 5 + ["b"] * 5) * 7]
+    assert runs == [*"ab", *(["forgotten"] + ["a"] * 5 + ["b"] * 5) * 7]
     assert [len(kept) for kept in samples] == [35, 35]
     assert all(us >= 0 for kept in samples for us in kept)
     assert steps == [("measuring", number, 7) for number in range(7)]
