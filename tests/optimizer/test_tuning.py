@@ -118,7 +118,7 @@ class FakeSession:
     """Runs in the time that its schedule's stream count says."""
 
     executor = None
-    plan = SimpleNamespace(devices=())
+    plan = SimpleNamespace(devices=(), segments=())
 
     def __init__(self, proto: Any, annotation: Any, **_: Any) -> None:
         self._seconds = 0.0001 * len({str(p) for p in annotation.placements.values()})
