@@ -16,7 +16,7 @@ from onnxsched.simplification.replacing import (
     Replacement,
     attribute,
     is_standard,
-    with_inputs,
+    renamed,
 )
 from onnxsched_runtime.views import VIEWS, permutation
 
@@ -80,7 +80,7 @@ def value_bias(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
     moved = found.bias[rows[0]].astype(np.float64) @ numpy_helper.to_array(weight)
     name = index.unused(f"{output.output[0]}/bias")
     merged = numpy_helper.from_array((bias + moved).astype(bias.dtype), name)
-    changed = with_inputs(reader, {old: name})
+    changed = renamed(reader, {old: name})
     return Replacement((*found.old, reader), (found.without, changed), (merged,))
 
 
@@ -102,7 +102,7 @@ def _multiplied_bias(index: GraphIndex, node: onnx.NodeProto) -> _MultipliedBias
     if attribute(product, "transB", 0):
         origins = origins.swapaxes(-1, -2)
     array = numpy_helper.to_array(weight)
-    without = with_inputs(first, {result: before})
+    without = renamed(first, {result: before})
     return _MultipliedBias(array, (node, first), without, product, origins)
 
 

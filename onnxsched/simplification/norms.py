@@ -10,7 +10,7 @@ from onnxsched.simplification.replacing import (
     Replacement,
     attribute,
     is_standard,
-    with_inputs,
+    renamed,
 )
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -93,7 +93,7 @@ def scaled_norm(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
             continue
         weight, name = numpy_helper.to_array(index.weights[old]), index.unused(f"{tensor}/weight")
         scaled = numpy_helper.from_array((weight * value.item()).astype(weight.dtype), name)
-        fused = with_inputs(norm, {old: name})
+        fused = renamed(norm, {old: name})
         fused.output[0] = node.output[0]
         return Replacement((norm, node), (fused,), (scaled,))
     return None

@@ -10,8 +10,7 @@ from onnxsched.simplification.replacing import (
     Replacement,
     attribute,
     is_standard,
-    with_inputs,
-    with_outputs,
+    renamed,
 )
 from onnxsched_runtime.tensor import TensorType
 
@@ -35,8 +34,8 @@ def average_after_convolution(index: GraphIndex, node: onnx.NodeProto) -> Replac
         return None
     result = node.output[0]
     mixed = index.unused(f"{result}/mixed")
-    before = with_outputs(with_inputs(node, {node.input[0]: pool.input[0]}), {result: mixed})
-    after = with_outputs(with_inputs(pool, {pool.input[0]: mixed}), {pool.output[0]: result})
+    before = renamed(node, {node.input[0]: pool.input[0]}, {result: mixed})
+    after = renamed(pool, {pool.input[0]: mixed}, {pool.output[0]: result})
     height, width = shape[2:]
     if attribute(pool, "count_include_pad", 0):
         pads = list(attribute(pool, "pads", [0] * 4))

@@ -10,8 +10,7 @@ from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
     is_standard,
-    with_inputs,
-    with_outputs,
+    renamed,
 )
 from onnxsched_runtime.model import node_reads
 
@@ -107,6 +106,6 @@ def rectify_after_pool(index: GraphIndex, node: onnx.NodeProto) -> Replacement |
         return None
     result = node.output[0]
     pooled = index.unused(f"{result}/pooled")
-    pool = with_outputs(with_inputs(node, {node.input[0]: relu.input[0]}), {result: pooled})
-    after = with_outputs(with_inputs(relu, {relu.input[0]: pooled}), {relu.output[0]: result})
+    pool = renamed(node, {node.input[0]: relu.input[0]}, {result: pooled})
+    after = renamed(relu, {relu.input[0]: pooled}, {relu.output[0]: result})
     return Replacement((relu, node), (pool, after), tensors={pooled: index.tensors[result]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -106,19 +107,16 @@ def attribute(node: onnx.NodeProto, name: str, default: _T) -> _T:
     return default
 
 
-def with_inputs(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
-    """A node that reads other tensors."""
+def renamed(
+    node: onnx.NodeProto,
+    reads: Mapping[str, str],
+    writes: Mapping[str, str] = MappingProxyType({}),
+) -> onnx.NodeProto:
+    """A copy of a node that reads, and writes, tensors of other names."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
-    copy.input[:] = [renamed.get(name, name) for name in node.input]
-    return copy
-
-
-def with_outputs(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
-    """A node that writes other tensors."""
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.output[:] = [renamed.get(name, name) for name in node.output]
+    copy.input[:] = [reads.get(name, name) for name in node.input]
+    copy.output[:] = [writes.get(name, name) for name in node.output]
     return copy
 
 

@@ -9,7 +9,7 @@ from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
     is_standard,
-    with_inputs,
+    renamed,
 )
 from onnxsched_runtime.views import VIEWS, is_idle
 
@@ -43,7 +43,7 @@ def idle_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
         return None
     if not all(result in reader.input for reader in readers):
         return None
-    return Replacement((node, *readers), tuple(with_inputs(n, {result: source}) for n in readers))
+    return Replacement((node, *readers), tuple(renamed(n, {result: source}) for n in readers))
 
 
 def reshape(
