@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +34,9 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError, OnnxschedError
 from onnxsched_runtime.model import written_whole
 from tools.bounds import bounds_us
-from tools.peers import SCHEDULE_ARMS, Arm, ExecutorArm, open_arm, reference_arm, time_arm_us
+from tools.peers import Arm, ExecutorArm, open_arm, reference_arm, time_arm_us
 
-_ROUND_COUNT = 10
+_ROUND_COUNT = 5
 _RELATIVE = 1e-2
 """The farthest that outputs may be apart: TF32 makes 1e-3 of it, a wrong peer far more."""
 
@@ -155,8 +154,7 @@ def measured(job: Job) -> dict[str, Any]:
         with open_arm(reference_arm(device), model, device, feeds) as reference:
             _warm_up(reference, job.warmup_ms)
             relative = _relative_difference(model, arm, reference)
-            used = [device] if job.arm in SCHEDULE_ARMS else []
-            times_us, reference_us = _interleaved(arm, reference, job.iterations, used)
+            times_us, reference_us = _interleaved(arm, reference, job.iterations, device)
     return {
         "time": dataclasses.asdict(summarize([s for r in times_us for s in r])),
         "reference": dataclasses.asdict(summarize([s for r in reference_us for s in r])),
@@ -210,17 +208,18 @@ def _warm_up(arm: Arm, warmup_ms: float) -> None:
 
 
 def _interleaved(
-    arm: Arm, reference: Arm, iterations: int, many_streams: Sequence[Device]
+    arm: Arm, reference: Arm, iterations: int, device: Device
 ) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
     """Samples of both, one tuple a round.
 
-    On devices where an arm may use many streams, idle ones are forgotten before each turn.
+    Idle streams are forgotten before each turn: those of our schedules, and those that torch and
+    the choice of ONNX Runtime's kernels have left.
     """
     count = max(1, -(-iterations // _ROUND_COUNT))
     samples: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] = ([], [])
     for _ in range(_ROUND_COUNT):
         for one, kept in zip((arm, reference), samples, strict=True):
-            cuda.forget_idle_streams(many_streams)
+            cuda.forget_idle_streams([device])
             kept.append(time_arm_us(one, count))
     return samples
 
