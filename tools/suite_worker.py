@@ -30,11 +30,13 @@ from onnxsched.loading import Model, load_model
 from onnxsched.pipeline import OptimizeResult
 from onnxsched.summary import ratio, summarize
 from onnxsched_runtime import cuda
+from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError, OnnxschedError
-from onnxsched_runtime.model import written_whole
+from onnxsched_runtime.load import multiplies_matrices
+from onnxsched_runtime.model import read_model, written_whole
 from tools.bounds import bounds_us
-from tools.peers import Arm, ExecutorArm, open_arm, reference_arm, time_arm_us
+from tools.peers import SCHEDULE_ARMS, Arm, ExecutorArm, open_arm, reference_arm, time_arm_us
 
 _ROUND_COUNT = 5
 _RELATIVE = 1e-2
@@ -141,6 +143,8 @@ def compiled(job: Job) -> dict[str, Any]:
 def measured(job: Job) -> dict[str, Any]:
     """Measure an arm and the reference in interleaved rounds, once it is this worker's turn."""
     device = Device.parse(job.device)
+    if device.kind == "cuda" and job.arm in SCHEDULE_ARMS:
+        _keep_workspace(Path(job.target))
     model = load_model(job.source, device)
     feeds = random_inputs(model.baseline, model.tensors, seed=0)
     _await_turn(job)
@@ -166,6 +170,13 @@ def measured(job: Job) -> dict[str, Any]:
         "relative_difference": relative,
         "environment": {**describe_environment(device), "torch": torch.__version__},
     }
+
+
+def _keep_workspace(schedule: Path) -> None:
+    """Let a schedule have the first say on cuBLAS's memory, as where nothing else is loaded."""
+    model = read_model(schedule)
+    is_full = multiplies_matrices(model, read_annotation(model).tensors)
+    cuda.keep_blas_workspace("full" if is_full else "small")
 
 
 _turn = threading.Event()
