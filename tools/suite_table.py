@@ -34,12 +34,13 @@ def table(report: Mapping[str, Any]) -> str:
     rounds of its own run.
     """
     over = f"over {reference_column(report)} | over best torch"
+    reference = COLUMNS[reference_column(report)]
     lines = [
         f"| model | batch | {' | '.join(COLUMNS)} | {over} |",
         f"| --- | ---: |{' ---: |' * (len(COLUMNS) + 2)}",
     ]
     for (model, batch, *_), arms in grouped(report).items():
-        cells = [_median(fastest(arms, names)) for names in COLUMNS.values()]
+        cells = [_median(arms, names, reference) for names in COLUMNS.values()]
         ours, torch = arms.get("auto"), fastest(arms, _torch(arms))
         over_reference = _interval(ours["ratio"]) if ours else ""
         over_torch = _over(ours, torch) if ours and torch else ""
@@ -69,8 +70,13 @@ def fastest(arms: Mapping[str, Any], names: Sequence[str]) -> Any:
     return max(there, key=lambda entry: entry["ratio"]["value"], default=None)
 
 
-def _median(entry: Any) -> str:
-    return "" if entry is None else f"{entry['time']['median_us']:.0f}"
+def _median(arms: Mapping[str, Any], names: Sequence[str], reference: Sequence[str]) -> str:
+    """Of the fastest arm; the reference was measured at least beside `auto`."""
+    entry = fastest(arms, names)
+    if entry is not None:
+        return f"{entry['time']['median_us']:.0f}"
+    is_known = names == reference and "auto" in arms
+    return f"{arms['auto']['reference']['median_us']:.0f}" if is_known else ""
 
 
 def _interval(ratio: Mapping[str, float]) -> str:

@@ -30,6 +30,18 @@ def test_the_table_shows_the_fastest_of_several_arms() -> None:
     assert {line.count("|") for line in lines[:5]} == {lines[0].count("|")}
 
 
+def test_the_reference_needs_no_arm_of_its_own() -> None:
+    content = report()
+    content["results"] = [r for r in content["results"] if r["arm"] != "ort-graph"]
+    ours = next(entry for entry in content["results"] if entry["arm"] == "auto")
+    ours["reference"]["median_us"] = 234.5
+    cells = table(content).splitlines()[2].split(" | ")
+    assert cells[6] == "234"
+    del content["environment"]["cuda"]
+    cells = table(content).splitlines()[2].split(" | ")
+    assert (cells[5], cells[6]) == ("300", "")
+
+
 def test_a_second_table_says_what_auto_costs_and_how_near_its_bounds_it_is() -> None:
     content = report()
     ours = next(entry for entry in content["results"] if entry["arm"] == "auto")
