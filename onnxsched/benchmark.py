@@ -165,7 +165,7 @@ def bench(
     baseline = baseline_of(model, annotation, original, device, libraries)
     feeds = random_inputs(model, annotation.tensors, seed=0)
     outputs = [value.name for value in model.graph.output]
-    with cuda.one_graph_stream(), ExitStack() as stack:
+    with cuda.one_graph_stream(), cuda.other_contexts(devices), ExitStack() as stack:
         runs = []
         sources = {name: baseline if name.startswith("ort") else lowered for name in names}
         steps = len(names) * (2 if device.kind == "cuda" else 1)
@@ -180,7 +180,7 @@ def bench(
             executor = open_arm(name, sources[name], model, annotation, libraries)
             stack.callback(executor.close)
             runs.append(_ArmRun(name, executor, feeds, outputs, devices, free_nbytes))
-        _measure(runs, devices, warmup_ms, duration_s, iterations, progress)
+        _measure(runs, warmup_ms, duration_s, iterations, progress)
         arms = tuple(run.result() for run in runs)
     return BenchResult(
         model=Path(path).name,
@@ -250,7 +250,6 @@ class _ArmRun:
 
 def _measure(
     runs: Sequence[_ArmRun],
-    devices: Sequence[Device],
     warmup_ms: float,
     duration_s: float,
     iterations: int,
@@ -263,7 +262,6 @@ def _measure(
     number = 0
     while number < _ROUND_COUNT or time.monotonic() < end:
         progress("measuring", min(number, _ROUND_COUNT), _ROUND_COUNT)
-        cuda.forget_idle_streams(devices)
         for run in runs:
             run.measure(count)
         number += 1

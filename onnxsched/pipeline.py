@@ -163,9 +163,10 @@ def optimize(
             cache, key, lambda *made: graph_from_model(rewritten(model, *made)), machine
         )
         if decision is None:
-            decision, is_complete = measured_decision(
-                model, cache, plain, request, worker, progress
-            )
+            with cuda.other_contexts(machine.devices):
+                decision, is_complete = measured_decision(
+                    model, cache, plain, request, worker, progress
+                )
             if is_complete:
                 remember(cache, key, decision, machine.devices)
     model = rewritten(model, decision.rewrite, decision.duplicates)

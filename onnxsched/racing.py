@@ -20,20 +20,13 @@ def race(
 ) -> list[tuple[float, ...]]:
     """Samples of each session's time in microseconds, all from the same rounds.
 
-    Device time of one launch where a run is one CUDA graph, else time of a whole run. What others
-    have used of the GPU's queues is forgotten before: in each round, or where any session has
-    several streams, before each session's turn.
+    Device time of one launch where a run is one CUDA graph, else time of a whole run.
     """
     runs = [timed_run(session, feeds) for session in sessions]
-    devices = {device for session in sessions for device in session.plan.devices}
-    placements = [{segment.placement for segment in s.plan.segments} for s in sessions]
-    is_wide = any(len(streams) > 1 for streams in placements)
     samples: list[list[float]] = [[] for _ in sessions]
     for number in range(_ROUND_COUNT):
         progress("measuring", number, _ROUND_COUNT)
-        for turn, (run, kept) in enumerate(zip(runs, samples, strict=True)):
-            if is_wide or turn == 0:
-                cuda.forget_idle_streams(devices)
+        for run, kept in zip(runs, samples, strict=True):
             kept += run(_RUNS_A_ROUND)
     return [tuple(kept) for kept in samples]
 
@@ -48,7 +41,11 @@ def timed_run(session: Session, feeds: Mapping[str, Any]) -> Callable[[int], tup
 
 
 def time_runs_us(run: Callable[[], Any], count: int) -> tuple[float, ...]:
-    """Time of a whole run as the caller sees it, one sample a run."""
+    """Time of a whole run as the caller sees it, one sample a run.
+
+    Idle streams are forgotten before, within `cuda.other_contexts`.
+    """
+    cuda.forget_idle_streams()
     samples = []
     for _ in range(count):
         start_ns = time.perf_counter_ns()

@@ -24,7 +24,6 @@ from onnxsched.refinement import refine
 from onnxsched.schedule import Schedule
 from onnxsched.simulate import simulate
 from onnxsched.trial import TrialRunner
-from onnxsched_runtime import cuda
 from onnxsched_runtime.errors import CaptureError, OnnxschedError
 
 _CALIBRATION_COUNT = 8
@@ -69,7 +68,7 @@ def tune(
         custom_ops: Libraries of custom operators.
         progress: Told what is being done.
     """
-    with Interruption() as interruption, cuda.one_graph_stream():
+    with Interruption() as interruption:
         start = time.monotonic()
         end = start + _TRIALS_SHARE * budget_s
         trials = [_Trials(s, machine, custom_ops, end, interruption, progress) for s in subjects]
@@ -229,7 +228,6 @@ def _tried_in_turn(trials: Sequence[_Trials]) -> list[Outcome]:
         try:
             with session_of(of.subject, outcome, of.custom_ops) as session:
                 run = timed_run(session, feeds)
-                cuda.forget_idle_streams(session.plan.devices)
                 samples_us = run(_SAMPLE_COUNT)
         except OnnxschedError:
             if not of.machine.is_limited or not (tried or waiting):

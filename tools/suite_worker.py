@@ -16,10 +16,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from onnxsched import optimize
@@ -148,6 +150,17 @@ def measured(job: Job) -> dict[str, Any]:
     model = load_model(job.source, device)
     feeds = random_inputs(model.baseline, model.tensors, seed=0)
     _await_turn(job)
+    with cuda.other_contexts([device]):
+        return {
+            **_timed(job, model, device, feeds),
+            "environment": {**describe_environment(device), "torch": torch.__version__},
+        }
+
+
+def _timed(
+    job: Job, model: Model, device: Device, feeds: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What an arm takes, beside the reference."""
     free_nbytes = _free_nbytes(device)
     start = time.monotonic()
     with open_arm(job.arm, model, device, feeds, Path(job.target)) as arm:
@@ -158,7 +171,7 @@ def measured(job: Job) -> dict[str, Any]:
         with open_arm(reference_arm(device), model, device, feeds) as reference:
             _warm_up(reference, job.warmup_ms)
             relative = _relative_difference(model, arm, reference)
-            times_us, reference_us = _interleaved(arm, reference, job.iterations, device)
+            times_us, reference_us = _interleaved(arm, reference, job.iterations)
     return {
         "time": dataclasses.asdict(summarize([s for r in times_us for s in r])),
         "reference": dataclasses.asdict(summarize([s for r in reference_us for s in r])),
@@ -168,7 +181,6 @@ def measured(job: Job) -> dict[str, Any]:
         "compile_s": arm.compile_s,
         "variant": str(arm.variant) if isinstance(arm, ExecutorArm) and arm.variant else None,
         "relative_difference": relative,
-        "environment": {**describe_environment(device), "torch": torch.__version__},
     }
 
 
@@ -219,20 +231,14 @@ def _warm_up(arm: Arm, warmup_ms: float) -> None:
 
 
 def _interleaved(
-    arm: Arm, reference: Arm, iterations: int, device: Device
+    arm: Arm, reference: Arm, iterations: int
 ) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
-    """Samples of both, one tuple a round.
-
-    Idle streams are forgotten before each turn: those of our schedules, and those that torch and
-    the choice of ONNX Runtime's kernels have left.
-    """
+    """Samples of both, one tuple a round."""
     count = max(1, -(-iterations // _ROUND_COUNT))
-    samples: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] = ([], [])
-    for _ in range(_ROUND_COUNT):
-        for one, kept in zip((arm, reference), samples, strict=True):
-            cuda.forget_idle_streams([device])
-            kept.append(time_arm_us(one, count))
-    return samples
+    rounds = [
+        (time_arm_us(arm, count), time_arm_us(reference, count)) for _ in range(_ROUND_COUNT)
+    ]
+    return [first for first, _ in rounds], [second for _, second in rounds]
 
 
 def _relative_difference(model: Model, arm: Arm, reference: Arm) -> float:

@@ -73,7 +73,9 @@ def load(
     session = Session(
         model, annotation, capture=capture, custom_ops=tuple(custom_ops), membership=membership
     )
-    cuda.forget_idle_streams(session.plan.devices if membership is None else [membership.device])
+    own = session.plan.devices if membership is None else [membership.device]
+    with cuda.other_contexts(own):
+        cuda.forget_idle_streams()
     return session
 
 

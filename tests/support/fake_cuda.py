@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -184,7 +185,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes: packed(nbytes))
     monkeypatch.setattr(load, "lower", lambda source, device, custom_ops: source)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(cuda, "forget_idle_streams", lambda devices: None)
+    monkeypatch.setattr(cuda, "other_contexts", lambda devices: nullcontext())
     monkeypatch.setattr(cuda, "enable_peer_access", lambda devices: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
     monkeypatch.setattr(runner, "OrtSession", open_session)

@@ -23,12 +23,12 @@ from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
 from onnxsched_runtime.cuda.streams import (
     Event,
     Stream,
-    forget_idle_streams,
     graph_stream,
     one_graph_stream,
     time_launches_us,
 )
 from onnxsched_runtime.cuda.transfers import time_copies_us
+from onnxsched_runtime.cuda.turns import forget_idle_streams, other_contexts
 
 __all__ = [
     "Buffer",
@@ -51,6 +51,7 @@ __all__ = [
     "make_current",
     "named_range",
     "one_graph_stream",
+    "other_contexts",
     "release_blas_variable",
     "require_device",
     "synchronize",

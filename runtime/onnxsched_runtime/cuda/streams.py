@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, Self
 
 from onnxsched_runtime.cuda.binding import (
     check,
-    check_driver,
     cudart,
     current_device,
-    driver,
     torch_module,
 )
 from onnxsched_runtime.cuda.devices import require_device, synchronize
+from onnxsched_runtime.cuda.turns import forget_idle_streams
 from onnxsched_runtime.device import Device
 
 _DELAY_CYCLES = 200_000
@@ -130,28 +127,6 @@ def graph_stream(device: Device) -> AbstractContextManager[Stream]:
     return nullcontext(shared[device])
 
 
-def forget_idle_streams(devices: Iterable[Device]) -> None:
-    """Let GPUs start kernels as fast as they can, whatever streams the process has used.
-
-    A GPU keeps the queue of every stream loaded that was used until another context has its turn,
-    and starts kernels later the more there are; see `docs/adr/0013-few-streams.md`. A context
-    that is made and gone at once is such a turn. That takes 0.16 s a device, and 0.55 GB of its
-    memory meanwhile; where they are not there, nothing happens.
-    """
-    gpus = [device for device in devices if device.kind == "cuda"]
-    if not gpus:
-        return
-    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    before = check_driver(driver().cuCtxGetCurrent())
-    for device in gpus:
-        number = int(check_driver(driver().cuDeviceGet(device.index)))
-        context = ctypes.c_void_p()
-        # as every CUDA names it; the bindings' function takes other arguments in each
-        if library.cuCtxCreate_v2(ctypes.byref(context), 0, number) == 0:
-            library.cuCtxDestroy_v2(context)
-    check_driver(driver().cuCtxSetCurrent(before))
-
-
 class Event:
     """A CUDA event, destroyed with its last reference."""
 
@@ -182,7 +157,9 @@ def time_launches_us(
 
     The stream is kept busy for some 100 us before the first event, the same for whatever is
     measured, so that launching one graph is not part of the time; launching many kernels is.
+    Idle streams are forgotten before, within `other_contexts`.
     """
+    forget_idle_streams()
     start, end = Event(stream.device, timing=True), Event(stream.device, timing=True)
     samples = []
     for number in range(warm_up_count + count):
