@@ -20,6 +20,7 @@ from onnxsched.offsets import delayed, find_delays
 from onnxsched.recomputing import Duplicate
 from onnxsched.regions import find_bands
 from onnxsched.siblings import GraphView, find_siblings
+from onnxsched.transposing import find_products, transposed
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.variant import Variant
 
@@ -31,15 +32,17 @@ REWRITES: Mapping[str, Mapping[str, bool]] = {
 """Which siblings each rewrite merges, as `find_siblings` takes it."""
 _TWICE = "twice"
 _LATE = "late-bias"
-_LEAST_LATE = 0.05
-"""Biases that can wait, of all operators: fewer are not worth a trial."""
+_TRANSPOSED = "transposed"
+_LEAST = 0.05
+"""Of all operators: fewer biases that can wait, or products, are not worth a trial."""
 
 
 def possible_rewrites(model: Model, device: Device, variant: Variant) -> tuple[str, ...]:
     """The rewrites that change a model, the most promising first.
 
-    Those that merge operators, each in another way; and where the variant adds the biases of
-    convolutions by kernels of their own, those that let them wait for sums.
+    Those that merge operators, each in another way; where the variant adds the biases of
+    convolutions by kernels of their own, those that let them wait for sums; and those that store
+    the matrices of products transposed.
     """
     if device.kind == "cpu" or model.host_reasons:
         return ()
@@ -51,10 +54,14 @@ def possible_rewrites(model: Model, device: Device, variant: Variant) -> tuple[s
         if names:
             found.setdefault(names, name)
     merged = tuple(found.values())
-    least = _LEAST_LATE * len(model.proto.graph.node)
-    if variant.fuse_conv_bias or len(find_delays(view)[1]) < least:
-        return merged
-    return (_LATE, *(f"{name}+{_LATE}" for name in merged[:1]), *merged)
+    least = _LEAST * len(model.proto.graph.node)
+    kinds = []
+    if not variant.fuse_conv_bias and len(find_delays(view)[1]) >= least:
+        kinds.append(_LATE)
+    if len(find_products(view)) >= least:
+        kinds.append(_TRANSPOSED)
+    alone = [name for kind in kinds for name in (kind, *(f"{m}+{kind}" for m in merged[:1]))]
+    return (*alone, *merged)
 
 
 def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
@@ -72,13 +79,13 @@ def twice(rewrite: str) -> str:
 def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) -> Model:
     """The model merged, in bands or with copies: equal within rounding, the same in- and outputs.
 
-    Only standard operators are added, and the same model is always rewritten to the same nodes
-    and names. O(nodes, edges and bytes of weights).
+    Only operators that every ONNX Runtime has are added, and the same model is always rewritten
+    to the same nodes and names. O(nodes, edges and bytes of weights).
 
     Args:
         model: A portable model that is not rewritten.
         rewrite: A name in `REWRITES`, a scheme of `find_bands` and a count of bands, or `none`;
-            `late-bias`; or several, one after the other, with a `+` between them.
+            `late-bias` or `transposed`; or several, one after the other, with a `+` between them.
         duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:
@@ -96,6 +103,8 @@ def _step(model: Model, step: str, duplicates: Sequence[Duplicate]) -> Model:
         return duplicated(model, duplicates)
     if step == _LATE:
         return delayed(model)
+    if step == _TRANSPOSED:
+        return transposed(model)
     scheme, _, count = step.rpartition("-")
     if count.isdecimal():
         region = find_bands(model, int(count))[scheme]

@@ -118,7 +118,7 @@ def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
     [
         ("googlenet", Variant("nhwc", fuse_conv_bias=True), {"merge", "merge-inner"}),
         ("googlenet", DEFAULT_VARIANT, {"merge", "merge-inner"}),
-        ("t5_encoder", DEFAULT_VARIANT, {"merge"}),
+        ("t5_encoder", DEFAULT_VARIANT, {"merge", "transposed", "merge+transposed"}),
         ("randwire", DEFAULT_VARIANT, {"late-bias"}),
     ],
 )

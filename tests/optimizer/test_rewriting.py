@@ -61,9 +61,30 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
         },
     ),
     "randwire": ({"image": 32}, {"late-bias": {"Relu": -17, "Max": 17, "Add": -124, "Sum": 54}}),
-    "t5_encoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
-    "t5_decoder": ({"sequence": 8}, {"merge": {"MatMul": -12, "Split": 6}}),
-    "bert": ({"sequence": 8}, {"merge": {"MatMul": -24, "Split": 12}}),
+    "t5_encoder": (
+        {"sequence": 8},
+        {
+            "transposed": {"MatMul": -30, "FusedMatMul": 30},
+            "merge+transposed": {"MatMul": -30, "FusedMatMul": 18, "Split": 6},
+            "merge": {"MatMul": -12, "Split": 6},
+        },
+    ),
+    "t5_decoder": (
+        {"sequence": 8},
+        {
+            "transposed": {"MatMul": -48, "FusedMatMul": 48},
+            "merge+transposed": {"MatMul": -48, "FusedMatMul": 36, "Split": 6},
+            "merge": {"MatMul": -12, "Split": 6},
+        },
+    ),
+    "bert": (
+        {"sequence": 8},
+        {
+            "transposed": {"MatMul": -60, "FusedMatMul": 60},
+            "merge+transposed": {"MatMul": -60, "FusedMatMul": 36, "Split": 12},
+            "merge": {"MatMul": -24, "Split": 12},
+        },
+    ),
     "deepfm": ({}, {}),
 }
 """Sample models as small as they can be built, and what each rewrite adds and removes."""
