@@ -8,9 +8,10 @@ computing an operator twice rather than copying its result: which ones, a schedu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from onnxsched.aligning import aligned, find_narrow_inputs, find_passages, with_wide_inputs
 from onnxsched.bands import banded
 from onnxsched.drafting import Draft, assembled
 from onnxsched.duplication import duplicated
@@ -24,7 +25,7 @@ from onnxsched.transposing import find_products, transposed
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.variant import Variant
 
-REWRITES: Mapping[str, Mapping[str, bool]] = {
+MERGES: Mapping[str, Mapping[str, bool]] = {
     "merge": {},
     "merge-inner": {"is_inner": True},
     "merge-padded": {"is_padded": True},
@@ -33,35 +34,65 @@ REWRITES: Mapping[str, Mapping[str, bool]] = {
 _TWICE = "twice"
 _LATE = "late-bias"
 _TRANSPOSED = "transposed"
+_ALIGNED = "aligned"
+_WIDE = "wide-input"
+_STEPS: Mapping[str, Callable[[Model], Model]] = {
+    _LATE: delayed,
+    _TRANSPOSED: transposed,
+    _ALIGNED: aligned,
+    _WIDE: with_wide_inputs,
+}
 _LEAST = 0.05
 """Of all operators: fewer biases that can wait, or products, are not worth a trial."""
 
 
-def possible_rewrites(model: Model, device: Device, variant: Variant) -> tuple[str, ...]:
-    """The rewrites that change a model, the most promising first.
+@dataclass(frozen=True)
+class Rewrites:
+    """Names of what may make a model faster, the most promising first."""
 
-    Those that merge operators, each in another way; where the variant adds the biases of
-    convolutions by kernels of their own, those that let them wait for sums; and those that store
-    the matrices of products transposed.
+    alike: tuple[str, ...] = ()
+    """What leaves operators side by side as they were: the best in one stream is best in any."""
+    merged: tuple[str, ...] = ()
+    """What makes others of them, so that only a schedule tells whether it pays."""
+
+
+def possible_rewrites(model: Model, device: Device, variant: Variant) -> Rewrites:
+    """The rewrites that change a model.
+
+    Alike are those that store matrices transposed, or add channels for the kernels of channels
+    last. The others merge operators, each in another way; or where the variant adds the biases of
+    convolutions by kernels of their own, let them wait for sums.
     """
     if device.kind == "cpu" or model.host_reasons:
-        return ()
+        return Rewrites()
     view = GraphView(model)
     found: dict[tuple[tuple[str, ...], ...], str] = {}
-    for name, scope in REWRITES.items():
+    for name, scope in MERGES.items():
         groups = find_siblings(view, **scope)
         names = tuple(tuple(sibling.node.name for sibling in group) for group in groups)
         if names:
             found.setdefault(names, name)
     merged = tuple(found.values())
-    least = _LEAST * len(model.proto.graph.node)
-    kinds = []
-    if not variant.fuse_conv_bias and len(find_delays(view)[1]) >= least:
-        kinds.append(_LATE)
-    if len(find_products(view)) >= least:
-        kinds.append(_TRANSPOSED)
-    alone = [name for kind in kinds for name in (kind, *(f"{m}+{kind}" for m in merged[:1]))]
-    return (*alone, *merged)
+    if not variant.fuse_conv_bias and len(find_delays(view)[1]) >= _least(model):
+        merged = (_LATE, *(joined(name, _LATE) for name in merged[:1]), *merged)
+    return Rewrites(_alike(view, variant), merged)
+
+
+def _alike(view: GraphView, variant: Variant) -> tuple[str, ...]:
+    if variant.layout == "nhwc":
+        finders = {_ALIGNED: find_passages, _WIDE: find_narrow_inputs}
+        names = tuple(name for name, find in finders.items() if find(view))
+        return ("+".join(names), *names) if len(names) > 1 else names
+    return (_TRANSPOSED,) if len(find_products(view)) >= _least(view.model) else ()
+
+
+def _least(model: Model) -> float:
+    return _LEAST * len(model.proto.graph.node)
+
+
+def joined(first: str, second: str) -> str:
+    """The rewrite that is one after another."""
+    return second if first == NO_REWRITE else f"{first}+{second}"
 
 
 def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
@@ -73,7 +104,7 @@ def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
 
 def twice(rewrite: str) -> str:
     """The rewrite that computes operators twice after another, e.g. `bands-2+twice`."""
-    return _TWICE if rewrite == NO_REWRITE else f"{rewrite}+{_TWICE}"
+    return joined(rewrite, _TWICE)
 
 
 def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) -> Model:
@@ -84,8 +115,9 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
 
     Args:
         model: A portable model that is not rewritten.
-        rewrite: A name in `REWRITES`, a scheme of `find_bands` and a count of bands, or `none`;
-            `late-bias` or `transposed`; or several, one after the other, with a `+` between them.
+        rewrite: A name in `MERGES`, a scheme of `find_bands` and a count of bands, or `none`;
+            `late-bias`, `transposed`, `aligned` or `wide-input`; or several, one after the other,
+            with a `+` between them.
         duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:
@@ -101,15 +133,13 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
 def _step(model: Model, step: str, duplicates: Sequence[Duplicate]) -> Model:
     if step == _TWICE:
         return duplicated(model, duplicates)
-    if step == _LATE:
-        return delayed(model)
-    if step == _TRANSPOSED:
-        return transposed(model)
+    if step in _STEPS:
+        return _STEPS[step](model)
     scheme, _, count = step.rpartition("-")
     if count.isdecimal():
         region = find_bands(model, int(count))[scheme]
         return banded(model, region.groups, region.count)
     draft = Draft(GraphView(model))
-    for group in find_siblings(draft.view, **REWRITES[step]):
+    for group in find_siblings(draft.view, **MERGES[step]):
         merge(draft, group)
     return assembled(draft, step)

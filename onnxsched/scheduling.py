@@ -23,7 +23,13 @@ from onnxsched.proposals import (
     subject_of_recomputation,
     unscheduled_subject,
 )
-from onnxsched.rewriting import possible_bands, possible_rewrites, rewritten, twice
+from onnxsched.rewriting import (
+    Rewrites,
+    possible_bands,
+    possible_rewrites,
+    rewritten,
+    twice,
+)
 from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
 from onnxsched_runtime.errors import DeviceError, ModelError
@@ -166,10 +172,11 @@ def _raced(
     device = request.device
     variants = possible_variants(model, device)
 
-    def rewrites_of(variant: Variant) -> Sequence[str]:
-        return possible_rewrites(model, device, variant) if request.schedule is None else ()
+    def rewrites_of(variant: Variant) -> Rewrites:
+        is_free = request.schedule is None
+        return possible_rewrites(model, device, variant) if is_free else Rewrites()
 
-    is_alone = len(variants) == 1 and not rewrites_of(variants[0])
+    is_alone = len(variants) == 1 and rewrites_of(variants[0]) == Rewrites()
     fits = fits_on_first(graph_from_model(default), request.machine)
     if is_alone or not request.variants or not fits:
         return [(model, default)]
@@ -186,7 +193,7 @@ def _raced(
     )
     return [
         (outcome.portable, default if outcome.model.form == AS_LOADED else outcome.model)
-        for outcome in promising(*raced)
+        for outcome in promising(raced)
     ]
 
 

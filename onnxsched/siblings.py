@@ -23,7 +23,10 @@ Kind = tuple[str, str]
 """Domain and type of an operator."""
 
 _CONVOLUTIONS = {("", "Conv"), ("com.microsoft", "FusedConv")}
-_PRODUCTS = {("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedGemm")}
+_PRODUCTS = {
+    ("", "MatMul"), ("", "Gemm"),
+    ("com.microsoft", "FusedGemm"), ("com.microsoft", "FusedMatMul"),
+}  # fmt: skip
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 _UNARY = {
     ("", "Relu"), ("", "LeakyRelu"), ("", "Elu"), ("", "Sigmoid"), ("", "HardSigmoid"),

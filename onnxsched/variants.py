@@ -13,7 +13,7 @@ from onnxsched.checking import PlainRuns, differences_from
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import race
-from onnxsched.rewriting import rewritten
+from onnxsched.rewriting import Rewrites, joined, rewritten
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
@@ -49,6 +49,18 @@ class VariantOutcome:
         return statistics.median(self.samples_us)
 
 
+@dataclass(frozen=True)
+class Raced:
+    """What is right of all that was tried, in each case the fastest first."""
+
+    variants: tuple[VariantOutcome, ...]
+    """Of the model as it was loaded."""
+    alike: tuple[VariantOutcome, ...]
+    """The fastest of them, and its rewrites that leave operators side by side as they are."""
+    merged: tuple[VariantOutcome, ...]
+    """The fastest of these, and its rewrites that don't."""
+
+
 def possible_variants(model: Model, device: Device) -> tuple[Variant, ...]:
     """What can make a difference, the most promising first: only convolutions have a choice."""
     convolves = any("Conv" in node.op_type for node in model.proto.graph.node)
@@ -67,37 +79,34 @@ def race_variants(
     model: Model,
     device: Device,
     variants: Sequence[Variant],
-    rewrites_of: Callable[[Variant], Sequence[str]],
+    rewrites_of: Callable[[Variant], Rewrites],
     plain: PlainRuns,
     *,
     refusals_of: Callable[[Model], Mapping[str, str]],
     budget_s: float,
     custom_ops: tuple[str, ...],
     progress: Progress,
-) -> tuple[tuple[VariantOutcome, ...], tuple[VariantOutcome, ...]]:
+) -> Raced:
     """Run each variant as one session, drop those that are wrong, and time the rest.
 
     What ORT refuses is dropped too, except for the first variant, which must work; and what takes
     so long to prepare that scheduling it would. The rewrites are then raced in the fastest
-    variant, against it; not those with an operator that can't be captured, as a Split into unequal
-    pieces may be. No more variants are tried after half the budget, and no more rewrites after
-    half of it again.
+    variant, against it: first those that leave operators side by side as they are, then the others
+    on top of the best; not those with an operator that can't be captured, as a Split into unequal
+    pieces may be. No more variants, and of both kinds no more rewrites, are tried after half the
+    budget each.
 
     Args:
         model: The portable model.
         device: Where to measure.
         variants: How to execute it.
-        rewrites_of: What to make of it where a variant is the fastest, the most promising first.
+        rewrites_of: What to make of it where a variant is the fastest.
         plain: What it must compute.
         refusals_of: Why operators of a lowered model can't be captured, found out elsewhere: it
             may end the process.
         budget_s: For all of this but for finding that out.
         custom_ops: Libraries of custom operators.
         progress: Told what is being done.
-
-    Returns:
-        The variants that are right, the fastest first; and the fastest variant and its rewrites
-        that are right, the fastest first.
 
     Raises:
         ModelError: ORT refuses the first variant.
@@ -109,13 +118,17 @@ def race_variants(
         )
         entrants = attempts.prepare([(NO_REWRITE, variant) for variant in variants])
         found = _timed(entrants, feeds, progress)
-        best = found[0].model
-        rewrites = rewrites_of(best.variant)
-        others = attempts.prepare([(rewrite, best.variant) for rewrite in rewrites])
-        if not others:
-            return found, found[:1]
-        fastest = next(entrant for entrant in entrants if entrant.model is best)
-        return found, _timed([fastest, *others], feeds, progress)
+        best = found[0].model.variant
+        base = next(entrant for entrant in entrants if entrant.model is found[0].model)
+        rewrites, alike, merged = rewrites_of(best), found[:1], found[:1]
+        if others := attempts.prepare([(name, best) for name in rewrites.alike]):
+            alike = _timed([base, *others], feeds, progress)
+            base = next(one for one in (base, *others) if one.model is alike[0].model)
+            merged = alike[:1]
+        names = [joined(base.portable.rewrite, name) for name in rewrites.merged]
+        if others := attempts.prepare([(name, best) for name in names]):
+            merged = _timed([base, *others], feeds, progress)
+        return Raced(found, alike, merged)
 
 
 @dataclass(frozen=True)
@@ -205,27 +218,20 @@ def _timed(
     return tuple(sorted(outcomes, key=lambda outcome: outcome.median_us))
 
 
-def promising(
-    variants: Sequence[VariantOutcome], rewrites: Sequence[VariantOutcome]
-) -> tuple[VariantOutcome, ...]:
-    """What is worth scheduling: the fastest variant, one of another layout, and rewrites near it.
-
-    Args:
-        variants: Of the model as it was loaded, the fastest first.
-        rewrites: The first of them and its rewrites, the fastest first.
-    """
-    best = variants[0]
+def promising(raced: Raced) -> tuple[VariantOutcome, ...]:
+    """What is worth scheduling: the best of one structure, others near it, and another layout."""
+    best, fastest = raced.alike[0], raced.merged[0]
     layouts = [
         outcome
-        for outcome in variants[1:]
-        if outcome.median_us <= _NEAR * best.median_us
+        for outcome in raced.variants[1:]
+        if outcome.median_us <= _NEAR * raced.variants[0].median_us
         and outcome.model.variant.layout != best.model.variant.layout
     ]
     merged = [
         outcome
-        for outcome in rewrites
-        if outcome.median_us <= _NEAR * rewrites[0].median_us
-        and outcome.model.rewrite != NO_REWRITE
+        for outcome in raced.merged
+        if outcome.median_us <= _NEAR * fastest.median_us
+        and outcome.model.rewrite != best.model.rewrite
     ]
     return (best, *merged[:_REWRITE_COUNT], *layouts[: _SEARCHED_COUNT - 1])
 

@@ -15,7 +15,7 @@ from onnxsched.loading import Model, load_model
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import measure_profile
-from onnxsched.rewriting import possible_rewrites, rewritten
+from onnxsched.rewriting import joined, possible_rewrites, rewritten
 from onnxsched.variants import possible_variants, race_variants
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
@@ -98,43 +98,55 @@ def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
     cache = MeasurementCache(None, "")
     model = load_model(zoo("squeezenet"), _CUDA)
     plain = run_plain(model, _CUDA, 0, ())
-    outcomes, rewrites = race_variants(
+    found = race_variants(
         model, _CUDA, possible_variants(model, _CUDA),
         lambda variant: possible_rewrites(model, _CUDA, variant), plain,
         refusals_of=lambda lowered: _refusals(lowered, cache),
         budget_s=60.0, custom_ops=(), progress=_quiet,
     )  # fmt: skip
-    variants = [outcome.model.variant for outcome in outcomes]
+    variants = [outcome.model.variant for outcome in found.variants]
     assert DEFAULT_VARIANT in variants
     assert Variant("nhwc", fuse_conv_bias=True) in variants
-    for raced in (outcomes, rewrites):
+    for raced in (found.variants, found.alike, found.merged):
         assert list(raced) == sorted(raced, key=lambda outcome: outcome.median_us)
-    assert {outcome.model.rewrite for outcome in rewrites} == {"none", "merge-padded"}
-    assert {outcome.model.variant for outcome in rewrites} == {outcomes[0].model.variant}
+    alike = {"none", "aligned", "wide-input", "aligned+wide-input"}
+    assert {outcome.model.rewrite for outcome in found.alike} == alike
+    base = found.alike[0].model
+    rewrites = {outcome.model.rewrite for outcome in found.merged}
+    assert rewrites == {base.rewrite, joined(base.rewrite, "merge-padded")}
+    assert {o.model.variant for o in (*found.alike, *found.merged)} == {base.variant}
 
 
 @pytest.mark.parametrize(
-    ("name", "variant", "captured"),
+    ("name", "variant", "alike", "merged"),
     [
-        ("googlenet", Variant("nhwc", fuse_conv_bias=True), {"merge", "merge-inner"}),
-        ("googlenet", DEFAULT_VARIANT, {"merge", "merge-inner"}),
-        ("t5_encoder", DEFAULT_VARIANT, {"merge", "transposed", "merge+transposed"}),
-        ("randwire", DEFAULT_VARIANT, {"late-bias"}),
+        ("googlenet", Variant("nhwc", fuse_conv_bias=True),
+         {"aligned", "wide-input", "aligned+wide-input"}, {"merge", "merge-inner"}),
+        ("googlenet", DEFAULT_VARIANT, set(), {"merge", "merge-inner"}),
+        ("t5_encoder", DEFAULT_VARIANT, {"transposed"}, {"merge"}),
+        ("randwire", DEFAULT_VARIANT, set(), {"late-bias"}),
     ],
-)
+)  # fmt: skip
 def test_rewrites_are_right_where_they_are_captured(
-    name: str, variant: Variant, captured: set[str], zoo: Zoo, cache_dir: Path
+    name: str,
+    variant: Variant,
+    alike: set[str],
+    merged: set[str],
+    zoo: Zoo,
+    cache_dir: Path,
 ) -> None:
     """Among them Splits into unequal pieces, whose sizes ORT copies to the device."""
     model = load_model(zoo(name), _CUDA)
     cache = MeasurementCache(cache_dir, "rewrites")
-    _, rewrites = race_variants(
+    found = race_variants(
         model, _CUDA, (variant,), lambda variant: possible_rewrites(model, _CUDA, variant),
         run_plain(model, _CUDA, 0, ()),
         refusals_of=lambda lowered: _refusals(lowered, cache),
         budget_s=120.0, custom_ops=(), progress=_quiet,
     )  # fmt: skip
-    assert {outcome.model.rewrite for outcome in rewrites} == {"none", *captured}
+    base = found.alike[0].model.rewrite
+    assert {outcome.model.rewrite for outcome in found.alike} == {"none", *alike}
+    assert {o.model.rewrite for o in found.merged} == {base, *(joined(base, m) for m in merged)}
 
 
 def test_biases_that_wait_are_kernels_less(zoo: Zoo) -> None:

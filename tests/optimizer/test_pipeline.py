@@ -23,6 +23,7 @@ from onnxsched.loading import load_model
 from onnxsched.outcomes import Subject, Tuned
 from onnxsched.policies import POLICIES
 from onnxsched.proposals import Request
+from onnxsched.rewriting import Rewrites
 from onnxsched.tuning import tune
 from onnxsched.verify import verify
 from onnxsched_runtime.annotation import read_annotation
@@ -239,7 +240,7 @@ NHWC = Variant("nhwc")
 def cpu_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the CPU have variants: its provider has a blocked layout of its own to lower to."""
     monkeypatch.setattr(scheduling, "possible_variants", lambda *_: (DEFAULT_VARIANT, NHWC))
-    monkeypatch.setattr(scheduling, "promising", lambda variants, rewrites: variants)
+    monkeypatch.setattr(scheduling, "promising", lambda raced: raced.variants)
 
 
 @pytest.mark.parametrize("policy", ["auto", "nimble"])
@@ -277,7 +278,7 @@ def test_without_the_default_variant_the_unscheduled_model_is_still_measured(
     monkeypatch.setattr(
         scheduling,
         "promising",
-        lambda variants, rewrites: [o for o in variants if o.model.variant == NHWC],
+        lambda raced: [o for o in raced.variants if o.model.variant == NHWC],
     )
     result = optimized(tiny, tmp_path / "out.onnx", streams=2)
     default = [a["policy"] for a in result.alternatives if a["variant"] == "nchw"]
@@ -295,9 +296,10 @@ def test_variants_can_be_turned_off(
 @pytest.fixture
 def merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the CPU have a rewrite, and whichever is faster chooses it."""
-    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ("merge-inner", "merge"))
+    both = Rewrites(merged=("merge-inner", "merge"))
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: both)
     monkeypatch.setattr(
-        scheduling, "promising", lambda variants, rewrites: (variants[0], *reversed(rewrites))
+        scheduling, "promising", lambda raced: (raced.variants[0], *reversed(raced.merged))
     )
     monkeypatch.setattr(
         tuning,
@@ -354,8 +356,9 @@ def test_what_is_predicted_shortest_is_tried_first(
             shortest.append(min(candidate.predicted_us for candidate in subject.candidates))
         return tune(subjects, *arguments, **options)
 
-    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ("merge", "late-bias"))
-    monkeypatch.setattr(scheduling, "promising", lambda variants, rewrites: rewrites)
+    both = Rewrites(merged=("merge", "late-bias"))
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: both)
+    monkeypatch.setattr(scheduling, "promising", lambda raced: raced.merged)
     monkeypatch.setattr(scheduling, "tune", tuned)
     optimized(tiny, tmp_path / "out.onnx", streams=3)
     assert len(shortest) == 3
@@ -388,7 +391,7 @@ def test_a_cpu_has_no_rewrites_and_without_variants_there_are_none(
 ) -> None:
     result = optimized(tiny, tmp_path / "out.onnx")
     assert {a["rewrite"] for a in result.alternatives} == {"none"}
-    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ("merge",))
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: Rewrites(merged=("merge",)))
     monkeypatch.delattr(scheduling, "race_variants")
     assert optimized(tiny, tmp_path / "out.onnx", variants=False).rewrite == "none"
 

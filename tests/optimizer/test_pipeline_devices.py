@@ -33,6 +33,7 @@ from onnxsched.profiling.measure import measure_profile
 from onnxsched.profiling.transfers import Transfers
 from onnxsched.proposals import Request
 from onnxsched.racing import time_runs_us
+from onnxsched.rewriting import Rewrites
 from onnxsched.running import run_files
 from onnxsched.schedule import check_schedule
 from onnxsched.schedule_file import placements_to_json
@@ -205,7 +206,7 @@ def test_what_one_device_cannot_hold_is_not_run_there(
     )
     devices = ("cpu:1,cpu:0", (GROUPS[1], GROUPS[0]))
     monkeypatch.setattr(pipeline, "run_plain", noted)
-    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ("merge",))
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: Rewrites(merged=("merge",)))
     monkeypatch.setattr(pipeline, "machine_of", lambda *_: Machine(devices[1], 1))
     optimized(source, tmp_path / "out.onnx", device=devices[0])
     monkeypatch.delattr(scheduling, "race_variants")
@@ -363,7 +364,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[Device, ...]:
     monkeypatch.setattr(cuda, "time_launches_us", time_launches_us)
     monkeypatch.setattr(scheduling, "measure_profile", profiled)
     monkeypatch.setattr(scheduling, "lowered_model", lambda model, *_: model)
-    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: ())
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: Rewrites())
     monkeypatch.setattr(scheduling, "measure_transfers", free_transfers)
     return (Device("cuda", 0), Device("cuda", 1))
 

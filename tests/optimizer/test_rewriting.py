@@ -17,17 +17,25 @@ from onnxsched import regions
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
 from onnxsched.recomputing import Duplicate, recompute
-from onnxsched.rewriting import REWRITES, possible_bands, possible_rewrites, rewritten, twice
+from onnxsched.rewriting import (
+    MERGES,
+    Rewrites,
+    possible_bands,
+    possible_rewrites,
+    rewritten,
+    twice,
+)
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime import session
-from onnxsched_runtime.variant import DEFAULT_VARIANT
+from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from sample_models import build
 from support.graphs import durations, linear
 from support.models import CPU, MODELS, Array, feeds_for, reference, weight
 from support.optimizing import as_it_is, assert_close, loaded, parsed
 from support.strategies import DEVICES, GPU
 
+NHWC = Variant("nhwc", fuse_conv_bias=True)
 ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
     "googlenet": (
         {"image": 64},
@@ -65,7 +73,6 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
         {"sequence": 8},
         {
             "transposed": {"MatMul": -30, "FusedMatMul": 30},
-            "merge+transposed": {"MatMul": -30, "FusedMatMul": 18, "Split": 6},
             "merge": {"MatMul": -12, "Split": 6},
         },
     ),
@@ -73,7 +80,6 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
         {"sequence": 8},
         {
             "transposed": {"MatMul": -48, "FusedMatMul": 48},
-            "merge+transposed": {"MatMul": -48, "FusedMatMul": 36, "Split": 6},
             "merge": {"MatMul": -12, "Split": 6},
         },
     ),
@@ -81,7 +87,6 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
         {"sequence": 8},
         {
             "transposed": {"MatMul": -60, "FusedMatMul": 60},
-            "merge+transposed": {"MatMul": -60, "FusedMatMul": 36, "Split": 12},
             "merge": {"MatMul": -24, "Split": 12},
         },
     ),
@@ -124,7 +129,7 @@ def tried(model: Model, seed: int = 0) -> dict[str, Model]:
     feeds = feeds_for(model.proto, seed)
     before, expected = model.proto.SerializeToString(), reference(model.proto, feeds)
     found = {}
-    for name in REWRITES:
+    for name in MERGES:
         result = rewritten(model, name)
         assert result.rewrite == name
         assert result.proto == rewritten(model, name).proto
@@ -140,7 +145,8 @@ def tried(model: Model, seed: int = 0) -> dict[str, Model]:
 def test_sample_models_keep_their_outputs(name: str, tmp_path: Path) -> None:
     sizes, expected = ZOO[name]
     model = loaded(build(name, **sizes), tmp_path)
-    assert possible_rewrites(model, GPU, DEFAULT_VARIANT) == tuple(expected)
+    found = possible_rewrites(model, GPU, DEFAULT_VARIANT)
+    assert (*found.alike, *found.merged) == tuple(expected)
     feeds = feeds_for(model.proto, seed=3)
     outputs = reference(model.proto, feeds)
     for rewrite, changed in expected.items():
@@ -151,6 +157,40 @@ def test_sample_models_keep_their_outputs(name: str, tmp_path: Path) -> None:
         assert {node.domain for node in result.proto.graph.node} <= {"", "com.microsoft"}
 
 
+@pytest.mark.usefixtures("plain_convolutions")
+@pytest.mark.parametrize(
+    ("name", "sizes", "variant", "rewrite", "expected"),
+    [
+        ("bert", {"sequence": 8}, DEFAULT_VARIANT, "transposed+merge",
+         {"MatMul": -60, "FusedMatMul": 36, "Split": 12}),
+        ("t5_encoder", {"sequence": 8}, DEFAULT_VARIANT, "transposed+merge",
+         {"MatMul": -30, "FusedMatMul": 18, "Split": 6}),
+        ("googlenet", {"image": 64}, NHWC, "aligned+wide-input+merge",
+         {"Pad": 1, "Conv": -18, "Relu": -9, "Split": 9}),
+        ("squeezenet", {"image": 48}, NHWC, "aligned+wide-input+merge-padded",
+         {"Pad": 1, "Conv": -8, "Concat": -8}),
+        ("inception_v3", {"image": 75}, NHWC, "aligned+wide-input", {"Pad": 1}),
+    ],
+)  # fmt: skip
+def test_merging_goes_on_top_of_what_leaves_operators_side_by_side(
+    name: str,
+    sizes: dict[str, int],
+    variant: Variant,
+    rewrite: str,
+    expected: dict[str, int],
+    tmp_path: Path,
+) -> None:
+    model = loaded(build(name, **sizes), tmp_path)
+    found = possible_rewrites(model, GPU, variant)
+    assert rewrite.startswith(found.alike[0])
+    feeds = feeds_for(model.proto, seed=3)
+    result = rewritten(model, rewrite)
+    assert result.rewrite == rewrite
+    assert change(model, result) == expected
+    assert_well_formed(result)
+    assert_close(reference(result.proto, feeds), reference(model.proto, feeds))
+
+
 def test_fused_convolutions_are_merged_too(tmp_path: Path) -> None:
     model = loaded(build("googlenet", image=64), tmp_path)
     assert change(model, tried(model)["merge"]) == {"FusedConv": -18, "Split": 9}
@@ -158,10 +198,10 @@ def test_fused_convolutions_are_merged_too(tmp_path: Path) -> None:
 
 def test_only_a_gpu_and_models_that_are_captured_whole_have_rewrites() -> None:
     model = as_it_is(MODELS["fork_join"]())
-    assert possible_rewrites(model, GPU, DEFAULT_VARIANT) == ("merge",)
-    assert possible_rewrites(model, CPU, DEFAULT_VARIANT) == ()
+    assert possible_rewrites(model, GPU, DEFAULT_VARIANT) == Rewrites(merged=("merge",))
+    assert possible_rewrites(model, CPU, DEFAULT_VARIANT) == Rewrites()
     host = as_it_is(model.proto, {model.proto.graph.node[0].name: "for once"})
-    assert possible_rewrites(host, GPU, DEFAULT_VARIANT) == ()
+    assert possible_rewrites(host, GPU, DEFAULT_VARIANT) == Rewrites()
     assert rewritten(model, "none") is model
     for name in ("melt", "melt-2", "bands-2"):
         with pytest.raises(KeyError):

@@ -118,12 +118,12 @@ def changed(model: Model, change: str) -> Model:
 )
 def test_others_stay_alone(model: Model) -> None:
     assert find_products(GraphView(model)) == []
-    assert "transposed" not in possible_rewrites(model, GPU, DEFAULT_VARIANT)
+    assert possible_rewrites(model, GPU, DEFAULT_VARIANT).alike == ()
     assert list(rewritten(model, "transposed").proto.graph.node) == list(model.proto.graph.node)
 
 
 def test_it_is_tried_on_gpus_only() -> None:
     model = product("MatMul", (2, 4), (4, 3), (2, 3))
-    assert possible_rewrites(model, GPU, DEFAULT_VARIANT) == ("transposed",)
-    assert possible_rewrites(model, CPU, DEFAULT_VARIANT) == ()
+    assert possible_rewrites(model, GPU, DEFAULT_VARIANT).alike == ("transposed",)
+    assert possible_rewrites(model, CPU, DEFAULT_VARIANT).alike == ()
     onnx.checker.check_model(rewritten(model, "none").proto)

@@ -16,7 +16,9 @@ import pytest
 from onnxsched import variants
 from onnxsched.checking import PlainRuns
 from onnxsched.loading import Model, with_refusals
+from onnxsched.rewriting import Rewrites
 from onnxsched.variants import (
+    Raced,
     VariantOutcome,
     lowered_model,
     possible_variants,
@@ -70,7 +72,7 @@ def test_the_fastest_is_scheduled_and_one_of_another_layout_that_is_near(
     others: list[VariantOutcome], expected: list[Variant]
 ) -> None:
     fastest = outcome(DEFAULT_VARIANT, 50.0, 100.0, 200.0)
-    found = promising([fastest, *others], [fastest])
+    found = promising(Raced((fastest, *others), (fastest,), (fastest,)))
     assert found[0] == fastest
     assert [o.model.variant for o in found[1:]] == expected
 
@@ -89,11 +91,23 @@ def test_the_fastest_is_scheduled_and_one_of_another_layout_that_is_near(
 def test_rewrites_are_scheduled_that_are_the_fastest_or_near_beside_the_model_as_it_is(
     times_us: dict[str, float], expected: list[str]
 ) -> None:
-    rewrites = [outcome(NHWC, us, rewrite=name) for name, us in times_us.items()]
-    variants = [outcome(NHWC, 101.0), outcome(DEFAULT_VARIANT, 105.0)]
-    found = promising(variants, rewrites)
+    rewrites = tuple(outcome(NHWC, us, rewrite=name) for name, us in times_us.items())
+    variants = (outcome(NHWC, 101.0), outcome(DEFAULT_VARIANT, 105.0))
+    found = promising(Raced(variants, variants[:1], rewrites))
     assert (found[0], found[-1]) == (variants[0], variants[1])
     assert [o.model.rewrite for o in found[1:-1]] == expected
+
+
+def test_the_best_that_leaves_operators_side_by_side_takes_the_place_of_the_model_as_it_is() -> (
+    None
+):
+    plain, other = outcome(NHWC, 100.0), outcome(DEFAULT_VARIANT, 105.0)
+    alike = (outcome(NHWC, 90.0, rewrite="aligned"), plain)
+    merged = (outcome(NHWC, 60.0, rewrite="aligned+merge"), outcome(NHWC, 91.0, rewrite="aligned"))
+    found = promising(Raced((plain, other), alike, merged))
+    assert [o.model.form for o in found] == [
+        (NHWC, "aligned"), (NHWC, "aligned+merge"), (DEFAULT_VARIANT, "none"),
+    ]  # fmt: skip
 
 
 class FakeSession:
@@ -131,6 +145,8 @@ class FakeSession:
 TIMES_US: dict[Form, tuple[float, ...]] = {
     DEFAULT_VARIANT: (30.0, 31.0), NHWC: (10.0, 11.0), BIAS: (20.0, 21.0),
     "merge": (15.0, 16.0), "merge-inner": (5.0, 6.0),
+    "transposed": (8.0, 9.0), "aligned": (12.0, 13.0),
+    "transposed+merge": (7.0, 8.0), "transposed+merge-inner": (9.0, 10.0),
 }  # fmt: skip
 
 
@@ -165,22 +181,28 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Form, Any]]:
 
 def race_both(
     wanted: Sequence[Variant],
-    rewrites: Sequence[str],
+    merged: Sequence[str],
     budget_s: float = 60.0,
     refusals_of: Callable[[Model], Mapping[str, str]] = lambda lowered: {},
+    alike: Sequence[str] = (),
 ) -> tuple[list[Variant], list[str]]:
     """The variants that are right and the rewrites that are, the fastest first."""
     feeds = tuple({"x": np.full(3, seed, np.float32)} for seed in range(1, 3))
     plain = PlainRuns(("y",), feeds, tuple([feed["x"] * 2] for feed in feeds))
-    variants, rewritten = race_variants(
+    rewrites = Rewrites(tuple(alike), tuple(merged))
+    found = race_variants(
         as_it_is(MODELS["chain"]()), GPU, wanted, lambda variant: rewrites, plain,
         refusals_of=refusals_of, budget_s=budget_s, custom_ops=(),
         progress=lambda what, done, total: None,
     )  # fmt: skip
-    assert all(o.samples_us == TIMES_US[o.model.variant] for o in variants)
-    assert {o.model.variant for o in rewritten} == {variants[0].model.variant}
-    assert all(o.portable.rewrite == o.model.rewrite for o in (*variants, *rewritten))
-    return [o.model.variant for o in variants], [o.model.rewrite for o in rewritten]
+    assert all(o.samples_us == TIMES_US[o.model.variant] for o in found.variants)
+    both = (*found.alike, *found.merged)
+    assert {o.model.variant for o in both} == {found.variants[0].model.variant}
+    assert all(o.portable.rewrite == o.model.rewrite for o in (*found.variants, *both))
+    names = [o.model.rewrite for o in found.alike]
+    assert {"none"} <= set(names) <= {"none", *alike}
+    assert names[0] in [o.model.rewrite for o in found.merged]
+    return [o.model.variant for o in found.variants], [o.model.rewrite for o in found.merged]
 
 
 def raced(*wanted: Variant, budget_s: float = 60.0) -> list[Variant]:
@@ -248,6 +270,17 @@ def test_rewrites_are_raced_with_the_fastest_variant(planned: dict[Form, Any]) -
     )
     planned[NHWC] = "wrong"
     assert race_both(ALL, both)[1] == ["merge-inner", "merge", "none"]
+
+
+def test_what_merges_is_raced_on_top_of_the_best_that_does_not(planned: dict[Form, Any]) -> None:
+    both, alike = ("merge", "merge-inner"), ("aligned", "transposed")
+    assert race_both(ALL, both, alike=alike)[1] == [
+        "transposed+merge", "transposed", "transposed+merge-inner",
+    ]  # fmt: skip
+    assert race_both(ALL, (), alike=alike)[1] == ["transposed"]
+    assert race_both(ALL, (), alike=alike[:1])[1] == ["none"]
+    planned["transposed"] = "wrong"
+    assert race_both(ALL, both, alike=alike)[1] == ["merge-inner", "none", "merge"]
 
 
 @pytest.mark.parametrize(
