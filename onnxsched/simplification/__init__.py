@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import onnx
 
 from onnxsched.simplification.attention import key_bias, value_bias
+from onnxsched.simplification.concats import concat_of_concat
 from onnxsched.simplification.norms import rms_norm, scaled_norm, skip_norm
 from onnxsched.simplification.pools import average_after_convolution
 from onnxsched.simplification.products import product_as_columns, product_of_transposed
@@ -21,6 +22,7 @@ from onnxsched_runtime.tensor import TensorType
 
 _RULES = (
     rectify_after_pool,
+    concat_of_concat,
     average_after_convolution,
     transpose_as_view,
     rms_norm,
