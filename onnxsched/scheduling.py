@@ -25,6 +25,7 @@ from onnxsched.proposals import (
 )
 from onnxsched.rewriting import (
     Rewrites,
+    joined,
     possible_bands,
     possible_rewrites,
     rewritten,
@@ -107,7 +108,7 @@ def _subjects(
         return profiles[lowered.form]
 
     raced = _raced(model, default, profile_of, plain, request, progress)
-    raced += _in_bands(model, raced[0][1].variant, request)
+    raced += _in_bands(model, *raced[0], request)
     subjects = []
     for portable, lowered in raced:
         own = (
@@ -197,13 +198,25 @@ def _raced(
     ]
 
 
-def _in_bands(model: Model, variant: Variant, request: Request) -> list[tuple[Model, Model]]:
-    """The model in bands, portable and lowered: no race in one stream would tell their worth."""
+def _in_bands(
+    model: Model, best: Model, lowered: Model, request: Request
+) -> list[tuple[Model, Model]]:
+    """The best form of a model in bands, which no race in one stream tells the worth of.
+
+    Args:
+        model: As it was loaded.
+        best: What won the race, portable.
+        lowered: What that is lowered to.
+        request: What is asked for.
+
+    Returns:
+        Portable models, each with what it is lowered to.
+    """
     if not request.is_split:
         return []
-    names = possible_bands(model, len(request.machine.devices))
-    models = [rewritten(model, name) for name in names]
-    pairs = [(portable, _lowered(portable, variant, request)) for portable in models]
+    names = possible_bands(best, len(request.machine.devices))
+    models = [rewritten(model, joined(best.rewrite, name)) for name in names]
+    pairs = [(portable, _lowered(portable, lowered.variant, request)) for portable in models]
     return [(portable, lowered) for portable, lowered in pairs if lowered is not None]
 
 

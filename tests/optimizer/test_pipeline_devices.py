@@ -420,6 +420,26 @@ def test_bands_of_rows_are_candidates_unless_they_are_unwanted(
             assert_close(session.run(None, feeds), plain_outputs(source, feeds))
 
 
+def test_bands_are_cut_from_the_best_form_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regions, "_LEAST_ROWS", 4)
+    wide = Rewrites(alike=("wide-input",))
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: wide)
+    monkeypatch.setattr(
+        scheduling,
+        "promising",
+        lambda raced: [o for o in raced.alike if o.model.rewrite == "wide-input"],
+    )
+    source = tmp_path / "in.onnx"
+    onnx.save(build("squeezenet", image=64), source)
+    result = optimized(source, tmp_path / "out.onnx", policy="heft", budget_s=20.0)
+    tried = {entry["rewrite"] for entry in result.alternatives if entry["policy"] == "bands"}
+    assert "wide-input+bands-2" in tried
+    assert all(name.startswith("wide-input+bands-") for name in tried)
+    assert all(difference.is_within for difference in result.differences)
+
+
 def test_bands_that_ort_refuses_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
