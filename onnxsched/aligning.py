@@ -18,13 +18,13 @@ from onnx import TensorProto, helper
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
 from onnxsched.siblings import GraphView, attributes_of, is_elementwise, kind_of
-from onnxsched_runtime.model import input_values
 from onnxsched_runtime.tensor import TensorType
 
 _GROUP = 32
 _MOST_FLOPS = 5e8
 """Of a convolution with the added channels: smaller ones hardly take longer for more of them."""
-_INPUT_GROUP = 4
+_LEAST_NBYTES = 16
+"""Of the channels of a point that kernels for tensor cores read at a time."""
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
 _POOLS = {("", "MaxPool"), ("", "AveragePool")}
 _PAD_OPSET = 11
@@ -54,12 +54,11 @@ def find_passages(view: GraphView) -> list[Passage]:
 
 
 def find_narrow_inputs(view: GraphView) -> list[onnx.NodeProto]:
-    """The convolutions that read an input of the model with fewer than 4 channels. O(nodes)."""
+    """The convolutions that read too few channels for tensor cores, as of an image. O(nodes)."""
     if view.opset < _PAD_OPSET:
         return []
-    given = {value.name for value in input_values(view.model.proto)}
     nodes = [node for node in view.model.proto.graph.node if _is_dense(view, node)]
-    return [n for n in nodes if n.input[0] in given and _channels(view, n) < _INPUT_GROUP]
+    return [node for node in nodes if _channels(view, node) < _least_channels(view, node)]
 
 
 def aligned(model: Model) -> Model:
@@ -75,28 +74,28 @@ def aligned(model: Model) -> Model:
             names[node.output[0]] = draft.declare(f"{node.output[0]}/aligned", kind)
     written = {passage.first.name: passage.channel_count for passage in passages}
     read = {node.name: passage.channel_count for passage in passages for node in passage.readers}
-    for passage in passages:
-        for node in (passage.first, *passage.between, *passage.readers):
-            counts = (written.get(node.name), read.get(node.name))
-            draft.changed[node.name] = _widened(draft, node, names, counts)
+    changed = [node for p in passages for node in (p.first, *p.between, *p.readers)]
+    for node in {node.name: node for node in changed}.values():
+        counts = (written.get(node.name), read.get(node.name))
+        draft.changed[node.name] = _widened(draft, node, names, counts)
     return assembled(draft, model.rewrite)
 
 
 def with_wide_inputs(model: Model) -> Model:
-    """The model with four channels of its images, with equal results.
+    """The model with as many channels of its images as tensor cores need, with equal results.
 
     O(nodes and bytes of weights).
     """
     draft = Draft(GraphView(model))
     for node in find_narrow_inputs(draft.view):
         kind, given = model.tensors[node.input[0]], node.input[0]
-        sizes = [0] * (2 * len(kind.shape or ()))
-        sizes[len(sizes) // 2 + 1] = _INPUT_GROUP - _channels(draft.view, node)
-        wide = draft.declare(f"{node.name}/input", _with_channels(kind, _INPUT_GROUP))
+        sizes, count = [0] * (2 * len(kind.shape or ())), _least_channels(draft.view, node)
+        sizes[len(sizes) // 2 + 1] = count - _channels(draft.view, node)
+        wide = draft.declare(f"{node.name}/input", _with_channels(kind, count))
         stored = draft.store(f"{node.name}/pads", np.array(sizes, np.int64))
         pad = helper.make_node("Pad", [given, stored], [wide], f"{node.name}/pad")
         draft.added.setdefault(node.name, []).append(pad)
-        draft.changed[node.name] = _widened(draft, node, {given: wide}, (None, _INPUT_GROUP))
+        draft.changed[node.name] = _widened(draft, node, {given: wide}, (None, count))
     return assembled(draft, model.rewrite)
 
 
@@ -159,6 +158,11 @@ def _channels(view: GraphView, node: onnx.NodeProto) -> int:
     """How many channels a convolution reads."""
     count: int = view.weights[node.input[1]].dims[1]
     return count
+
+
+def _least_channels(view: GraphView, node: onnx.NodeProto) -> int:
+    """How many channels a convolution must read for tensor cores."""
+    return _LEAST_NBYTES // view.array(node.input[1]).itemsize
 
 
 def _widened(

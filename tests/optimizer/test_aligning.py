@@ -101,7 +101,7 @@ def nets(draw: DrawFn) -> Model:
 
 
 @given(nets())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 def test_results_stay_what_they_were(model: Model) -> None:
     feeds = feeds_for(model.proto, seed=1)
     expected = reference(model.proto, feeds)
@@ -176,6 +176,23 @@ def test_only_channels_last_have_fast_kernels_for_them() -> None:
     assert possible_rewrites(model, GPU, DEFAULT_VARIANT).alike == ()
     names = ("aligned+wide-input", "aligned", "wide-input")
     assert possible_rewrites(model, GPU, NHWC).alike == names
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(np.float32, 4), (np.float16, 8)])
+def test_images_have_as_many_channels_as_tensor_cores_read(dtype: type, count: int) -> None:
+    net = Net()
+    net.conv(net.conv("x", 8), 4)
+    model = net.model()
+    graph = model.proto.graph
+    for weight in graph.initializer:
+        array: np.ndarray = numpy_helper.to_array(weight).astype(dtype)
+        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    result = rewritten(as_it_is(model.proto), "wide-input")
+    first, *_ = (node for node in result.proto.graph.node if node.op_type == "Conv")
+    assert GraphView(result).weights[first.input[1]].dims[1] == count
+    assert result.tensors[first.input[0]].shape == (2, count, SIZE, SIZE)
 
 
 def test_a_pad_needs_its_sizes_as_an_input() -> None:

@@ -49,7 +49,7 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
         {
             "merge": {"Conv": -19, "Relu": -10, "Split": 10},
             "merge-inner": {"Conv": -10, "Relu": -10, "Split": 10},
-            "merge-padded": {"Conv": -23, "Relu": -10, "Split": 10, "Concat": -4},
+            "merge-padded": {"Conv": -23, "Relu": -10, "Split": 10},
         },
     ),
     "squeezenet": ({"image": 48}, {"merge-padded": {"Conv": -8, "Concat": -8}}),
