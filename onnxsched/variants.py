@@ -31,6 +31,8 @@ _REWRITE_COUNT = 2
 _PREPARATION_SHARE = 2 / 3
 """Of the race's budget: what takes longer to prepare once would have to be prepared for trials,
 for each finalist and for the check, and cuDNN may take a second for every convolution."""
+_AS_LONG = 2.0
+"""A rewrite may take so much longer to prepare than what it is made of, whatever that takes."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,12 @@ def race_variants(
         best = found[0].model.variant
         base = next(entrant for entrant in entrants if entrant.model is found[0].model)
         rewrites, alike, merged = rewrites_of(best), found[:1], found[:1]
-        if others := attempts.prepare([(name, best) for name in rewrites.alike]):
+        if others := attempts.prepare([(n, best) for n in rewrites.alike], base.prepared_s):
             alike = _timed([base, *others], feeds, progress)
             base = next(one for one in (base, *others) if one.model is alike[0].model)
             merged = alike[:1]
         names = [joined(base.portable.rewrite, name) for name in rewrites.merged]
-        if others := attempts.prepare([(name, best) for name in names]):
+        if others := attempts.prepare([(name, best) for name in names], base.prepared_s):
             merged = _timed([base, *others], feeds, progress)
         return Raced(found, alike, merged)
 
@@ -139,6 +141,8 @@ class _Entrant:
     model: Model
     """Lowered."""
     session: Session
+    prepared_s: float = 0.0
+    """What it took to prepare."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,14 @@ class _Attempts:
     stack: ExitStack
     """Closes the sessions."""
 
-    def prepare(self, wanted: Sequence[tuple[str, Variant]]) -> list[_Entrant]:
+    def prepare(
+        self, wanted: Sequence[tuple[str, Variant]], usual_s: float = 0.0
+    ) -> list[_Entrant]:
         """Make a session of each rewrite and variant, while the budget lasts.
+
+        Args:
+            wanted: Their names, and the variants that they are for.
+            usual_s: What such a session takes to prepare, as far as that is known.
 
         Raises:
             ModelError: ORT refuses the first one, and that is no rewrite.
@@ -188,10 +198,11 @@ class _Attempts:
                     raise
                 continue
             is_right = is_sure or _is_right(self.model, entrant.session, self.plain)
-            is_quick = time.monotonic() - start <= _PREPARATION_SHARE * self.budget_s
+            prepared_s = time.monotonic() - start
+            is_quick = prepared_s <= max(_PREPARATION_SHARE * self.budget_s, _AS_LONG * usual_s)
             if is_sure or (is_right and is_quick):
                 self.stack.callback(entrant.session.close)
-                entrants.append(entrant)
+                entrants.append(replace(entrant, prepared_s=prepared_s))
             else:
                 entrant.session.close()
         return entrants

@@ -258,6 +258,16 @@ def test_what_takes_long_to_prepare_is_dropped_but_for_the_first(
     assert raced(*ALL, budget_s=2.0) == [BIAS, DEFAULT_VARIANT]
 
 
+def test_a_rewrite_may_take_as_long_to_prepare_as_the_model_itself(
+    planned: dict[Form, Any],
+) -> None:
+    planned["merge"] = "slow"
+    assert race_both([DEFAULT_VARIANT], ("merge",), budget_s=2.0)[1] == ["none"]
+    planned[DEFAULT_VARIANT] = "slow"
+    found = race_both([DEFAULT_VARIANT], ("merge",), budget_s=2.0)
+    assert found == ([DEFAULT_VARIANT], ["merge", "none"])
+
+
 def test_a_spent_budget_leaves_the_first(planned: dict[Form, Any]) -> None:
     assert raced(*ALL, budget_s=-1.0) == [DEFAULT_VARIANT]
 
