@@ -127,7 +127,19 @@ class OrtSession:
         return types
 
     def close(self) -> None:
-        """Free the session, then its stream and weights."""
+        """Free the session, then its stream and weights.
+
+        All that it has launched is awaited first: after a run, ORT hands pinned memory back from a
+        callback on the stream, and where that holds the last reference it frees the memory there,
+        which CUDA forbids, and ends the process.
+        """
+        try:
+            if self._device.kind == "cuda" and not self._is_fresh:
+                cuda.synchronize(self._device)
+        finally:
+            self._free()
+
+    def _free(self) -> None:
         try:
             called(self._device, self._release)
         except RuntimeError:  # the interpreter ends, and has ended the device's thread

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,22 +97,24 @@ def test_every_small_model_computes_what_plain_ort_does(name: str, tmp_path: Pat
         assert check_numerics(model, session, run_plain(model, device, 0, ()))
 
 
+def _wide(count: int, body: str) -> onnx.ModelProto:
+    """So many small inputs of a Concat, and one of another size."""
+    inputs = ", ".join(f"t{i}" for i in range(count))
+    parts = " ".join(f"t{i} = Mul (x, c{i})" for i in range(count))
+    weights = ", ".join(f"float[1] c{i} = {{{i}.0}}" for i in range(count))
+    return onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 17]>
+        wide (float[1, 8] x, float[1, 16] z) => (float[1, {8 * count + 16}] y)
+        <{weights}> {{ {parts} {body.format(inputs=f"{inputs}, z")} }}
+    """)
+
+
 def test_an_operator_that_can_not_be_captured_stays_on_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ORT refuses to capture a Concat of more than 32 unequal inputs, and may end the process."""
-    count = 32
-    inputs = ", ".join(f"t{i}" for i in range(count))
-    body = "\n".join(f"t{i} = Mul (x, c{i})" for i in range(count))
-    weights = ", ".join(f"float[1] c{i} = {{{i}.0}}" for i in range(count))
-    model = onnx.parser.parse_model(f"""
-        <ir_version: 10, opset_import: ["" : 17]>
-        wide (float[1, 8] x, float[1, 16] z) => (float[1, {8 * count + 16}] y)
-        <{weights}> {{ {body}
-            joined = Concat <axis = 1> ({inputs}, z)
-            y = Relu (joined) }}
-    """)
-    onnx.save(model, tmp_path / "in.onnx")
+    body = "joined = Concat <axis = 1> ({inputs}) y = Relu (joined)"
+    onnx.save(_wide(32, body), tmp_path / "in.onnx")
     monkeypatch.setattr("onnxsched.loading._narrow_concats", lambda model: None)
     result = onnxsched.optimize(
         tmp_path / "in.onnx", tmp_path / "out.onnx", device="cuda:0", cache_dir=None, budget_s=4.0
@@ -118,6 +123,31 @@ def test_an_operator_that_can_not_be_captured_stays_on_the_host(
         (True, True)
     ], result.host_reasons
     assert all(difference.is_identical for difference in result.differences)
+
+
+_CLOSING = """
+import sys
+import numpy as np
+import onnxsched_runtime.session as runtime
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.settings import SessionSettings
+settings = SessionSettings(Device("cuda", 0), host_operators=True)
+feeds = {"x": np.zeros((1, 8), np.float32), "z": np.zeros((1, 16), np.float32)}
+for _ in range(100):
+    with runtime.OrtSession(sys.argv[1], settings) as session:
+        session.run(feeds)
+"""
+
+
+def test_a_plain_session_is_closed_right_after_a_run_that_hands_memory_back(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own, which the failure ends."""
+    onnx.save(_wide(40, "y = Concat <axis = 1> ({inputs})"), tmp_path / "in.onnx")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _CLOSING, str(tmp_path / "in.onnx")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert ended.returncode == 0, ended.stderr[-500:]
 
 
 def test_a_device_that_is_not_there_is_one_sentence_and_exit_code_4(tmp_path: Path) -> None:

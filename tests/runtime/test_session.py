@@ -117,8 +117,27 @@ def test_a_session_can_be_closed_when_the_thread_of_its_gpu_has_ended(
     opened._device = other
     monkeypatch.setattr(calling, "_first_gpu", [Device("cuda", 0)])
     monkeypatch.setattr(cuda, "make_current", lambda device: None)
+    monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     calling._thread_of.cache_clear()
     calling._thread_of(other).shutdown()
     opened.close()
     assert opened._session is None
     calling._thread_of.cache_clear()
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_session_on_a_gpu_waits_for_what_it_has_launched_before_it_is_freed(
+    has_run: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    onnx.save(build("tiny"), tmp_path / "tiny.onnx")
+    opened = OrtSession(tmp_path / "tiny.onnx", SessionSettings(CPU))
+    gpu = Device("cuda", 0)
+    opened._device, opened._is_fresh = gpu, not has_run
+    monkeypatch.setattr(calling, "_first_gpu", [gpu])
+    seen: list[tuple[Device, bool]] = []
+    monkeypatch.setattr(
+        cuda, "synchronize", lambda device: seen.append((device, opened._session is None))
+    )
+    opened.close()
+    assert seen == ([(gpu, False)] if has_run else [])
+    assert opened._session is None
