@@ -64,16 +64,20 @@ class Raced:
 
 
 def possible_variants(model: Model, device: Device) -> tuple[Variant, ...]:
-    """What can make a difference, the most promising first: only convolutions have a choice."""
+    """What can make a difference: only convolutions have a choice.
+
+    What is quickly prepared comes first. Of hundreds of convolutions a search among all kernels
+    may take up the whole budget.
+    """
     convolves = any("Conv" in node.op_type for node in model.proto.graph.node)
     if device.kind == "cpu" or model.host_reasons or not convolves:
         return (DEFAULT_VARIANT,)
     return (
         DEFAULT_VARIANT,
+        Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic"),
         Variant("nhwc", fuse_conv_bias=True),
         Variant("nhwc"),
         Variant(fuse_conv_bias=True),
-        Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic"),
     )
 
 

@@ -11,8 +11,13 @@ from collections.abc import Mapping
 import onnx
 
 from onnxsched.simplification.attention import key_bias, value_bias
-from onnxsched.simplification.concats import concat_of_concat
+from onnxsched.simplification.concats import concat_of_concat, scale_before_concat
 from onnxsched.simplification.norms import rms_norm, scaled_norm, skip_norm
+from onnxsched.simplification.pads import (
+    convolution_of_every_other,
+    pad_before_average,
+    pad_before_maximum,
+)
 from onnxsched.simplification.pools import average_after_convolution
 from onnxsched.simplification.products import product_as_columns, product_of_transposed
 from onnxsched.simplification.relus import rectify_after_concat, rectify_after_pool
@@ -23,6 +28,10 @@ from onnxsched_runtime.tensor import TensorType
 _RULES = (
     rectify_after_pool,
     concat_of_concat,
+    pad_before_average,
+    pad_before_maximum,
+    convolution_of_every_other,
+    scale_before_concat,
     average_after_convolution,
     transpose_as_view,
     rms_norm,

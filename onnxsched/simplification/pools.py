@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import onnx
-from onnx import helper
 
 from onnxsched.simplification.replacing import (
     GraphIndex,
@@ -11,6 +10,7 @@ from onnxsched.simplification.replacing import (
     attribute,
     is_standard,
     renamed,
+    with_attributes,
 )
 from onnxsched_runtime.tensor import TensorType
 
@@ -39,8 +39,8 @@ def average_after_convolution(index: GraphIndex, node: onnx.NodeProto) -> Replac
     height, width = shape[2:]
     if attribute(pool, "count_include_pad", 0):
         pads = list(attribute(pool, "pads", [0] * 4))
-        _set(before, "pads", pads)
-        _set(after, "pads", [0] * 4)
+        before = with_attributes(before, pads=pads)
+        after = with_attributes(after, pads=[0] * 4)
         height, width = height + pads[0] + pads[2], width + pads[1] + pads[3]
     kind = index.tensors[result]
     channels = index.weights[node.input[1]].dims[0]
@@ -72,10 +72,3 @@ def _keeps_size(pool: onnx.NodeProto) -> bool:
         and attribute(pool, "ceil_mode", 0) == 0
         and attribute(pool, "auto_pad", b"NOTSET") == b"NOTSET"
     )
-
-
-def _set(node: onnx.NodeProto, name: str, value: list[int]) -> None:
-    for position in reversed(range(len(node.attribute))):
-        if node.attribute[position].name == name:
-            del node.attribute[position]
-    node.attribute.append(helper.make_attribute(name, value))

@@ -120,6 +120,16 @@ def renamed(
     return copy
 
 
+def with_attributes(node: onnx.NodeProto, **values: list[int] | int) -> onnx.NodeProto:
+    """A copy of a node with other values of some attributes."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    del copy.attribute[:]
+    copy.attribute.extend(found for found in node.attribute if found.name not in values)
+    copy.attribute.extend(helper.make_attribute(name, value) for name, value in values.items())
+    return copy
+
+
 def replace_all(model: onnx.ModelProto, rule: Rule, tensors: dict[str, TensorType]) -> int:
     """Carry out a rule wherever it applies now, in place; what is next to a replacement waits.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx
 import pytest
 
 from sample_models import build
@@ -56,3 +58,41 @@ def test_inception_has_one_concat_a_module() -> None:
     changed = simplified(model)
     assert op_counts(model)["Concat"] - op_counts(changed)["Concat"] == 4
     assert_equivalent(changed, model)
+
+
+SCALED = "z = Concat<axis = 1>(d, e) y = BatchNormalization<epsilon = 0.01>(z, s, o, m, v)"
+CONVS = "d = Conv(x, w) e = Conv<pads = [1, 1, 1, 1]>(x, k, b)"
+
+
+def scaled_model(body: str, outputs: str = "") -> onnx.ModelProto:
+    random = np.random.default_rng(0)
+    sizes = {"w": (2, 3, 1, 1), "k": (4, 3, 3, 3), "b": (4,), "g": (6, 3, 1, 1)}
+    sizes |= dict.fromkeys("somv", (6,))
+    weights = {name: random.random(size).astype(np.float32) for name, size in sizes.items()}
+    text = f"(float[2,3,5,5] x) => (float[n,c,h,w] y{outputs}) {{ {body} }}"
+    return written(text, **weights)
+
+
+def test_what_scales_a_concat_is_done_by_the_convolutions_before_it() -> None:
+    model = scaled_model(f"{CONVS} {SCALED}")
+    changed = simplified(model)
+    assert op_types(changed) == ["Conv", "Conv", "Concat"]
+    assert_equivalent(changed, model)
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs"),
+    [
+        (f"{CONVS} {SCALED}", ", float[n,c,h,w] z"),
+        (f"{CONVS} u = Neg(d) {SCALED}", ", float[n,c,h,w] u"),
+        (f"d = Conv(x, w) e = ConvTranspose(x, q) {SCALED}", ""),
+        (f"d = Conv(x, g) e = Conv(x, g) {SCALED.replace('axis = 1', 'axis = 2')}", ""),
+    ],
+    ids=["output", "read", "other", "axis"],
+)
+def test_what_scales_something_else_too_stays(body: str, outputs: str) -> None:
+    model = scaled_model(body, outputs)
+    if "q)" in body:
+        weight = np.ones((3, 4, 1, 1), np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "q"))
+    assert op_types(simplified(model)) == op_types(model)

@@ -45,7 +45,7 @@ def model_of(
 
 @st.composite
 def pools(draw: DrawFn) -> onnx.ModelProto:
-    kernel = draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+    kernel = draw(st.lists(st.integers(1, 3), min_size=2, max_size=2).filter(lambda k: max(k) > 1))
     pads = [draw(st.integers(0, size - 1)) for size in (*kernel, *kernel)]
     pool: dict[str, Any] = {"kernel_shape": kernel, "pads": pads}
     pool["count_include_pad"] = draw(st.integers(0, 1))

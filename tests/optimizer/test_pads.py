@@ -1,0 +1,160 @@
+"""Pools count zeros around their image themselves, and convolutions leave pixels out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from onnx import TensorProto, helper, numpy_helper
+
+from sample_models import build
+from support.simplifying import assert_equivalent, op_counts, op_types, simplified, written
+
+Nodes = list[onnx.NodeProto]
+
+
+def constants(**values: Any) -> list[onnx.TensorProto]:
+    return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+
+
+def model_of(
+    nodes: Nodes, size: tuple[int, int], weights: list[onnx.TensorProto], *outputs: str
+) -> onnx.ModelProto:
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, *size])
+    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list("nchw")) for n in outputs]
+    graph = helper.make_graph(nodes, "g", [image], results, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+@st.composite
+def padded_pools(draw: DrawFn) -> onnx.ModelProto:
+    """A Pad, and pools of what it writes, after a Relu or not."""
+    kernel = draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+    pads = [draw(st.integers(0, size - 1)) for size in (*kernel, *kernel)]
+    amounts = np.array([0, 0, *pads[:2], 0, 0, *pads[2:]])
+    step = draw(st.integers(1, 2))
+    rectifies = draw(st.booleans())
+    op_types = draw(st.lists(st.sampled_from(["AveragePool", "MaxPool"]), min_size=1, max_size=3))
+    nodes = [helper.make_node("Relu", ["x"], ["r"], "relu")] * rectifies
+    nodes.append(helper.make_node("Pad", ["r" if rectifies else "x", "amounts"], ["p"], "pad"))
+    names = [f"y{number}" for number in range(len(op_types))]
+    nodes += [
+        helper.make_node(op_type, ["p"], [name], name, kernel_shape=kernel, strides=[step, step])
+        for op_type, name in zip(op_types, names, strict=True)
+    ]
+    size = (draw(st.integers(3, 7)), draw(st.integers(3, 7)))
+    return model_of(nodes, size, constants(amounts=amounts), *names)
+
+
+@given(padded_pools())
+@settings(max_examples=150, deadline=None)
+def test_pools_pad_themselves(model: onnx.ModelProto) -> None:
+    changed = simplified(model)
+    assert "Pad" not in op_types(changed)
+    assert_equivalent(changed, model)
+
+
+PADDED = "p = Pad(x, pads)"
+AVERAGE = "y = AveragePool<kernel_shape = [3, 3]>(p)"
+
+
+@pytest.mark.parametrize(
+    ("body", "pads", "outputs"),
+    [
+        (f"{PADDED} {AVERAGE}", [0, 1, 1, 1, 0, 0, 1, 1], ""),
+        (f"{PADDED} {AVERAGE}", [0, 0, 3, 3, 0, 0, 3, 3], ""),
+        (f"{PADDED} {AVERAGE}", [0, 0, -1, 1, 0, 0, 1, 1], ""),
+        (f"p = Pad(x, pads, one) {AVERAGE}", [0, 0, 1, 1, 0, 0, 1, 1], ""),
+        (f'p = Pad<mode = "edge">(x, pads) {AVERAGE}', [0, 0, 1, 1, 0, 0, 1, 1], ""),
+        (f"{PADDED} z = Neg(p) {AVERAGE}", [0, 0, 1, 1, 0, 0, 1, 1], ", float[n,c,h,w] z"),
+        (f"{PADDED} {AVERAGE}", [0, 0, 1, 1, 0, 0, 1, 1], ", float[n,c,h,w] p"),
+        (
+            f"{PADDED} y = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(p)",
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            "",
+        ),
+        (
+            f"{PADDED} y = AveragePool<kernel_shape = [3, 3], ceil_mode = 1>(p)",
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            "",
+        ),
+    ],
+    ids=[
+        "channels", "wide", "crop", "ones", "edge", "read", "output", "padded twice", "ceil",
+    ],
+)  # fmt: skip
+def test_what_a_pool_can_not_take_over_stays(body: str, pads: list[int], outputs: str) -> None:
+    text = f"(float[1,2,6,6] x) => (float[n,c,h,w] y{outputs}) {{ {body} }}"
+    model = written(text, pads=np.array(pads), one=np.array(1, np.float32))
+    changed = simplified(model)
+    assert op_types(changed) == op_types(model)
+
+
+@st.composite
+def moved_pools(draw: DrawFn) -> onnx.ModelProto:
+    """One of every few pixels of an image that may be moved, and a convolution of them."""
+    step, begin = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    pads = draw(st.integers(0, begin))
+    op_type = draw(st.sampled_from(["AveragePool", "MaxPool"]))
+    weights = constants(
+        w=np.random.default_rng(0).standard_normal((4, 3, 1, 1)).astype(np.float32)
+    )
+    nodes, last = [], "x"
+    if pads:
+        nodes.append(helper.make_node("Pad", [last, "amounts"], ["p"], "pad"))
+        weights += constants(amounts=np.array([0, 0, 0, 0, 0, 0, pads, pads]))
+        last = "p"
+    if draw(st.booleans()):
+        nodes.append(helper.make_node("Slice", [last, "starts", "ends", "axes"], ["s"], "slice"))
+        axes = draw(st.sampled_from([[2, 3], [3, 2], [-2, -1]]))
+        weights += constants(starts=np.array([begin] * 2), ends=np.array([2**31 - 1] * 2))
+        weights += constants(axes=np.array(axes))
+        last = "s"
+    nodes.append(
+        helper.make_node(op_type, [last], ["t"], "pool", kernel_shape=[1, 1], strides=[step, step])
+    )
+    nodes.append(helper.make_node("Conv", ["t", "w"], ["y"], "conv"))
+    return model_of(nodes, (draw(st.integers(4, 8)), draw(st.integers(4, 8))), weights, "y")
+
+
+@given(moved_pools())
+@settings(max_examples=150, deadline=None)
+def test_convolutions_leave_pixels_out_themselves(model: onnx.ModelProto) -> None:
+    assert_equivalent(simplified(model), model)
+
+
+def test_only_the_pixels_that_are_taken_are_moved() -> None:
+    model = written(
+        """(float[1,2,5,6] x) => (float[n,c,h,w] y) {
+            p = Pad(x, pads) s = Slice(p, starts, ends, axes)
+            t = AveragePool<kernel_shape = [1, 1], strides = [2, 2]>(s) y = Conv(t, w)
+        }""",
+        pads=np.array([0, 0, 0, 0, 0, 0, 1, 1]),
+        starts=np.array([1, 1]),
+        ends=np.array([99, 99]),
+        axes=np.array([2, 3]),
+        w=np.ones((3, 2, 1, 1), np.float32),
+    )
+    changed = simplified(model)
+    assert op_types(changed) == ["Slice", "Conv"]
+    [pads] = [found.ints for found in changed.graph.node[1].attribute if found.name == "pads"]
+    assert list(pads) == [0, 0, 1, 0]
+    assert_equivalent(changed, model)
+
+
+def test_nasnet_pads_nothing() -> None:
+    model = build("nasnet_mobile", image=64)
+    changed = simplified(model)
+    before, after = op_counts(model), op_counts(changed)
+    assert before["Pad"] == 8
+    assert "Pad" not in after
+    assert before["AveragePool"] - after["AveragePool"] == 8
+    assert_equivalent(changed, model)
