@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
@@ -23,12 +23,8 @@ from onnxsched_runtime.tensor import TensorType
 _GROUP = 32
 _MOST_FLOPS = 5e8
 """Of a convolution with the added channels: smaller ones hardly take longer for more of them."""
-_LEAST_NBYTES = 16
-"""Of the channels of a point that kernels for tensor cores read at a time."""
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
 _POOLS = {("", "MaxPool"), ("", "AveragePool")}
-_PAD_OPSET = 11
-"""From here on a Pad takes its sizes as an input."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,6 @@ def find_passages(view: GraphView) -> list[Passage]:
     return [passage for passage in found if passage is not None]
 
 
-def find_narrow_inputs(view: GraphView) -> list[onnx.NodeProto]:
-    """The convolutions that read too few channels for tensor cores, as of an image. O(nodes)."""
-    if view.opset < _PAD_OPSET:
-        return []
-    nodes = [node for node in view.model.proto.graph.node if _is_dense(view, node)]
-    return [node for node in nodes if _channels(view, node) < _least_channels(view, node)]
-
-
 def aligned(model: Model) -> Model:
     """The model with channels between its convolutions in groups of 32, with equal results.
 
@@ -78,24 +66,6 @@ def aligned(model: Model) -> Model:
     for node in {node.name: node for node in changed}.values():
         counts = (written.get(node.name), read.get(node.name))
         draft.changed[node.name] = _widened(draft, node, names, counts)
-    return assembled(draft, model.rewrite)
-
-
-def with_wide_inputs(model: Model) -> Model:
-    """The model with as many channels of its images as tensor cores need, with equal results.
-
-    O(nodes and bytes of weights).
-    """
-    draft = Draft(GraphView(model))
-    for node in find_narrow_inputs(draft.view):
-        kind, given = model.tensors[node.input[0]], node.input[0]
-        sizes, count = [0] * (2 * len(kind.shape or ())), _least_channels(draft.view, node)
-        sizes[len(sizes) // 2 + 1] = count - _channels(draft.view, node)
-        wide = draft.declare(f"{node.name}/input", _with_channels(kind, count))
-        stored = draft.store(f"{node.name}/pads", np.array(sizes, np.int64))
-        pad = helper.make_node("Pad", [given, stored], [wide], f"{node.name}/pad")
-        draft.added.setdefault(node.name, []).append(pad)
-        draft.changed[node.name] = _widened(draft, node, {given: wide}, (None, count))
     return assembled(draft, model.rewrite)
 
 
@@ -152,17 +122,6 @@ def _is_dense(view: GraphView, node: onnx.NodeProto) -> bool:
         and node.input[0] not in view.weights
         and all(kind is not None and len(kind.shape or ()) >= 3 for kind in kinds)
     )
-
-
-def _channels(view: GraphView, node: onnx.NodeProto) -> int:
-    """How many channels a convolution reads."""
-    count: int = view.weights[node.input[1]].dims[1]
-    return count
-
-
-def _least_channels(view: GraphView, node: onnx.NodeProto) -> int:
-    """How many channels a convolution must read for tensor cores."""
-    return _LEAST_NBYTES // view.array(node.input[1]).itemsize
 
 
 def _widened(

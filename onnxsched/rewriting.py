@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onnxsched.aligning import aligned, find_narrow_inputs, find_passages, with_wide_inputs
+from onnxsched.aligning import aligned, find_passages
 from onnxsched.bands import banded
 from onnxsched.drafting import Draft, assembled
 from onnxsched.duplication import duplicated
@@ -35,12 +35,10 @@ _TWICE = "twice"
 _LATE = "late-bias"
 _TRANSPOSED = "transposed"
 _ALIGNED = "aligned"
-_WIDE = "wide-input"
 _STEPS: Mapping[str, Callable[[Model], Model]] = {
     _LATE: delayed,
     _TRANSPOSED: transposed,
     _ALIGNED: aligned,
-    _WIDE: with_wide_inputs,
 }
 _LEAST = 0.05
 """Of all operators: fewer biases that can wait, or products, are not worth a trial."""
@@ -80,9 +78,7 @@ def possible_rewrites(model: Model, device: Device, variant: Variant) -> Rewrite
 
 def _alike(view: GraphView, variant: Variant) -> tuple[str, ...]:
     if variant.layout == "nhwc":
-        finders = {_ALIGNED: find_passages, _WIDE: find_narrow_inputs}
-        names = tuple(name for name, find in finders.items() if find(view))
-        return ("+".join(names), *names) if len(names) > 1 else names
+        return (_ALIGNED,) if find_passages(view) else ()
     return (_TRANSPOSED,) if len(find_products(view)) >= _least(view.model) else ()
 
 
@@ -116,8 +112,8 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
     Args:
         model: A portable model that is not rewritten.
         rewrite: A name in `MERGES`, a scheme of `find_bands` and a count of bands, or `none`;
-            `late-bias`, `transposed`, `aligned` or `wide-input`; or several, one after the other,
-            with a `+` between them.
+            `late-bias`, `transposed` or `aligned`; or several, one after the other, with a `+`
+            between them.
         duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:

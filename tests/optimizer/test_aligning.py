@@ -14,7 +14,7 @@ from hypothesis.strategies import DrawFn
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched import aligning
-from onnxsched.aligning import find_narrow_inputs, find_passages
+from onnxsched.aligning import find_passages
 from onnxsched.loading import Model
 from onnxsched.rewriting import possible_rewrites, rewritten
 from onnxsched.siblings import GraphView
@@ -37,7 +37,6 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 class Net:
     """An image model that grows operator by operator; images keep their size."""
 
-    opset: int = 17
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: list[onnx.TensorProto] = field(default_factory=list)
     channels: dict[str, int] = field(default_factory=lambda: {"x": 3})
@@ -72,7 +71,7 @@ class Net:
             [value(name) for name in dict.fromkeys([*outputs, *ends])], self.weights,
             value_info=[value(name) for name in self.channels if name != "x"],
         )  # fmt: skip
-        opsets = [helper.make_opsetid("", self.opset)]
+        opsets = [helper.make_opsetid("", 17)]
         return as_it_is(helper.make_model(graph, opset_imports=opsets, ir_version=8))
 
 
@@ -89,7 +88,7 @@ def nets(draw: DrawFn) -> Model:
         elif kind == "depthwise":
             net.conv(x, net.channels[x], 3, group=net.channels[x])
         elif kind == "alone":
-            net.add(draw(st.sampled_from(["Relu", "Sigmoid", "Tanh", "LeakyRelu", "Exp"])), x)
+            net.add(draw(st.sampled_from(["Relu", "Sigmoid", "Tanh", "LeakyRelu", "Softplus"])), x)
         elif kind == "pool":
             op = draw(st.sampled_from(["MaxPool", "AveragePool"]))
             net.add(op, x, kernel_shape=[3, 3], pads=[1] * 4)
@@ -105,16 +104,14 @@ def nets(draw: DrawFn) -> Model:
 def test_results_stay_what_they_were(model: Model) -> None:
     feeds = feeds_for(model.proto, seed=1)
     expected = reference(model.proto, feeds)
-    for name in ("aligned", "wide-input", "aligned+wide-input"):
-        result = rewritten(model, name)
-        onnx.checker.check_model(result.proto, full_check=True)
-        assert_close(reference(result.proto, feeds), expected)
-        assert result.proto == rewritten(model, name).proto
-        assert result.proto.graph.output == model.proto.graph.output
-        view = GraphView(result)
-        assert not ("aligned" in name and find_passages(view))
-        assert not ("wide" in name and find_narrow_inputs(view))
-        assert all(view.readers.get(weight) for weight in view.weights if weight not in feeds)
+    result = rewritten(model, "aligned")
+    onnx.checker.check_model(result.proto, full_check=True)
+    assert_close(reference(result.proto, feeds), expected)
+    assert result.proto == rewritten(model, "aligned").proto
+    assert result.proto.graph.output == model.proto.graph.output
+    view = GraphView(result)
+    assert not find_passages(view)
+    assert all(view.readers.get(weight) for weight in view.weights if weight not in feeds)
 
 
 def counts(model: Model) -> list[tuple[str, int]]:
@@ -174,27 +171,4 @@ def test_only_channels_last_have_fast_kernels_for_them() -> None:
     net = Net()
     model = net.model(net.conv(net.conv("x", 3), 8))
     assert possible_rewrites(model, GPU, DEFAULT_VARIANT).alike == ()
-    names = ("aligned+wide-input", "aligned", "wide-input")
-    assert possible_rewrites(model, GPU, NHWC).alike == names
-
-
-@pytest.mark.parametrize(("dtype", "count"), [(np.float32, 4), (np.float16, 8)])
-def test_images_have_as_many_channels_as_tensor_cores_read(dtype: type, count: int) -> None:
-    net = Net()
-    net.conv(net.conv("x", 8), 4)
-    model = net.model()
-    graph = model.proto.graph
-    for weight in graph.initializer:
-        array: np.ndarray = numpy_helper.to_array(weight).astype(dtype)
-        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    result = rewritten(as_it_is(model.proto), "wide-input")
-    first, *_ = (node for node in result.proto.graph.node if node.op_type == "Conv")
-    assert GraphView(result).weights[first.input[1]].dims[1] == count
-    assert result.tensors[first.input[0]].shape == (2, count, SIZE, SIZE)
-
-
-def test_a_pad_needs_its_sizes_as_an_input() -> None:
-    net = Net(opset=10)
-    assert find_narrow_inputs(GraphView(net.model(net.conv("x", 4)))) == []
+    assert possible_rewrites(model, GPU, NHWC).alike == ("aligned",)

@@ -424,19 +424,19 @@ def test_bands_are_cut_from_the_best_form_of_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(regions, "_LEAST_ROWS", 4)
-    wide = Rewrites(alike=("wide-input",))
-    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: wide)
+    alike = Rewrites(alike=("aligned",))
+    monkeypatch.setattr(scheduling, "possible_rewrites", lambda *_: alike)
     monkeypatch.setattr(
         scheduling,
         "promising",
-        lambda raced: [o for o in raced.alike if o.model.rewrite == "wide-input"],
+        lambda raced: [o for o in raced.alike if o.model.rewrite == "aligned"],
     )
     source = tmp_path / "in.onnx"
     onnx.save(build("squeezenet", image=64), source)
     result = optimized(source, tmp_path / "out.onnx", policy="heft", budget_s=20.0)
     tried = {entry["rewrite"] for entry in result.alternatives if entry["policy"] == "bands"}
-    assert "wide-input+bands-2" in tried
-    assert all(name.startswith("wide-input+bands-") for name in tried)
+    assert "aligned+bands-2" in tried
+    assert all(name.startswith("aligned+bands-") for name in tried)
     assert all(difference.is_within for difference in result.differences)
 
 
