@@ -53,7 +53,7 @@ def pad_before_maximum(index: GraphIndex, node: onnx.NodeProto) -> Replacement |
     if index.writer(pad.input[0], "Relu") is not None:
         return Replacement((node,), (renamed(alone, {pad.output[0]: pad.input[0]}),))
     is_inside = _inside(index, node, pad, pads).all(axis=(-2, -1))
-    least = np.where(is_inside, np.finfo(np.float32).min, 0).astype(np.float32)
+    least = np.where(is_inside, np.float32(-np.inf), np.float32(0))
     return _finished(index, node, pad, alone, "Max", least)
 
 
@@ -152,7 +152,7 @@ def _can_pad(pool: onnx.NodeProto, pads: tuple[int, ...]) -> bool:
         and set(attribute(pool, "pads", [0])) == {0}
         and set(attribute(pool, "dilations", [1])) == {1}
         and attribute(pool, "ceil_mode", 0) == 0
-        and attribute(pool, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+        and attribute(pool, "auto_pad", b"NOTSET") == b"NOTSET"
     )
 
 
@@ -213,7 +213,7 @@ def _reads_single_pixels(index: GraphIndex, node: onnx.NodeProto) -> bool:
         and list(weight.dims[_AXES:]) == [1, 1]
         and set(attribute(node, "strides", [1])) == {1}
         and set(attribute(node, "pads", [0])) == {0}
-        and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+        and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     )
 
 

@@ -60,7 +60,7 @@ def _mixes_channels(index: GraphIndex, node: onnx.NodeProto) -> bool:
         and attribute(node, "group", 1) == 1
         and set(attribute(node, "strides", [1])) == {1}
         and set(attribute(node, "pads", [0])) == {0}
-        and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+        and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     )
 
 

@@ -86,9 +86,15 @@ AVERAGE = "y = AveragePool<kernel_shape = [3, 3]>(p)"
             [0, 0, 1, 1, 0, 0, 1, 1],
             "",
         ),
+        (
+            f'{PADDED} y = AveragePool<kernel_shape = [3, 3], auto_pad = "VALID">(p)',
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            "",
+        ),
     ],
     ids=[
         "channels", "wide", "crop", "ones", "edge", "read", "output", "padded twice", "ceil",
+        "unwritten pads",
     ],
 )  # fmt: skip
 def test_what_a_pool_can_not_take_over_stays(body: str, pads: list[int], outputs: str) -> None:
@@ -148,6 +154,17 @@ def test_only_the_pixels_that_are_taken_are_moved() -> None:
     [pads] = [found.ints for found in changed.graph.node[1].attribute if found.name == "pads"]
     assert list(pads) == [0, 0, 1, 0]
     assert_equivalent(changed, model)
+
+
+def test_a_convolution_that_leaves_its_pads_unwritten_stays() -> None:
+    model = written(
+        """(float[1,2,5,6] x) => (float[n,c,h,w] y) {
+            t = MaxPool<kernel_shape = [1, 1], strides = [2, 2]>(x)
+            y = Conv<auto_pad = "VALID">(t, w)
+        }""",
+        w=np.ones((3, 2, 1, 1), np.float32),
+    )
+    assert op_types(simplified(model)) == op_types(model)
 
 
 def test_nasnet_pads_nothing() -> None:

@@ -70,12 +70,14 @@ def test_the_average_of_fewer_channels_computes_the_same(model: onnx.ModelProto)
         ({"auto_pad": "SAME_UPPER"}, {}, (4, 2, 6), ("y",)),
         ({}, {"strides": [2, 2]}, (4, 2, 6), ("y",)),
         ({}, {"pads": [1, 1, 1, 1]}, (4, 2, 6), ("y",)),
+        ({}, {"auto_pad": "VALID"}, (4, 2, 6), ("y",)),
         ({}, {"kernel": (3, 3)}, (4, 2, 6), ("y",)),
         ({}, {}, (2, 2, 6), ("y",)),
         ({}, {}, (4, 2, 6), ("y", "p")),
     ],
     ids=[
-        "strides", "ceil", "dilations", "unwritten pads", "conv strides", "conv pads", "3x3",
+        "strides", "ceil", "dilations", "unwritten pads", "conv strides", "conv pads",
+        "unwritten conv pads", "3x3",
         "as many channels", "an output",
     ],
 )  # fmt: skip
