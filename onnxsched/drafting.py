@@ -13,6 +13,9 @@ from onnxsched.siblings import GraphView
 from onnxsched_runtime.model import input_values, name_nodes, node_reads
 from onnxsched_runtime.tensor import TensorType
 
+_CONTRIBUTED = "com.microsoft"
+"""ONNX Runtime's own operators, which a rewrite may be the first to use."""
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -72,6 +75,9 @@ def assembled(draft: Draft, rewrite: str) -> Model:
         opset_import=model.proto.opset_import,
         metadata_props=model.proto.metadata_props,
     )
+    domains = {node.domain for node in nodes} - {entry.domain for entry in proto.opset_import}
+    if _CONTRIBUTED in domains:
+        proto.opset_import.append(helper.make_opsetid(_CONTRIBUTED, 1))
     graph = proto.graph
     graph.name = old.name
     graph.node.extend(nodes)

@@ -35,11 +35,7 @@ def transposed(model: Model) -> Model:
     draft = Draft(GraphView(model))
     for node in find_products(draft.view):
         draft.changed[node.name] = _with_transposed(draft, node)
-    result = assembled(draft, model.rewrite)
-    imported = {entry.domain for entry in result.proto.opset_import}
-    if "com.microsoft" not in imported:
-        result.proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    return result
+    return assembled(draft, model.rewrite)
 
 
 def _is_fitting(view: GraphView, node: onnx.NodeProto) -> bool:
