@@ -41,6 +41,8 @@ def scale_before_concat(index: GraphIndex, node: onnx.NodeProto) -> Replacement 
     concat = index.sole_writer(node.input[0], "Concat")
     if concat is None or attribute(concat, "axis", 0) != 1 or len(node.output) != 1:
         return None
+    if len(set(concat.input)) != len(concat.input):  # one convolution would be scaled in two ways
+        return None
     convs = [index.sole_writer(tensor, "Conv") for tensor in concat.input]
     held = [index.weights.get(name) for name in node.input[1:]]
     if any(one is None or not _is_float(one) for one in held):

@@ -66,7 +66,7 @@ CONVS = "d = Conv(x, w) e = Conv<pads = [1, 1, 1, 1]>(x, k, b)"
 
 def scaled_model(body: str, outputs: str = "") -> onnx.ModelProto:
     random = np.random.default_rng(0)
-    sizes = {"w": (2, 3, 1, 1), "k": (4, 3, 3, 3), "b": (4,), "g": (6, 3, 1, 1)}
+    sizes = {"w": (2, 3, 1, 1), "k": (4, 3, 3, 3), "b": (4,), "g": (6, 3, 1, 1), "h": (3, 3, 1, 1)}
     sizes |= dict.fromkeys("somv", (6,))
     weights = {name: random.random(size).astype(np.float32) for name, size in sizes.items()}
     text = f"(float[2,3,5,5] x) => (float[n,c,h,w] y{outputs}) {{ {body} }}"
@@ -87,8 +87,9 @@ def test_what_scales_a_concat_is_done_by_the_convolutions_before_it() -> None:
         (f"{CONVS} u = Neg(d) {SCALED}", ", float[n,c,h,w] u"),
         (f"d = Conv(x, w) e = ConvTranspose(x, q) {SCALED}", ""),
         (f"d = Conv(x, g) e = Conv(x, g) {SCALED.replace('axis = 1', 'axis = 2')}", ""),
+        (f"d = Conv(x, h) {SCALED.replace('(d, e)', '(d, d)')}", ""),
     ],
-    ids=["output", "read", "other", "axis"],
+    ids=["output", "read", "other", "axis", "twice"],
 )
 def test_what_scales_something_else_too_stays(body: str, outputs: str) -> None:
     model = scaled_model(body, outputs)
