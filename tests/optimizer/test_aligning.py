@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched import aligning
 from onnxsched.aligning import find_passages
@@ -20,7 +15,8 @@ from onnxsched.rewriting import possible_rewrites, rewritten
 from onnxsched.siblings import GraphView
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.models import feeds_for, reference
-from support.optimizing import as_it_is, assert_close
+from support.nets import Net
+from support.optimizing import assert_close
 from support.strategies import GPU
 
 NHWC = Variant("nhwc", fuse_conv_bias=True)
@@ -33,69 +29,30 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aligning, "_GROUP", 4)
 
 
-@dataclass
-class Net:
-    """An image model that grows operator by operator; images keep their size."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    weights: list[onnx.TensorProto] = field(default_factory=list)
-    channels: dict[str, int] = field(default_factory=lambda: {"x": 3})
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-
-    def store(self, *shape: int) -> str:
-        name = f"w{len(self.weights)}"
-        array = self.rng.uniform(-1, 1, shape).astype(np.float32)
-        self.weights.append(numpy_helper.from_array(array, name))
-        return name
-
-    def add(self, op: str, *inputs: str, count: int | None = None, **attributes: Any) -> str:
-        name = f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [name], f"n{name}", **attributes))
-        self.channels[name] = self.channels[inputs[0]] if count is None else count
-        return name
-
-    def conv(self, x: str, count: int, kernel: int = 1, group: int = 1, bias: bool = True) -> str:
-        inputs = [x, self.store(count, self.channels[x] // group, kernel, kernel)]
-        inputs += [self.store(count)] if bias else []
-        return self.add("Conv", *inputs, count=count, pads=[kernel // 2] * 4, group=group)
-
-    def model(self, *outputs: str) -> Model:
-        def value(name: str) -> onnx.ValueInfoProto:
-            shape = (2, self.channels[name], SIZE, SIZE)
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-        read = {name for node in self.nodes for name in node.input}
-        ends = [name for name in self.channels if name not in read and name != "x"]
-        graph = helper.make_graph(
-            self.nodes, "net", [value("x")],
-            [value(name) for name in dict.fromkeys([*outputs, *ends])], self.weights,
-            value_info=[value(name) for name in self.channels if name != "x"],
-        )  # fmt: skip
-        opsets = [helper.make_opsetid("", 17)]
-        return as_it_is(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+def new_net() -> Net:
+    return Net((2, 3, SIZE, SIZE))
 
 
 @st.composite
 def nets(draw: DrawFn) -> Model:
-    net = Net()
+    net = new_net()
     for _ in range(draw(st.integers(1, 10))):
-        x = draw(st.sampled_from(list(net.channels)))
+        x = draw(st.sampled_from(list(net.shapes)))
         kind = draw(st.sampled_from(["conv", "conv", "conv", "depthwise", "alone", "pool", "add"]))
         if kind == "conv":
             net.conv(
                 x, draw(st.integers(1, 9)), draw(st.sampled_from([1, 3])), bias=draw(st.booleans())
             )
         elif kind == "depthwise":
-            net.conv(x, net.channels[x], 3, group=net.channels[x])
+            net.conv(x, net.shapes[x][1], 3, group=net.shapes[x][1])
         elif kind == "alone":
             net.add(draw(st.sampled_from(["Relu", "Sigmoid", "Tanh", "LeakyRelu", "Softplus"])), x)
         elif kind == "pool":
             op = draw(st.sampled_from(["MaxPool", "AveragePool"]))
             net.add(op, x, kernel_shape=[3, 3], pads=[1] * 4)
         else:
-            same = [name for name, count in net.channels.items() if count == net.channels[x]]
-            net.add("Add", x, draw(st.sampled_from(same)))
-    outputs = draw(st.sets(st.sampled_from(list(net.channels)[1:]), max_size=2))
+            net.add("Add", x, draw(st.sampled_from(net.alike(x))))
+    outputs = draw(st.sets(st.sampled_from(list(net.shapes)[1:]), max_size=2))
     return net.model(*sorted(outputs))
 
 
@@ -121,7 +78,7 @@ def counts(model: Model) -> list[tuple[str, int]]:
 
 
 def test_channels_are_added_between_convolutions() -> None:
-    net = Net()
+    net = new_net()
     relu = net.add(
         "Relu", net.add("MaxPool", net.conv("x", 3, 3), kernel_shape=[3, 3], pads=[1] * 4)
     )
@@ -141,7 +98,7 @@ def test_channels_are_added_between_convolutions() -> None:
 
 
 def left_alone(change: str) -> Model:
-    net = Net()
+    net = new_net()
     first = net.conv("x", 4 if change == "aligned" else 1 if change == "narrow" else 3, 3)
     between = net.add("Relu", first)
     if change == "added":
@@ -158,7 +115,7 @@ def test_other_channels_are_left_alone(change: str) -> None:
 
 
 def test_large_convolutions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Net()
+    net = new_net()
     model = net.model(net.conv(net.conv("x", 3), 8))
     flops = 2 * 2 * SIZE * SIZE * 4 * 8
     monkeypatch.setattr(aligning, "_MOST_FLOPS", flops)
@@ -168,7 +125,7 @@ def test_large_convolutions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_only_channels_last_have_fast_kernels_for_them() -> None:
-    net = Net()
+    net = new_net()
     model = net.model(net.conv(net.conv("x", 3), 8))
     assert possible_rewrites(model, GPU, DEFAULT_VARIANT).alike == ()
     assert possible_rewrites(model, GPU, NHWC).alike == ("aligned",)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched import offsets
 from onnxsched.loading import Model
@@ -20,59 +15,19 @@ from onnxsched.rewriting import possible_rewrites, rewritten
 from onnxsched.siblings import GraphView
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.models import feeds_for, reference
+from support.nets import Net
 from support.optimizing import as_it_is, assert_close, parsed
 from support.strategies import GPU
 
 CHANNELS = 2
 
 
-@dataclass
-class Net:
-    """An image model that grows operator by operator."""
+def new_net(size: int, batch: int = 1) -> Net:
+    return Net((batch, CHANNELS, size, size))
 
-    size: int
-    batch: int = 1
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    weights: list[onnx.TensorProto] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def __post_init__(self) -> None:
-        self.sizes["x"] = self.size
-
-    def store(self, *shape: int) -> str:
-        name = f"w{len(self.weights)}"
-        array = self.rng.uniform(-1, 1, shape).astype(np.float32)
-        self.weights.append(numpy_helper.from_array(array, name))
-        return name
-
-    def add(self, op: str, *inputs: str, size: int | None = None, **attributes: Any) -> str:
-        name = f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [name], f"n{name}", **attributes))
-        self.sizes[name] = self.sizes[inputs[0]] if size is None else size
-        return name
-
-    def conv(self, x: str, kernel: int, *, depthwise: bool = False, bias: bool = True) -> str:
-        weight = self.store(CHANNELS, 1 if depthwise else CHANNELS, kernel, kernel)
-        inputs = [x, weight, *([self.store(CHANNELS)] if bias else [])]
-        half = kernel // 2
-        group = CHANNELS if depthwise else 1
-        return self.add("Conv", *inputs, pads=[half] * 4, group=group)
-
-    def model(self, *outputs: str) -> Model:
-        def value(name: str) -> onnx.ValueInfoProto:
-            size = self.sizes[name]
-            shape = (self.batch, CHANNELS, size, size)
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-        read = {name for node in self.nodes for name in node.input}
-        ends = [name for name in self.sizes if name not in read and name != "x"]
-        wanted = list(dict.fromkeys([*outputs, *ends]))
-        graph = helper.make_graph(
-            self.nodes, "net", [value("x")], list(map(value, wanted)), self.weights
-        )
-        opsets = [helper.make_opsetid("", 17)]
-        return as_it_is(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+def conv(net: Net, x: str, kernel: int, *, depthwise: bool = False, bias: bool = True) -> str:
+    return net.conv(x, CHANNELS, kernel, CHANNELS if depthwise else 1, bias)
 
 
 def kernels(model: Model) -> int:
@@ -94,27 +49,27 @@ def check(model: Model) -> Model:
 
 @st.composite
 def nets(draw: DrawFn) -> Model:
-    net = Net(draw(st.integers(3, 6)), draw(st.sampled_from([1, 1, 1, 2])))
+    net = new_net(draw(st.integers(3, 6)), draw(st.sampled_from([1, 1, 1, 2])))
     for _ in range(draw(st.integers(1, 14))):
-        x = draw(st.sampled_from(list(net.sizes)))
-        same = [name for name, size in net.sizes.items() if size == net.sizes[x]]
+        x = draw(st.sampled_from(list(net.shapes)))
+        same = net.alike(x)
         kinds = ["conv", "conv", "conv", "relu", "relu", "add", "add", "other"]
         kind = draw(st.sampled_from(kinds))
         if kind == "conv":
             kernel = draw(st.sampled_from([1, 1, 3]))
-            net.conv(x, kernel, depthwise=draw(st.booleans()), bias=draw(st.booleans()))
+            conv(net, x, kernel, depthwise=draw(st.booleans()), bias=draw(st.booleans()))
         elif kind == "relu":
             net.add("Relu", x)
         elif kind == "add":
             net.add("Add", x, draw(st.sampled_from(same)))
         else:
             _other(draw, net, x)
-    return net.model(draw(st.sampled_from(list(net.sizes)[1:])))
+    return net.model(draw(st.sampled_from(list(net.shapes)[1:])))
 
 
 def _other(draw: DrawFn, net: Net, x: str) -> None:
     """A pool, a product, a strided convolution, or what no offset passes."""
-    size = net.sizes[x]
+    size = net.shapes[x][2]
     op = draw(st.sampled_from(["MaxPool", "AveragePool", "Mul", "Sigmoid", "stride", "auto"]))
     if op in ("MaxPool", "AveragePool"):
         counted = {"count_include_pad": draw(st.integers(0, 1))} if op == "AveragePool" else {}
@@ -140,13 +95,13 @@ def test_late_biases_change_no_result_and_add_no_kernel(model: Model) -> None:
 
 def separable(net: Net, x: str) -> str:
     for _ in range(2):
-        x = net.conv(net.conv(net.add("Relu", x), 3, depthwise=True, bias=False), 1)
+        x = conv(net, conv(net, net.add("Relu", x), 3, depthwise=True, bias=False), 1)
     return x
 
 
 def test_a_cell_of_separable_convolutions_has_no_kernel_for_biases() -> None:
-    net = Net(6)
-    start = net.conv("x", 1)
+    net = new_net(6)
+    start = conv(net, "x", 1)
     end = net.add("Add", separable(net, start), separable(net, start))
     model = net.model(net.add("Sigmoid", end))
     result = check(model)
@@ -155,26 +110,26 @@ def test_a_cell_of_separable_convolutions_has_no_kernel_for_biases() -> None:
 
 
 def test_adds_of_adds_are_one_sum() -> None:
-    net = Net(4)
-    total = net.conv("x", 1)
+    net = new_net(4)
+    total = conv(net, "x", 1)
     for _ in range(4):
-        total = net.add("Add", total, net.conv("x", 1))
+        total = net.add("Add", total, conv(net, "x", 1))
     result = check(net.model(net.add("Relu", total)))
     sums = [node for node in result.proto.graph.node if node.op_type in ("Add", "Sum")]
     assert [len(node.input) for node in sums] == [6]
 
 
 def test_an_unpadded_convolution_adds_what_came_before_with_its_own_bias() -> None:
-    net = Net(4)
-    model = net.model(net.add("Sigmoid", net.conv(net.add("Relu", net.conv("x", 1)), 1)))
+    net = new_net(4)
+    model = net.model(net.add("Sigmoid", conv(net, net.add("Relu", conv(net, "x", 1)), 1)))
     result = check(model)
     assert kernels(model) - kernels(result) == 1
     assert [len(n.input) for n in result.proto.graph.node if n.op_type == "Conv"] == [2, 3]
 
 
 def test_what_is_stored_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Net(6)
-    first, second = (net.add("Add", net.conv("x", 1), net.conv("x", 1)) for _ in range(2))
+    net = new_net(6)
+    first, second = (net.add("Add", conv(net, "x", 1), conv(net, "x", 1)) for _ in range(2))
     model = net.model(net.add("Relu", first), net.add("Relu", second))
     assert len(find_delays(GraphView(model))[1]) == 4
     monkeypatch.setattr(offsets, "_LEAST_ROOM_NBYTES", 4 * CHANNELS * 36)
@@ -184,8 +139,8 @@ def test_what_is_stored_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_variants_whose_biases_are_kernels_let_them_wait() -> None:
-    net = Net(6)
-    model = net.model(net.add("Relu", net.add("Add", net.conv("x", 3), net.conv("x", 1))))
+    net = new_net(6)
+    model = net.model(net.add("Relu", net.add("Add", conv(net, "x", 3), conv(net, "x", 1))))
     assert possible_rewrites(model, GPU, DEFAULT_VARIANT).merged[0] == "late-bias"
     fused = Variant("nhwc", fuse_conv_bias=True)
     assert "late-bias" not in possible_rewrites(model, GPU, fused).merged
