@@ -10,28 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from sample_models import build
-from support.simplifying import assert_equivalent, op_counts, op_types, simplified, written
-
-Nodes = list[onnx.NodeProto]
+from support.simplifying import (
+    assert_equivalent,
+    image_model,
+    op_counts,
+    op_types,
+    simplified,
+    written,
+)
 
 
 def constants(**values: Any) -> list[onnx.TensorProto]:
     return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
-
-
-def model_of(
-    nodes: Nodes, size: tuple[int, int], weights: list[onnx.TensorProto], *outputs: str
-) -> onnx.ModelProto:
-    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, *size])
-    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list("nchw")) for n in outputs]
-    graph = helper.make_graph(nodes, "g", [image], results, weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    model = onnx.shape_inference.infer_shapes(model)
-    onnx.checker.check_model(model)
-    return model
 
 
 @st.composite
@@ -50,8 +43,8 @@ def padded_pools(draw: DrawFn) -> onnx.ModelProto:
         helper.make_node(op_type, ["p"], [name], name, kernel_shape=kernel, strides=[step, step])
         for op_type, name in zip(op_types, names, strict=True)
     ]
-    size = (draw(st.integers(3, 7)), draw(st.integers(3, 7)))
-    return model_of(nodes, size, constants(amounts=amounts), *names)
+    shape = (2, 3, draw(st.integers(3, 7)), draw(st.integers(3, 7)))
+    return image_model(nodes, shape, constants(amounts=amounts), names)
 
 
 @given(padded_pools())
@@ -128,7 +121,8 @@ def moved_pools(draw: DrawFn) -> onnx.ModelProto:
         helper.make_node(op_type, [last], ["t"], "pool", kernel_shape=[1, 1], strides=[step, step])
     )
     nodes.append(helper.make_node("Conv", ["t", "w"], ["y"], "conv"))
-    return model_of(nodes, (draw(st.integers(4, 8)), draw(st.integers(4, 8))), weights, "y")
+    shape = (2, 3, draw(st.integers(4, 8)), draw(st.integers(4, 8)))
+    return image_model(nodes, shape, weights, ["y"])
 
 
 @given(moved_pools())

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from support.optimizing import parsed
-from support.simplifying import assert_equivalent, op_types, simplified
+from support.simplifying import assert_equivalent, image_model, op_types, simplified
 
 
 def model_of(
@@ -34,13 +34,7 @@ def model_of(
     ]
     weights = [numpy_helper.from_array(weight.astype(np.float32), "w")]
     weights += [numpy_helper.from_array(bias.astype(np.float32), "b")] * has_bias
-    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, channels, 6, width])
-    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list("nchw")) for n in outputs]
-    graph = helper.make_graph(nodes, "g", [image], results, weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    model = onnx.shape_inference.infer_shapes(model)
-    onnx.checker.check_model(model)
-    return model
+    return image_model(nodes, (2, channels, 6, width), weights, outputs, opset=20)
 
 
 @st.composite

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
 import onnxruntime
+from onnx import TensorProto, helper
 
 from onnxsched.shapes import tensor_types
 from onnxsched.simplification import simplify
@@ -32,6 +33,24 @@ def written(text: str, opset: int = 17, /, **weights: Array) -> onnx.ModelProto:
         onnx.numpy_helper.from_array(weight, name) for name, weight in weights.items()
     )
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def image_model(
+    nodes: Sequence[onnx.NodeProto],
+    shape: Sequence[int],
+    weights: Sequence[onnx.TensorProto],
+    outputs: Sequence[str],
+    opset: int = 17,
+) -> onnx.ModelProto:
+    """A model of images `x` of a shape, with outputs whose shapes are inferred."""
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list("nchw")) for n in outputs]
+    graph = helper.make_graph(nodes, "g", [image], results, weights)
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model)
+    onnx.checker.check_model(model)
     return model
 
 
