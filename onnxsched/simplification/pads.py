@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxsched.simplification.pools import reads_single_pixels
 from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
@@ -22,7 +23,6 @@ from onnxsched_runtime.tensor import TensorType
 _AXES = 2
 """Of an image `[batch, channels, height, width]`, height and width are the last."""
 _RANK = 4
-_NO_PADS: tuple[int, ...] = (0, 0, 0, 0)
 
 
 def pad_before_average(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
@@ -63,7 +63,7 @@ def convolution_of_every_other(index: GraphIndex, node: onnx.NodeProto) -> Repla
     Where the image is moved before by a Pad at its end and a Slice of its beginning, as
     NASNet's cells do, only the pixels that are taken are moved.
     """
-    if not is_standard(node, "Conv") or not _reads_single_pixels(index, node):
+    if not is_standard(node, "Conv") or not reads_single_pixels(index, node):
         return None
     pool = index.sole_writer(node.input[0], "AveragePool", "MaxPool")
     if pool is None or len(pool.output) != 1 or not _takes_single_pixels(pool):
@@ -87,18 +87,14 @@ def _moved(
     begins = _begins(index, moved)
     wanted = index.shape(pool.output[0])
     old = [moved, pool, node]
-    source, zeros = moved.input[0], _NO_PADS
+    source = moved.input[0]
     pad = index.sole_writer(source, "Pad")
-    if pad is not None and (found := _zeros(index, pad)) is not None:
-        old, source, zeros = [pad, *old], pad.input[0], found
+    if pad is not None and (zeros := _zeros(index, pad)) is not None:
+        if any(zeros[:_AXES]):
+            return None
+        old, source = [pad, *old], pad.input[0]
     kind = index.tensors.get(source)
-    if (
-        begins is None
-        or wanted is None
-        or kind is None
-        or kind.shape is None
-        or any(zeros[:_AXES])
-    ):
+    if begins is None or wanted is None or kind is None or kind.shape is None:
         return None
     sizes = [
         len(range(begin, size, stride))
@@ -204,17 +200,6 @@ def _finished(
     alone.name = index.unused(f"{node.name}/alone")
     finish = helper.make_node(op_type, [pooled, weight.name], [result], node.name)
     return Replacement((node,), (alone, finish), (weight,), {pooled: index.tensors[result]})
-
-
-def _reads_single_pixels(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    weight = index.weights.get(node.input[1])
-    return (
-        weight is not None
-        and list(weight.dims[_AXES:]) == [1, 1]
-        and set(attribute(node, "strides", [1])) == {1}
-        and set(attribute(node, "pads", [0])) == {0}
-        and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
-    )
 
 
 def _takes_single_pixels(pool: onnx.NodeProto) -> bool:

@@ -48,20 +48,24 @@ def average_after_convolution(index: GraphIndex, node: onnx.NodeProto) -> Replac
     return Replacement((pool, node), (before, after), tensors=types)
 
 
-def _mixes_channels(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """Whether a convolution makes fewer channels, each of the same pixel's."""
+def reads_single_pixels(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether a convolution computes each pixel from one pixel of an image of the same size."""
     weight = index.weights.get(node.input[1])
-    if weight is None or any(name not in index.weights for name in node.input[2:] if name):
-        return False
-    outputs, inputs, *kernel = weight.dims
     return (
-        outputs < inputs
-        and kernel == [1, 1]
-        and attribute(node, "group", 1) == 1
+        weight is not None
+        and list(weight.dims[2:]) == [1, 1]
         and set(attribute(node, "strides", [1])) == {1}
         and set(attribute(node, "pads", [0])) == {0}
         and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     )
+
+
+def _mixes_channels(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether a convolution makes fewer channels, each of the same pixel's."""
+    if not reads_single_pixels(index, node) or attribute(node, "group", 1) != 1:
+        return False
+    outputs, inputs = index.weights[node.input[1]].dims[:2]
+    return outputs < inputs and all(name in index.weights for name in node.input[2:] if name)
 
 
 def _keeps_size(pool: onnx.NodeProto) -> bool:
