@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxsched.drafting import Draft, assembled
+from onnxsched.drafting import Draft, assembled, with_size
 from onnxsched.fitting import fit
 from onnxsched.loading import Model
 from onnxsched.rows import (
@@ -278,9 +278,7 @@ class _Cutting:
     def _declared(self, like: str, name: str, rows: Rows) -> _Part:
         """A new tensor with some rows of an image."""
         types = self.draft.tensors if like in self.draft.tensors else self.view.model.tensors
-        shape = list(types[like].shape or ())
-        shape[HEIGHT_AXIS] = rows.count
-        kind = replace(types[like], shape=tuple(shape))
+        kind = with_size(types[like], HEIGHT_AXIS, rows.count)
         return _Part(self.draft.declare(name, kind), rows)
 
 

@@ -104,3 +104,10 @@ def _read_nodes(draft: Draft) -> list[onnx.NodeProto]:
         for node in nodes
         if used.intersection(node.output) or not any(map(view.readers.get, node.output))
     ]
+
+
+def with_size(kind: TensorType, axis: int, size: int) -> TensorType:
+    """A type with another size along one axis."""
+    shape = list(kind.shape or ())
+    shape[axis] = size
+    return replace(kind, shape=tuple(shape))

@@ -10,10 +10,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxsched.drafting import Draft
+from onnxsched.drafting import Draft, with_size
 from onnxsched.siblings import GraphView, Sibling, Window, is_elementwise, kind_of
 from onnxsched_runtime.annotation import attribute_digests
-from onnxsched_runtime.tensor import TensorType
 
 _SPLIT_SIZES_OPSET = 13
 """From here on a Split takes its sizes as an input, before as an attribute."""
@@ -78,14 +77,8 @@ def _merged_operator(
         node.attribute.extend(kept)
     kind = view.model.tensors[place.output[0]]
     count = sum(sibling.channel_count for sibling in group)
-    node.output[:] = [draft.declare(f"{place.output[0]}/merged", _widened(kind, axis, count))]
+    node.output[:] = [draft.declare(f"{place.output[0]}/merged", with_size(kind, axis, count))]
     return node
-
-
-def _widened(kind: TensorType, axis: int, count: int) -> TensorType:
-    shape = list(kind.shape or ())
-    shape[axis] = count
-    return replace(kind, shape=tuple(shape))
 
 
 def _common_window(windows: Sequence[Window]) -> Window:

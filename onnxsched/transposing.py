@@ -10,11 +10,12 @@ the product of two rows, which need not be summed up over blocks of threads.
 from __future__ import annotations
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
 from onnxsched.siblings import GraphView, attributes_of, kind_of
+from onnxsched.simplification.replacing import with_attributes
 
 _PRODUCTS = {("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul")}
 
@@ -56,12 +57,8 @@ def _is_fitting(view: GraphView, node: onnx.NodeProto) -> bool:
 
 def _with_transposed(draft: Draft, node: onnx.NodeProto) -> onnx.NodeProto:
     name = node.input[1]
-    turned = onnx.NodeProto()
-    turned.CopyFrom(node)
+    turned = with_attributes(node, transB=1)
     turned.input[1] = draft.store(f"{name}/transposed", draft.view.array(name).T)
-    kept = [attribute for attribute in node.attribute if attribute.name != "transB"]
-    del turned.attribute[:]
-    turned.attribute.extend([*kept, helper.make_attribute("transB", 1)])
     if node.op_type == "MatMul":
         turned.op_type, turned.domain = "FusedMatMul", "com.microsoft"
     return turned
