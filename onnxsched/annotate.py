@@ -10,6 +10,7 @@ import onnx
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.lowering import origins, to_lowered, to_portable
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
@@ -20,6 +21,7 @@ def annotation_for(
     schedule: Schedule,
     variant: Variant = DEFAULT_VARIANT,
     details: Mapping[str, Any] | None = None,
+    kernels: Kernels | None = None,
 ) -> Annotation:
     """The annotation of a model's nodes by a schedule of its operators.
 
@@ -28,12 +30,14 @@ def annotation_for(
         schedule: A schedule that passes `check_schedule`.
         variant: How sessions execute the model.
         details: What else the annotation tells people and tools.
+        kernels: The kernels of fused convolutions, where they were measured.
     """
     return Annotation(
         placements=_placements(model.proto, schedule),
         tensors=model.tensors,
         host_reasons=model.host_reasons,
         variant=variant,
+        kernels=kernels or {},
         details=details or {},
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from onnxsched.graph import OperatorGraph
@@ -13,6 +13,7 @@ from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot, check_schedule
+from onnxsched_runtime.convolution import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
 from onnxsched_runtime.variant import Variant
@@ -39,6 +40,8 @@ class Decision:
     """Median solo time in microseconds and bound, by node name."""
     refusals: Mapping[str, str]
     """Why a node can't be captured, for those where the attempt failed."""
+    kernels: Kernels = field(default_factory=dict)
+    """The fastest kernels of its fused convolutions."""
 
 
 def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str) -> Decision:
@@ -67,6 +70,7 @@ def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str
         alternatives=tuple(_alternative(outcome) for outcome in outcomes),
         operators=subject.operators,
         refusals=subject.refusals,
+        kernels=subject.model.kernels,
     )
 
 
@@ -103,6 +107,7 @@ def remember(
         "alternatives": list(decision.alternatives),
         "operators": dict(decision.operators),
         "refusals": dict(decision.refusals),
+        "kernels": kernels_to_json(decision.kernels),
     }
     cache.write(key, content)
 
@@ -148,6 +153,7 @@ def recall(
             alternatives=tuple(content["alternatives"]),
             operators={n: (float(us), str(b)) for n, (us, b) in content["operators"].items()},
             refusals={str(name): str(why) for name, why in content["refusals"].items()},
+            kernels=kernels_from_json(content["kernels"]),
         )
     except (AttributeError, LookupError, TypeError, ValueError, ScheduleError):
         return None

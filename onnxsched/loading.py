@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched.simplification import simplify
+from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.model import (
@@ -65,6 +66,8 @@ class Model:
     """How sessions execute it; its layout is already in `proto`."""
     is_lowered: bool = False
     """`proto` is what ORT makes of it for a GPU."""
+    kernels: Kernels = field(default_factory=dict)
+    """The fastest kernels of its fused convolutions, where they were measured."""
     precision: Precision = "keep"
     """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
     rewrite: str = NO_REWRITE
@@ -78,7 +81,7 @@ class Model:
     @property
     def source(self) -> ModelSource:
         """What sessions are made from."""
-        return ModelSource(self.proto, self.tensors, self.variant, self.is_lowered)
+        return ModelSource(self.proto, self.tensors, self.variant, self.is_lowered, self.kernels)
 
 
 def with_refusals(model: Model, refusals: Mapping[str, str]) -> Model:

@@ -172,7 +172,9 @@ def optimize(
     model = rewritten(model, decision.rewrite, decision.duplicates)
     model = with_refusals(model, decision.refusals)
     details = _details(model, decision, environment, seed)
-    annotation = annotation_for(model, decision.schedule, decision.variant, details)
+    annotation = annotation_for(
+        model, decision.schedule, decision.variant, details, decision.kernels
+    )
     progress("checking", 0, 1)
     with Session(model.proto, annotation, custom_ops=libraries) as session:
         differences = check_numerics(model, session, plain)

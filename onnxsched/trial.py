@@ -17,8 +17,8 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.model import operations_from_model
-from onnxsched_runtime.partition import assemble, readers_of, segment_of
-from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.partition import assemble, readers_of, segments_of_run
+from onnxsched_runtime.plan import ExecutionPlan, Segment
 
 _SAMPLE_COUNT = 12
 
@@ -41,10 +41,13 @@ class TrialRunner:
         self._inputs = tuple(model.bound_shapes)
         self._outputs = tuple(value.name for value in model.proto.graph.output)
         readers = readers_of(operations, self._outputs)
-        self._segments = [
-            segment_of([by_name[names[member]] for member in group], readers)
-            for group in contraction.groups
-        ]
+        self._segments: list[Segment] = []
+        self._members: list[range] = []
+        """The segments of each chain."""
+        for group in contraction.groups:
+            start = len(self._segments)
+            self._segments += segments_of_run([by_name[names[m]] for m in group], readers)
+            self._members.append(range(start, len(self._segments)))
         plan = assemble(self._segments, self._inputs, self._outputs)
         source = model.source
         self._runner = LaneRunner(source, plan, custom_ops)
@@ -72,12 +75,12 @@ class TrialRunner:
         """The chains ordered by what they read and by the streams of the schedule."""
         lanes: dict[Placement, list[int]] = {}
         for slot in contracted.slots:
-            lanes.setdefault(slot.placement, []).append(slot.operator)
+            lanes.setdefault(slot.placement, []).extend(self._members[slot.operator])
         return assemble(
             self._segments,
             self._inputs,
             self._outputs,
-            launch_order=[slot.operator for slot in contracted.slots],
+            launch_order=[i for slot in contracted.slots for i in self._members[slot.operator]],
             order_edges=[pair for lane in lanes.values() for pair in pairwise(lane)],
         )
 

@@ -16,8 +16,11 @@ from onnxsched.racing import race
 from onnxsched.rewriting import Rewrites, joined, rewritten
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
+from onnxsched_runtime.calling import called
+from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
+from onnxsched_runtime.fusing import fused_nodes
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.lowering import lower
 from onnxsched_runtime.model import ModelSource
@@ -74,10 +77,11 @@ def possible_variants(model: Model, device: Device) -> tuple[Variant, ...]:
         return (DEFAULT_VARIANT,)
     return (
         DEFAULT_VARIANT,
+        Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic", fuses=True),
         Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic"),
+        Variant(conv_search="heuristic"),
         Variant("nhwc", fuse_conv_bias=True),
         Variant("nhwc"),
-        Variant(fuse_conv_bias=True),
     )
 
 
@@ -159,7 +163,7 @@ class _Attempts:
     plain: PlainRuns
     refusals_of: Callable[[Model], Mapping[str, str]]
     budget_s: float
-    """For all that is prepared together."""
+    """For all that is prepared together, but for what the model can't do without."""
     custom_ops: tuple[str, ...]
     progress: Progress
     stack: ExitStack
@@ -204,6 +208,8 @@ class _Attempts:
             is_right = is_sure or _is_right(self.model, entrant.session, self.plain)
             prepared_s = time.monotonic() - start
             is_quick = prepared_s <= max(_PREPARATION_SHARE * self.budget_s, _AS_LONG * usual_s)
+            if is_sure:
+                deadline = time.monotonic() + self.budget_s
             if is_sure or (is_right and is_quick):
                 self.stack.callback(entrant.session.close)
                 entrants.append(replace(entrant, prepared_s=prepared_s))
@@ -265,8 +271,22 @@ def lowered_model(
         return replace(model, variant=variant)
     source = lower(ModelSource(model.proto, model.tensors, variant), device, custom_ops)
     return replace(
-        model, proto=source.model, tensors=source.tensors, variant=variant, is_lowered=True
+        model,
+        proto=source.model,
+        tensors=source.tensors,
+        variant=variant,
+        is_lowered=True,
+        kernels=_fastest_kernels(source, device),
     )
+
+
+def _fastest_kernels(source: ModelSource, device: Device) -> dict[FusedConvolution, Kernel]:
+    """The fastest kernel of each fused convolution, measured."""
+    found = {
+        node.what: called(device, cuda.fastest_kernel, node.what, device)
+        for node in fused_nodes(source).values()
+    }
+    return {what: kernel for what, kernel in found.items() if kernel is not None}
 
 
 def _one_stream(model: Model, variant: Variant, device: Device) -> Annotation:

@@ -15,7 +15,7 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors.segments import SegmentRunner
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import is_fused, node_reads
 from onnxsched_runtime.partition import assemble
 from onnxsched_runtime.plan import Segment
 
@@ -31,7 +31,8 @@ def operator_segment(model: Model, node: onnx.NodeProto, placement: Placement) -
     """One operator as a segment of its own."""
     weights = {weight.name for weight in model.proto.graph.initializer}
     inputs = tuple(name for name in node_reads(node) if name not in weights)
-    return Segment((node.name,), placement, inputs, tuple(filter(None, node.output)))
+    outputs = tuple(filter(None, node.output))
+    return Segment((node.name,), placement, inputs, outputs, is_fused=is_fused(node))
 
 
 def measure_on_gpu(

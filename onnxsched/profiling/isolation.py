@@ -25,6 +25,7 @@ from onnxsched.loading import Model
 from onnxsched.profile import OperatorProfile
 from onnxsched.profiling.gpu import measure_on_gpu
 from onnxsched_runtime import cuda
+from onnxsched_runtime.convolution import kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.model import read_model, write_model
@@ -151,6 +152,7 @@ def _request(
         "tensors": {name: [t.element_type, t.shape] for name, t in model.tensors.items()},
         "variant": model.variant.to_json(),
         "is_lowered": model.is_lowered,
+        "kernels": kernels_to_json(model.kernels),
     }
 
 
@@ -186,7 +188,8 @@ def _answer(request: Mapping[str, Any]) -> None:
         for name, (element, shape) in request["tensors"].items()
     }
     variant = Variant.from_json(request["variant"])
-    model = Model(proto, tensors, {}, {}, proto, variant, request["is_lowered"])
+    kernels = kernels_from_json(request["kernels"])
+    model = Model(proto, tensors, {}, {}, proto, variant, request["is_lowered"], kernels)
     by_name = {node.name: node for node in proto.graph.node}
     profiles = measure_on_gpu(
         model,

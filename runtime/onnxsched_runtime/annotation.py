@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 
+from onnxsched_runtime.convolution import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import AnnotationError, UsageError
 from onnxsched_runtime.tensor import TensorType
@@ -41,6 +42,8 @@ class Annotation:
     """Why a node can't be captured into a CUDA graph, for those that can't."""
     variant: Variant = DEFAULT_VARIANT
     """How its sessions execute it."""
+    kernels: Kernels = field(default_factory=dict)
+    """Which kernels of cuDNN's fused convolutions are computed by."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON for people and tools: policy, bound shapes, measured times, environment."""
 
@@ -69,6 +72,7 @@ def write_annotation(model: onnx.ModelProto, annotation: Annotation) -> None:
         "tensors": {n: [t.element_type, t.shape] for n, t in annotation.tensors.items()},
         "host_reasons": dict(annotation.host_reasons),
         "variant": annotation.variant.to_json(),
+        "kernels": kernels_to_json(annotation.kernels),
     }
     _set(model, _SCHEMA_KEY, SCHEMA)
     _set(model, _SCHEDULE_KEY, json.dumps(content, separators=(",", ":")))
@@ -172,7 +176,7 @@ def _names_each_node(model: onnx.ModelProto, annotation: Annotation) -> bool:
 
 
 def _parse(content: Mapping[str, Any]) -> Annotation:
-    own = {"fingerprint", "nodes", "tensors", "host_reasons", "variant"}
+    own = {"fingerprint", "nodes", "tensors", "host_reasons", "variant", "kernels"}
     return Annotation(
         placements={n: Placement(Device.parse(d), int(s)) for n, d, s in content["nodes"]},
         tensors={
@@ -181,6 +185,7 @@ def _parse(content: Mapping[str, Any]) -> Annotation:
         },
         host_reasons={name: str(reason) for name, reason in content["host_reasons"].items()},
         variant=Variant.from_json(content.get("variant", {})),
+        kernels=kernels_from_json(content.get("kernels", [])),
         details={key: value for key, value in content.items() if key not in own},
     )
 

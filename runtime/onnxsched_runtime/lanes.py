@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
@@ -29,7 +30,7 @@ _TAKES_ANY_WEIGHT = {"Gather", "MatMul", "Gemm", "FusedMatMul"}
 
 @dataclass(frozen=True)
 class Lane:
-    """The segments of one stream in one piece."""
+    """The segments of one stream in one piece that one session runs, or one that none does."""
 
     placement: Placement
     segments: tuple[int, ...]
@@ -59,35 +60,62 @@ class LanePlan:
 
 
 def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
-    """Sort the steps of a captured piece by stream. O(steps + segments)."""
-    runs: dict[Placement, list[int]] = {piece.main: []}
-    positions: dict[Placement, list[int]] = {piece.main: []}
+    """Sort the steps of a captured piece by stream. O(steps + segments).
+
+    What no session runs is a lane of its own, which waits for what is before it on its stream.
+    """
+    runs: dict[Placement, list[int]] = {}
+    position: dict[int, int] = {}
     events: dict[int, tuple[Placement, int]] = {}
     waits: list[tuple[tuple[Placement, int], tuple[Placement, int]]] = []
     for number, step in enumerate(piece.steps):
         match step:
             case Run(index):
-                placement = plan.segments[index].placement
-                runs.setdefault(placement, []).append(index)
-                positions.setdefault(placement, []).append(number)
+                runs.setdefault(plan.segments[index].placement, []).append(index)
+                position[index] = number
             case Record(event, placement):
-                events[event] = (placement, len(runs[placement]))
+                events[event] = (placement, len(runs.get(placement, ())))
             case Wait(event, placement):
                 waits.append((events[event], (placement, len(runs.get(placement, ())))))
-    chain = {placement: number for number, placement in enumerate(runs)}
-    end = (piece.main, len(runs[piece.main]))
-    between = [
-        (Point(chain[a], after), Point(chain[b], before))
-        for (a, after), (b, before) in waits
-        if after and (b, before) != end
+    groups = [
+        (placement, group)
+        for placement, indices in runs.items()
+        for group in _divided(plan, indices)
     ]
+    place = {
+        index: Point(chain, boundary)
+        for chain, (_, group) in enumerate(groups)
+        for boundary, index in enumerate(group)
+    }
+    between = [
+        (_behind(place[runs[a][after - 1]]), place[runs[b][before]])
+        for (a, after), (b, before) in waits
+        if after and before < len(runs.get(b, ()))
+    ]
+    for indices in runs.values():
+        between += [
+            (_behind(place[earlier]), place[later])
+            for earlier, later in pairwise(indices)
+            if place[earlier].chain != place[later].chain
+        ]
     waiting = {point.chain for _, point in between if point.boundary == 0}
     return LanePlan(
-        tuple(_lane(plan, placement, tuple(indices)) for placement, indices in runs.items()),
-        tuple(tuple(numbers) for numbers in positions.values()),
+        tuple(_lane(plan, placement, tuple(group)) for placement, group in groups),
+        tuple(tuple(position[index] for index in group) for _, group in groups),
         tuple(between),
-        tuple(number for number in range(len(runs)) if number not in waiting),
+        tuple(number for number in range(len(groups)) if number not in waiting),
     )
+
+
+def _divided(plan: ExecutionPlan, indices: Sequence[int]) -> list[list[int]]:
+    """The segments of a stream that one session runs, and each that none does."""
+    own = [index for index in indices if not plan.segments[index].is_fused]
+    groups = [[index] for index in indices if plan.segments[index].is_fused]
+    return [own, *groups] if own else groups
+
+
+def _behind(point: Point) -> Point:
+    return Point(point.chain, point.boundary + 1)
 
 
 def lane_tensors(plan: ExecutionPlan) -> frozenset[str]:

@@ -112,7 +112,7 @@ def lowered_source(
         ModelError: ORT refuses the model.
     """
     device = device or annotation.devices[0]
-    source = ModelSource(model, annotation.tensors, annotation.variant)
+    source = ModelSource(model, annotation.tensors, annotation.variant, kernels=annotation.kernels)
     if device.kind == "cpu":
         return source
     cuda.keep_blas_workspace("full" if multiplies_matrices(model, annotation.tensors) else "small")

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.model import (
     ModelSource,
     declared_types,
@@ -67,7 +68,8 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     flowing = written.union(value.name for value in model.graph.input)
     tensors = {name: kind for name, kind in known.items() if name in flowing}
     show_idle_transposes_as_views(model, tensors)
-    return replace(ModelSource(model, tensors, source.variant), is_lowered=True)
+    made = replace(source, model=model, tensors=tensors, is_lowered=True)
+    return fused(made) if source.variant.fuses else made
 
 
 def show_idle_transposes_as_views(

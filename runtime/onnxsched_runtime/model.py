@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.plan import Operation, Segment
@@ -32,6 +33,8 @@ _NUMPY_TYPES = {
 }  # fmt: skip
 """Weights of other types (bfloat16, 8-bit floats, 4-bit integers, strings) stay in the bytes: ORT
 takes none of them from an array."""
+FUSED_DOMAIN = "onnxsched"
+"""Of nodes that no session runs: convolutions that are launched through cuDNN."""
 
 
 def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -149,6 +152,11 @@ def _captured(node: onnx.NodeProto) -> Iterator[str]:
             yield from (v.name for v in graph.output if v.name not in inner)
 
 
+def is_fused(node: onnx.NodeProto) -> bool:
+    """Whether a node is launched through cuDNN, not by a session."""
+    return bool(node.domain == FUSED_DOMAIN)
+
+
 def operations_from_model(
     model: onnx.ModelProto,
     placements: Mapping[str, Placement],
@@ -170,6 +178,7 @@ def operations_from_model(
             reads=tuple(t for t in node_reads(nodes[name]) if t not in weights),
             writes=tuple(t for t in nodes[name].output if t),
             host_reason=host_reasons.get(name),
+            is_fused=is_fused(nodes[name]),
         )
         for name, placement in placements.items()
     )
@@ -193,6 +202,8 @@ class ModelSource:
     """How its sessions execute it; a layout other than ONNX's own is already in the nodes."""
     is_lowered: bool = False
     """ORT has made all of its optimizations; sessions make no more."""
+    kernels: Kernels = field(default_factory=dict)
+    """Which of cuDNN's kernels its fused convolutions are computed by, as far as that is known."""
 
     @cached_property
     def nodes(self) -> dict[str, onnx.NodeProto]:
@@ -264,6 +275,10 @@ class ModelSource:
         copy.CopyFrom(self._weights[name])
         copy.name = renamed
         return copy
+
+    def weight(self, name: str) -> TensorProto:
+        """A weight."""
+        return self._weights[name]
 
     def large_weight(self, name: str) -> np.ndarray | None:
         """A weight that travels beside a segment's bytes; None for all other tensors."""

@@ -218,11 +218,11 @@ def _cut(
     open_run: dict[Placement, list[Operation]] = {}
     for unit, operation in enumerate(operations):
         run = open_run.get(operation.placement)
-        if run is None or waits.before[unit]:
+        if run is None or waits.before[unit] or operation.is_fused:
             run = open_run[operation.placement] = []
             runs.append(run)
         run.append(operation)
-        if unit in awaited:
+        if unit in awaited or operation.is_fused:
             del open_run[operation.placement]
     return [segment_of(run, readers) for run in runs]
 
@@ -244,4 +244,17 @@ def segment_of(operations: Sequence[Operation], readers: dict[str, set[str | Non
     placement = operations[0].placement
     if not outputs:  # of use to nobody, but ORT runs no model without an output
         outputs = tuple(written)[-1:]
-    return Segment(names, placement, tuple(reads), outputs, "; ".join(reasons) or None)
+    reason, is_fused = "; ".join(reasons) or None, operations[0].is_fused
+    return Segment(names, placement, tuple(reads), outputs, reason, is_fused)
+
+
+def segments_of_run(
+    operations: Sequence[Operation], readers: dict[str, set[str | None]]
+) -> list[Segment]:
+    """The segments of operations that follow each other on one stream: a fused one is alone."""
+    runs: list[list[Operation]] = []
+    for operation in operations:
+        if not runs or operation.is_fused or runs[-1][-1].is_fused:
+            runs.append([])
+        runs[-1].append(operation)
+    return [segment_of(run, readers) for run in runs]

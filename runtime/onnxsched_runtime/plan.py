@@ -28,11 +28,13 @@ class Operation:
     writes: tuple[str, ...]
     host_reason: str | None = None
     """Why it can't be captured into a CUDA graph; None where it can."""
+    is_fused: bool = False
+    """Whether it is a convolution that is launched through cuDNN."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Operations of one stream that run back to back as one ORT session."""
+    """Operations of one stream that run back to back as one ORT session, or a fused one."""
 
     nodes: tuple[str, ...]
     """Node names in launch order."""
@@ -41,6 +43,8 @@ class Segment:
     outputs: tuple[str, ...]
     """What others read: later segments, or the caller."""
     host_reason: str | None = None
+    is_fused: bool = False
+    """Whether it is one operation that no session runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +189,10 @@ class ExecutionPlan:
 def check_plan(plan: ExecutionPlan, operations: Iterable[Operation]) -> None:
     """Check that a plan computes the model in every interleaving its events allow.
 
-    The laws: every operation is in one segment and every segment runs once, on the stream it
-    is placed on; a tensor has one writer, and whoever reads it runs after that writer by the
-    happens-before relation of streams and events; a captured piece starts after its fork and
-    is finished when its main stream is; no event is waited for before it is recorded; a
+    The laws: every operation is in one segment, a fused one alone, and every segment runs once,
+    on the stream it is placed on; a tensor has one writer, and whoever reads it runs after that
+    writer by the happens-before relation of streams and events; a captured piece starts after its
+    fork and is finished when its main stream is; no event is waited for before it is recorded; a
     segment reads from its own device, but for copies, which read from another. Receiving writes
     a tensor, and sending reads one; whether other processes fit is up to `check_ranks`.
     O(steps x streams).
@@ -221,6 +225,8 @@ def _check_cover(plan: ExecutionPlan, operations: tuple[Operation, ...]) -> None
     for segment in plan.segments:
         visible = set(segment.inputs)
         for operation in (by_name[name] for name in segment.nodes):
+            if operation.is_fused != segment.is_fused or (segment.is_fused and segment.nodes[1:]):
+                raise PlanError(f"Operation '{operation.name}' is in a segment of another kind.")
             if operation.placement != segment.placement and segment.host_reason is None:
                 raise PlanError(f"Operation '{operation.name}' runs on {segment.placement}.")
             if lost := set(operation.reads) - visible:

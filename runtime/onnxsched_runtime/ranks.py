@@ -141,7 +141,14 @@ def _rank_plan(
             segment = own[name]
             reads = _originals(plan, segment)
             operations.append(
-                Operation(name, segment.placement, reads, segment.outputs, segment.host_reason)
+                Operation(
+                    name,
+                    segment.placement,
+                    reads,
+                    segment.outputs,
+                    segment.host_reason,
+                    segment.is_fused,
+                )
             )
     ends = (plan.inputs, plan.outputs) if rank == 0 else ((), ())
     return _assembled(operations, crossing, own, ends)
@@ -183,7 +190,10 @@ def _assembled(
 ) -> ExecutionPlan:
     """The checked plan of these operations, with steps and whole segments in their place."""
     moved, copies = with_copies(operations)
-    units = [Segment((o.name,), o.placement, o.reads, o.writes, o.host_reason) for o in moved]
+    units = [
+        Segment((o.name,), o.placement, o.reads, o.writes, o.host_reason, o.is_fused)
+        for o in moved
+    ]
     plan = assemble(units, *ends, copies=copies)
     kept = [operation for operation in moved if operation.name not in crossing]
     number = {operation.name: i for i, operation in enumerate(kept)}

@@ -13,7 +13,7 @@ ConvSearch = Literal["exhaustive", "heuristic"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Settings of ONNX Runtime's CUDA provider that change kernels and not results.
+    """What changes kernels and not results: settings of ONNX Runtime's CUDA provider, above all.
 
     The annotated file is the same for all of them; sessions are made so when it is loaded.
     """
@@ -24,6 +24,9 @@ class Variant:
     """Let cuDNN add the bias inside a convolution. Some ORT releases compute garbage so."""
     conv_search: ConvSearch = "exhaustive"
     """Which of cuDNN's heuristics proposes the kernels of a convolution."""
+    fuses: bool = False
+    """Launch convolutions through cuDNN, with bias, sum and Relu in the same kernel: what sessions
+    leave in several. Only for `nhwc`."""
     tf32: bool = True
     """Allow products of float32 with 10 bits of mantissa, as ORT does by default."""
 
@@ -42,6 +45,7 @@ class Variant:
             variant.layout not in get_args(Layout)
             or variant.conv_search not in get_args(ConvSearch)
             or not isinstance(variant.fuse_conv_bias, bool)
+            or not isinstance(variant.fuses, bool)
             or not isinstance(variant.tf32, bool)
         ):
             raise ValueError(f"{dict(content)} is no variant")
@@ -55,6 +59,7 @@ class Variant:
         """E.g. `nhwc+bias`."""
         marks = [
             (self.fuse_conv_bias, "+bias"),
+            (self.fuses, "+fused"),
             (self.conv_search != "exhaustive", f"+{self.conv_search}"),
             (not self.tf32, "-tf32"),
         ]

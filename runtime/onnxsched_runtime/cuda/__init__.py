@@ -8,6 +8,7 @@ from onnxsched_runtime.cuda.binding import load_torch, make_current
 from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
 from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
 from onnxsched_runtime.cuda.chains import Chain
+from onnxsched_runtime.cuda.convolutions import FusedKernel, Places, fused_kernel
 from onnxsched_runtime.cuda.devices import (
     device_count,
     device_properties,
@@ -20,6 +21,7 @@ from onnxsched_runtime.cuda.devices import (
 )
 from onnxsched_runtime.cuda.graphs import Graph
 from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
+from onnxsched_runtime.cuda.racing import fastest_kernel
 from onnxsched_runtime.cuda.streams import (
     Event,
     Stream,
@@ -35,13 +37,17 @@ __all__ = [
     "Chain",
     "DeviceMemory",
     "Event",
+    "FusedKernel",
     "Graph",
+    "Places",
     "Stream",
     "device_count",
     "device_properties",
     "enable_peer_access",
+    "fastest_kernel",
     "forget_idle_streams",
     "free_memory_nbytes",
+    "fused_kernel",
     "graph_stream",
     "has_peer_access",
     "keep_blas_workspace",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import ALIGNMENT_NBYTES, packed
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, PlanRunner, view
+from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, FusedRun, PlanRunner, view
 from onnxsched_runtime.lanes import (
     MARK,
     MARK_SOURCE,
@@ -49,11 +49,9 @@ class LaneRunner(PlanRunner):
             p: lanes_of(plan, p) for p in plan.pieces if p.captured
         }
         self._opened: dict[Lane, OrtSession] = {}
-        self._runs: dict[Lane, BoundRun | CopyRun] = {}
+        self._runs: dict[Lane, BoundRun | CopyRun | FusedRun] = {}
         self._marks: dict[Device, list[cuda.Buffer]] = {}
         self._shared: dict[Lane, tuple[str, ...]] = {}
-        self._weights: dict[tuple[Device, str], cuda.Buffer] = {}
-        """What several lanes of a device read."""
         self._workspaces: dict[Lane, cuda.DeviceMemory] = {}
         super().__init__(source, plan, lane_tensors(plan), custom_ops)
 
@@ -67,7 +65,7 @@ class LaneRunner(PlanRunner):
 
     def _open_runs(self) -> None:
         lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]
-        run_here = [lane for lane in lanes if not self._is_copy(lane)]
+        run_here = [lane for lane in lanes if not self._is_copy(lane) and not self._is_fused(lane)]
         self._shared = shared_weights(self._source, self.plan, run_here)
         for lane in run_here:
             for name in self._shared[lane]:
@@ -85,16 +83,14 @@ class LaneRunner(PlanRunner):
         """Whether it is a copy, which has a stream of its own."""
         return self.plan.is_copy(lane.segments[0])
 
+    def _is_fused(self, lane: Lane) -> bool:
+        return self.plan.segments[lane.segments[0]].is_fused
+
     def _open_weight(self, name: str, device: Device) -> None:
         """Upload a weight once, for all sessions of a device."""
         array = self._source.large_weight(name)
-        if array is None or (device, name) in self._weights:
-            return
-        memory = self._resources.enter_context(cuda.DeviceMemory(array.nbytes, device))
-        memory.upload(array, 0)
-        self._weights[device, name] = cuda.Buffer(
-            self._source.kind_of(name), device, memory.pointer
-        )
+        if array is not None:
+            self._upload(name, array, device)
 
     def _open_marks(self, lane: Lane) -> None:
         """What the marks of a lane copy from, and what each copies to, once for all lanes."""
@@ -108,10 +104,12 @@ class LaneRunner(PlanRunner):
             for number in range(len(missing))
         ]
 
-    def _bound(self, lane: Lane, buffers: dict[str, cuda.Buffer]) -> BoundRun | CopyRun:
+    def _bound(self, lane: Lane, buffers: dict[str, cuda.Buffer]) -> BoundRun | CopyRun | FusedRun:
         if self._is_copy(lane):
             source, target = (buffers[name] for name in (*lane.inputs, *lane.outputs))
             return CopyRun(source, target, self.streams[lane.placement])
+        if self._is_fused(lane):
+            return self._fused_run(lane.segments[0], buffers)
         inputs = {self.plan.original(name): view(buffers[name]) for name in lane.inputs}
         device = lane.placement.device
         inputs |= {name: view(self._weights[device, name]) for name in self._shared[lane]}

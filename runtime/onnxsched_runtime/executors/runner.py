@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import Arena, check_arena, plan_arena
+from onnxsched_runtime.calling import called
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.fusing import fused_nodes, weight_array
 from onnxsched_runtime.model import ModelPart, ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
 from onnxsched_runtime.session import OrtSession
@@ -47,6 +52,9 @@ class PlanRunner:
         self.buffers: dict[str, cuda.Buffer] = {}
         self.sessions: dict[int, OrtSession] = {}
         """Of segments on the host, by their index."""
+        self._fused = fused_nodes(source)
+        self._weights: dict[tuple[Device, str], cuda.Buffer] = {}
+        """What no session holds: weights of fused convolutions, and what several sessions read."""
         try:
             used = {piece.main for piece in plan.pieces}
             used |= {plan.placement_of(step) for piece in plan.pieces for step in piece.steps}
@@ -57,6 +65,7 @@ class PlanRunner:
                 if segment.host_reason is not None:
                     part = source.extract(segment)
                     self.sessions[index] = self._session(segment.placement, part)
+            self._open_fused()
             self._open_runs()
         except BaseException:
             self.close()
@@ -128,6 +137,51 @@ class PlanRunner:
         self._resources.callback(session.close)
         return session
 
+    def _open_fused(self) -> None:
+        """Build the kernels that no session runs, and upload their weights."""
+        self._kernels: dict[int, cuda.FusedKernel] = {}
+        workspaces: dict[Placement, int] = {}
+        for index, segment in enumerate(self.plan.segments):
+            if not segment.is_fused:
+                continue
+            device, node = segment.placement.device, self._fused[segment.nodes[0]]
+            wanted = self._source.kernels.get(node.what)
+            kernel = called(device, cuda.fused_kernel, node.what, device, wanted)
+            self._kernels[index] = kernel
+            largest = max(workspaces.get(segment.placement, 0), kernel.workspace_nbytes)
+            workspaces[segment.placement] = largest
+            for name in filter(None, (node.filters, node.bias)):
+                self._upload(name, weight_array(self._source, name), device)
+        self._fused_workspaces = {
+            placement: self._resources.enter_context(cuda.DeviceMemory(nbytes, placement.device))
+            for placement, nbytes in workspaces.items()
+        }
+
+    def _upload(self, name: str, array: np.ndarray, device: Device) -> None:
+        """Upload a weight once for all that read it on a device."""
+        if (device, name) not in self._weights:
+            memory = self._resources.enter_context(cuda.DeviceMemory(array.nbytes, device))
+            memory.upload(array, 0)
+            kind = self._source.kind_of(name)
+            self._weights[device, name] = cuda.Buffer(kind, device, memory.pointer)
+
+    def _fused_run(self, index: int, buffers: Mapping[str, cuda.Buffer]) -> FusedRun:
+        """A fused segment on fixed buffers; those of one stream share a workspace."""
+        segment = self.plan.segments[index]
+        node, placement = self._fused[segment.nodes[0]], segment.placement
+        here = {self.plan.original(name): buffers[name].pointer for name in segment.inputs}
+        weights = self._weights
+        places = cuda.Places(
+            image=here[node.image],
+            filters=weights[placement.device, node.filters].pointer,
+            output=buffers[node.output].pointer,
+            bias=weights[placement.device, node.bias].pointer if node.bias else None,
+            added=here[node.added] if node.added else None,
+            workspace=self._fused_workspaces[placement].pointer,
+        )
+        kernel = self._kernels[index]
+        return FusedRun(kernel, kernel.bind(places), self.streams[placement])
+
     def close(self) -> None:
         """Free the sessions, then the streams they launch on."""
         try:
@@ -149,6 +203,19 @@ class CopyRun:
     def launch(self) -> None:
         """Start it."""
         self.target.fill_from(self.source, self.stream)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedRun:
+    """A kernel that no session runs, on fixed buffers."""
+
+    kernel: cuda.FusedKernel
+    bound: Any
+    stream: cuda.Stream
+
+    def launch(self) -> None:
+        """Launch it."""
+        called(self.stream.device, self.kernel.launch, self.bound, self.stream)
 
 
 def view(buffer: cuda.Buffer) -> BufferView:

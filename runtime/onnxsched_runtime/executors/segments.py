@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, PlanRunner, view
+from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, FusedRun, PlanRunner, view
 from onnxsched_runtime.group import NcclLinks
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Wait
@@ -34,7 +34,7 @@ class SegmentRunner(PlanRunner):
             links: To other processes, where the plan sends and receives.
         """
         self._links = links
-        self.bound: dict[int, BoundRun | CopyRun] = {}
+        self.bound: dict[int, BoundRun | CopyRun | FusedRun] = {}
         super().__init__(source, plan, plan.device_tensors, custom_ops, graph_capture)
 
     def _open_runs(self) -> None:
@@ -42,6 +42,8 @@ class SegmentRunner(PlanRunner):
             if self.plan.is_copy(index):
                 source, target = (self.buffers[t] for t in (*segment.inputs, *segment.outputs))
                 self.bound[index] = CopyRun(source, target, self.streams[segment.placement])
+            elif segment.is_fused:
+                self.bound[index] = self._fused_run(index, self.buffers)
             elif segment.host_reason is None:
                 part = self._source.extract(segment, self.plan.copies)
                 session = self._session(

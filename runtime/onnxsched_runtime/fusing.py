@@ -1,0 +1,275 @@
+"""Convolutions channels last take in bias, sum and Relu: what becomes one kernel. Pure.
+
+ONNX Runtime has no such operator. So these nodes are of a domain of ours, and no session ever
+sees them: executors launch them through cuDNN.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from onnxsched_runtime.convolution import FusedConvolution, FusedNode
+from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, is_fused, node_reads
+from onnxsched_runtime.tensor import TensorType
+
+_NHWC_DOMAIN = "com.ms.internal.nhwc"
+_ELEMENT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_KEEPS_SIGNS = ("MaxPool", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+"""What can as well be done after a Relu, bit for bit."""
+
+
+def fused(source: ModelSource) -> ModelSource:
+    """The lowered model with convolutions that take in what follows them.
+
+    A Relu also where other operators that keep signs lie between. A sum only where the other
+    summand is there before the convolution starts: it would wait for it else. O(nodes).
+
+    Args:
+        source: Lowered, channels last.
+    """
+    draft = _Draft(source)
+    for node in list(draft.nodes.values()):
+        if node.op_type == "Add" and node.domain in ("", "ai.onnx"):
+            draft.take_in_sum(node)
+    for node in list(draft.nodes.values()):
+        if node.op_type == "Relu" and node.domain in ("", "ai.onnx"):
+            draft.take_in_relu(node)
+    return draft.finished()
+
+
+def fused_nodes(source: ModelSource) -> dict[str, FusedNode]:
+    """The fused convolutions of a model, by the names of their nodes."""
+    nodes = source.model.graph.node
+    return {node.name: fused_node(node, source) for node in nodes if is_fused(node)}
+
+
+def fused_node(node: NodeProto, source: ModelSource) -> FusedNode:
+    """What a node that `fused` has made computes, and on which tensors."""
+    values = {
+        attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute
+    }
+    image, filters, bias, added = node.input
+    kind = source.kind_of(image)
+    what = FusedConvolution(
+        kind.element_type,
+        _onnx_order(kind.shape),
+        source.kind_of(filters).shape or (),
+        _onnx_order(source.kind_of(node.output[0]).shape),
+        tuple(values["strides"]),
+        tuple(values["dilations"]),
+        tuple(values["pads"]),
+        bool(bias),
+        bool(added),
+        bool(values["rectified"]),
+    )
+    return FusedNode(what, image, filters, bias or None, added or None, node.output[0])
+
+
+def channels_last(filters: np.ndarray) -> np.ndarray:
+    """Filters as they lie in memory beside images with channels last."""
+    return np.ascontiguousarray(np.moveaxis(filters, 1, -1))
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _onnx_order(shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """(images, channels, height, width) of (images, height, width, channels)."""
+    images, height, width, channels = shape or ()
+    return images, channels, height, width
+
+
+@dataclass
+class _Fused:
+    """A convolution that is becoming one kernel with what follows it."""
+
+    node: NodeProto
+    output: str
+    added: str = ""
+    rectified: bool = False
+
+
+class _Draft:
+    """A model on its way: which convolutions have taken in what."""
+
+    def __init__(self, source: ModelSource) -> None:
+        graph = source.model.graph
+        self._source = source
+        self.nodes = {node.name: node for node in graph.node}
+        self._writer = {t: node for node in graph.node for t in node.output if t}
+        self._depth = _depths(source)
+        self._read_count = Counter(t for node in graph.node for t in node_reads(node))
+        self._read_count.update(value.name for value in graph.output)
+        self._fused: dict[str, _Fused] = {
+            node.output[0]: _Fused(node, node.output[0])
+            for node in graph.node
+            if _is_fusable(node, source)
+        }
+        """By what they write."""
+        self._renamed: dict[str, str] = {}
+        """What is written under the name of what read it."""
+
+    def take_in_sum(self, add: NodeProto) -> None:
+        """Let a convolution add what an Add does, where that is early enough."""
+        for mine, other in (add.input, reversed(add.input)):
+            fused = self._fused.get(mine)
+            if (
+                fused is not None
+                and not fused.added
+                and self._read_count[mine] == 1
+                and mine != other
+                and not self._source.is_weight(other)
+                and self._source.kind_of(other) == self._source.kind_of(mine)
+                and self._depth.get(other, 0) < self._depth[mine]
+            ):
+                fused.added = other
+                self._replace(fused, add)
+                return
+
+    def take_in_relu(self, relu: NodeProto) -> None:
+        """Let the convolutions that a Relu reads rectify what they write, if that is all."""
+        tensor = relu.input[0]
+        found: list[_Fused] = []
+        if not self._can_rectify(tensor, found):
+            return
+        for fused in found:
+            fused.rectified = True
+        if tensor in self._fused:
+            if self._read_count[tensor] == 1:
+                self._replace(self._fused[tensor], relu)
+        elif found:
+            del self.nodes[relu.name]
+            self._renamed[tensor] = relu.output[0]
+
+    def _can_rectify(self, tensor: str, found: list[_Fused]) -> bool:
+        """Whether what comes before a Relu can be nowhere negative; adds who has to see to it."""
+        if tensor in self._fused:
+            if not self._fused[tensor].rectified:
+                found.append(self._fused[tensor])
+                return self._read_count[tensor] == 1
+            return True
+        node = self._writer.get(tensor)
+        if node is None:
+            return False
+        if node.op_type == "Relu":
+            return True
+        if node.op_type not in _KEEPS_SIGNS or len(node.output) > 1:
+            return False
+        reads = node.input if node.op_type == "Concat" else node.input[:1]
+        pending = len(found)
+        holds = all(self._can_rectify(read, found) for read in reads)
+        return holds and (self._read_count[tensor] == 1 or len(found) == pending)
+
+    def _replace(self, fused: _Fused, last: NodeProto) -> None:
+        """Let a convolution write what `last` does, which it has taken in."""
+        del self._fused[fused.output], self.nodes[last.name]
+        fused.output = last.output[0]
+        self._fused[fused.output] = fused
+
+    def finished(self) -> ModelSource:
+        """The model in topological order, and the types of what is left."""
+        made = {fused.node.name: _made(fused) for fused in self._fused.values()}
+        nodes = [_renamed(made.get(name, node), self._renamed)
+                 for name, node in self.nodes.items()]  # fmt: skip
+        model = type(self._source.model)()
+        model.CopyFrom(self._source.model)
+        del model.graph.node[:]
+        model.graph.node.extend(_in_order(nodes))
+        written = {t for node in nodes for t in node.output}
+        ends = {value.name for value in model.graph.input}
+        tensors = {n: k for n, k in self._source.tensors.items() if n in written or n in ends}
+        return replace(self._source, model=model, tensors=tensors)
+
+
+def _is_fusable(node: NodeProto, source: ModelSource) -> bool:
+    """Whether cuDNN can be asked for a convolution: an ordinary one of images, as stored."""
+    if node.op_type != "Conv" or node.domain != _NHWC_DOMAIN:
+        return False
+    values = {
+        attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute
+    }
+    kinds = [source.tensors.get(name) for name in (node.input[0], node.output[0])]
+    stored = [name for name in node.input[1:] if name]
+    return (
+        values.get("group", 1) == 1
+        and values.get("auto_pad", b"NOTSET") == b"NOTSET"
+        and all(map(_is_image, kinds))
+        and all(source.is_weight(name) for name in stored)
+        and len(source.kind_of(node.input[1]).shape or ()) == 4
+    )
+
+
+def _is_image(kind: TensorType | None) -> bool:
+    return (
+        kind is not None
+        and kind.element_type in _ELEMENT_TYPES
+        and kind.shape is not None
+        and len(kind.shape) == 4
+        and 0 not in kind.shape
+    )
+
+
+def _depths(source: ModelSource) -> dict[str, int]:
+    """How many operators come before each tensor at least, one after another; inputs have 0."""
+    depth: dict[str, int] = {}
+    for node in source.model.graph.node:
+        own = 1 + max((depth.get(tensor, 0) for tensor in node_reads(node)), default=0)
+        depth |= dict.fromkeys(node.output, own)
+    return depth
+
+
+def _made(fused: _Fused) -> NodeProto:
+    values: dict[str, Any] = {
+        attribute.name: list(attribute.ints)
+        for attribute in fused.node.attribute
+        if attribute.name in ("strides", "dilations", "pads")
+    }
+    image, filters, *bias = fused.node.input
+    return helper.make_node(
+        "Conv",
+        [image, filters, bias[0] if bias else "", fused.added],
+        [fused.output],
+        fused.node.name,
+        domain=FUSED_DOMAIN,
+        **{"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0]} | values,
+        rectified=int(fused.rectified),
+    )
+
+
+def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    if names.keys().isdisjoint((*node.input, *node.output)):
+        return node
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [names.get(name, name) for name in node.input]
+    copy.output[:] = [names.get(name, name) for name in node.output]
+    return copy
+
+
+def _in_order(nodes: list[NodeProto]) -> list[NodeProto]:
+    """The nodes, each after those that it reads from, else as they are."""
+    unwritten = {t for node in nodes for t in node.output}
+    waiting, ordered = nodes, []
+    while waiting:
+        later = []
+        for node in waiting:
+            if unwritten.isdisjoint(node_reads(node)):
+                ordered.append(node)
+                unwritten.difference_update(node.output)
+            else:
+                later.append(node)
+        waiting = later
+    return ordered
+
+
+def weight_array(source: ModelSource, name: str) -> np.ndarray:
+    """A weight of a fused convolution as it lies in memory."""
+    array = numpy_helper.to_array(source.weight(name))
+    return channels_last(array) if array.ndim == 4 else np.ascontiguousarray(array)
