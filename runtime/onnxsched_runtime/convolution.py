@@ -22,7 +22,7 @@ class FusedConvolution:
     """ONNX element type of all tensors."""
     image: tuple[int, ...]
     filters: tuple[int, ...]
-    """(channels out, channels in, height, width)."""
+    """(channels out, channels in of a group, height, width)."""
     output: tuple[int, ...]
     strides: tuple[int, ...]
     dilations: tuple[int, ...]

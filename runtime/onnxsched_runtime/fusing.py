@@ -189,7 +189,7 @@ class _Draft:
 
 
 def _is_fusable(node: NodeProto, source: ModelSource) -> bool:
-    """Whether cuDNN can be asked for a convolution: an ordinary one of images, as stored."""
+    """Whether cuDNN can be asked for a convolution: one of images, with weights as stored."""
     if node.op_type != "Conv" or node.domain != _NHWC_DOMAIN:
         return False
     values = {
@@ -198,8 +198,7 @@ def _is_fusable(node: NodeProto, source: ModelSource) -> bool:
     kinds = [source.tensors.get(name) for name in (node.input[0], node.output[0])]
     stored = [name for name in node.input[1:] if name]
     return (
-        values.get("group", 1) == 1
-        and values.get("auto_pad", b"NOTSET") == b"NOTSET"
+        values.get("auto_pad", b"NOTSET") == b"NOTSET"
         and all(map(_is_image, kinds))
         and all(source.is_weight(name) for name in stored)
         and len(source.kind_of(node.input[1]).shape or ()) == 4

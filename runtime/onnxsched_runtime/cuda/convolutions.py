@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from onnx import TensorProto
 
@@ -39,24 +40,47 @@ def propose_kernels(what: FusedConvolution, device: Device) -> tuple[Kernel, ...
 
     Not all of them are supported; those that sum in no fixed order are left out.
     """
-    return tuple(_configs(what, device))
+    found: dict[Kernel, None] = {}
+    with current_device(device):
+        graph = _operation_graph(what, device)
+        for mode in (_BY_DECISION_TREE, _BY_ALL_MEANS):
+            try:
+                heuristics = Descriptor(
+                    cudnn.HEURISTICS, {cudnn.HEURISTICS_OF: graph, cudnn.HEURISTICS_BY: mode}
+                )
+                configs = heuristics.get_descriptors(
+                    cudnn.PROPOSED, cudnn.ENGINE_CONFIG, _MOST_CONFIGS
+                )
+            except OnnxschedError:  # this one knows nothing of such a graph
+                continue
+            described = (_described(config) for config in configs)
+            found |= dict.fromkeys(kernel for kernel in described if kernel is not None)
+    return tuple(found)
 
 
 @functools.cache
 def fused_kernel(what: FusedConvolution, device: Device, wanted: Kernel | None) -> FusedKernel:
-    """A kernel that computes a convolution, the one that is wanted if cuDNN still has it.
+    """A kernel that computes a convolution: the one that is wanted, if cuDNN supports it.
 
     Raises:
         OnnxschedError: No kernel does.
     """
-    proposed = propose_kernels(what, device)
     refusal = "cuDNN proposes none"
-    for kernel in ([wanted] if wanted in proposed else []) + list(proposed):
+    for kernel in _wanted_first(what, device, wanted):
         try:
             return FusedKernel(what, kernel, device)
         except OnnxschedError as error:
             refusal = str(error).rstrip(".")
     raise OnnxschedError(f"No kernel computes a convolution of {what.filters} ({refusal}).")
+
+
+def _wanted_first(
+    what: FusedConvolution, device: Device, wanted: Kernel | None
+) -> Iterator[Kernel]:
+    """That kernel, then what cuDNN proposes, which takes a while to find out."""
+    if wanted is not None:
+        yield wanted
+    yield from propose_kernels(what, device)
 
 
 class FusedKernel:
@@ -74,7 +98,7 @@ class FusedKernel:
                 cudnn.PLAN,
                 {
                     cudnn.PLAN_HANDLE: _handle(device).value,
-                    cudnn.PLAN_CONFIG: _configs(what, device)[kernel],
+                    cudnn.PLAN_CONFIG: _configuration(what, kernel, device),
                 },
             )
         (self.workspace_nbytes,) = self._plan.get(cudnn.PLAN_WORKSPACE, 1)
@@ -133,27 +157,20 @@ def _handle(device: Device) -> ctypes.c_void_p:
     return handle
 
 
-@functools.cache
-def _configs(what: FusedConvolution, device: Device) -> dict[Kernel, Descriptor]:
-    """The kernels that cuDNN proposes, each with its configuration."""
-    found: dict[Kernel, Descriptor] = {}
-    with current_device(device):
-        graph = _operation_graph(what, device)
-        for mode in (_BY_DECISION_TREE, _BY_ALL_MEANS):
-            try:
-                heuristics = Descriptor(
-                    cudnn.HEURISTICS, {cudnn.HEURISTICS_OF: graph, cudnn.HEURISTICS_BY: mode}
-                )
-                configs = heuristics.get_descriptors(
-                    cudnn.PROPOSED, cudnn.ENGINE_CONFIG, _MOST_CONFIGS
-                )
-            except OnnxschedError:  # this one knows nothing of such a graph
-                continue
-            for config in configs:
-                kernel = _described(config)
-                if kernel is not None:
-                    found.setdefault(kernel, config)
-    return found
+def _configuration(what: FusedConvolution, kernel: Kernel, device: Device) -> Descriptor:
+    """A kernel as cuDNN takes it."""
+    (number,), *knobs = kernel
+    engine = Descriptor(
+        cudnn.ENGINE,
+        {cudnn.ENGINE_GRAPH: _operation_graph(what, device), cudnn.ENGINE_NUMBER: number},
+    )
+    values: dict[cudnn.Attribute, Any] = {cudnn.CONFIG_ENGINE: engine}
+    if knobs:
+        values[cudnn.CONFIG_KNOBS] = [
+            Descriptor(cudnn.KNOB_CHOICE, {cudnn.KNOB: knob, cudnn.KNOB_VALUE: value})
+            for knob, value in knobs
+        ]
+    return Descriptor(cudnn.ENGINE_CONFIG, values)
 
 
 def _described(config: Descriptor) -> Kernel | None:
@@ -166,6 +183,7 @@ def _described(config: Descriptor) -> Kernel | None:
     return (tuple(engine.get(cudnn.ENGINE_NUMBER, 1)), *sorted(knobs))
 
 
+@functools.cache
 def _operation_graph(what: FusedConvolution, device: Device) -> Descriptor:
     """What is computed, as cuDNN takes it: a convolution, a sum, a bias, a Relu."""
     steps: list[tuple[int, Descriptor | None]] = []
