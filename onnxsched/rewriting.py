@@ -15,6 +15,7 @@ from onnxsched.aligning import aligned, find_passages
 from onnxsched.bands import banded
 from onnxsched.drafting import Draft, assembled
 from onnxsched.duplication import duplicated
+from onnxsched.folding import find_stems, folded
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import merge
 from onnxsched.offsets import delayed, find_delays
@@ -35,10 +36,12 @@ _TWICE = "twice"
 _LATE = "late-bias"
 _TRANSPOSED = "transposed"
 _ALIGNED = "aligned"
+_FOLDED = "folded"
 _STEPS: Mapping[str, Callable[[Model], Model]] = {
     _LATE: delayed,
     _TRANSPOSED: transposed,
     _ALIGNED: aligned,
+    _FOLDED: folded,
 }
 _LEAST = 0.05
 """Of all operators: fewer biases that can wait, or products, are not worth a trial."""
@@ -58,8 +61,9 @@ def possible_rewrites(model: Model, device: Device, variant: Variant) -> Rewrite
     """The rewrites that change a model.
 
     Alike are those that store matrices transposed, or add channels for the kernels of channels
-    last. The others merge operators, each in another way; or where the variant adds the biases of
-    convolutions by kernels of their own, let them wait for sums.
+    last, or make channels of an image's pixels. The others merge operators, each in another way;
+    or where the variant adds the biases of convolutions by kernels of their own, let them wait for
+    sums.
     """
     if device.kind == "cpu" or model.host_reasons:
         return Rewrites()
@@ -78,7 +82,10 @@ def possible_rewrites(model: Model, device: Device, variant: Variant) -> Rewrite
 
 def _alike(view: GraphView, variant: Variant) -> tuple[str, ...]:
     if variant.layout == "nhwc":
-        return (_ALIGNED,) if find_passages(view) else ()
+        found = (_ALIGNED,) if find_passages(view) else ()
+        return (
+            (*found, joined("+".join(found) or NO_REWRITE, _FOLDED)) if find_stems(view) else found
+        )
     return (_TRANSPOSED,) if len(find_products(view)) >= _least(view.model) else ()
 
 
@@ -112,8 +119,8 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
     Args:
         model: A portable model that is not rewritten.
         rewrite: A name in `MERGES`, a scheme of `find_bands` and a count of bands, or `none`;
-            `late-bias`, `transposed` or `aligned`; or several, one after the other, with a `+`
-            between them.
+            `late-bias`, `transposed`, `aligned` or `folded`; or several, one after the other, with
+            a `+` between them.
         duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:

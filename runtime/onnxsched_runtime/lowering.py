@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
@@ -32,7 +34,7 @@ from onnxsched_runtime.model import (
 from onnxsched_runtime.session import OrtSession, lower_to_file
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
-from onnxsched_runtime.views import is_idle
+from onnxsched_runtime.views import is_idle, permutation
 
 _RENAMED = re.compile(r"(.+)_token_\d+(?:_\d+)?")
 
@@ -68,6 +70,7 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     flowing = written.union(value.name for value in model.graph.input)
     tensors = {name: kind for name, kind in known.items() if name in flowing}
     show_idle_transposes_as_views(model, tensors)
+    gather_as_transposed(model)
     made = replace(source, model=model, tensors=tensors, is_lowered=True)
     return fused(made) if source.variant.fuses else made
 
@@ -103,6 +106,30 @@ def _shape_of_idle_transpose(
     if before is None or before.shape is None or after is None or after.shape is None:
         return None
     return after.shape if is_idle(node, before.shape) and 0 not in after.shape else None
+
+
+def gather_as_transposed(model: onnx.ModelProto) -> None:
+    """Let a Gather out of a vector write what a Transpose makes of it for nothing, in place."""
+    graph = model.graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    writer = {tensor: node for node in graph.node for tensor in node.output}
+    readers = Counter(tensor for node in graph.node for tensor in node_reads(node))
+    readers.update(value.name for value in graph.output)
+    shapes = {node.output[0]: node for node in graph.node if node.op_type == "Reshape"}
+    for node in [node for node in graph.node if node.op_type == "Transpose"]:
+        gather = writer.get(node.input[0])
+        if gather is None or gather.op_type != "Gather" or readers[node.input[0]] > 1:
+            continue
+        data, places = gather.input
+        length = weights.get(shapes[data].input[1]) if data in shapes else None
+        if places not in weights or length is None or list(length.dims) != [1]:
+            continue
+        array = numpy_helper.to_array(weights[places])
+        moved = np.ascontiguousarray(array.transpose(permutation(node, array.ndim)))
+        name = f"{node.output[0]}/places"
+        graph.initializer.append(numpy_helper.from_array(moved, name))
+        gather.input[1], gather.output[0] = name, node.output[0]
+        graph.node.remove(node)
 
 
 def _declared(model: onnx.ModelProto) -> dict[str, TensorType]:

@@ -18,6 +18,7 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.lowering import (
+    gather_as_transposed,
     lower,
     origins,
     show_idle_transposes_as_views,
@@ -346,3 +347,37 @@ def test_a_transpose_is_shown_as_a_view_where_it_moves_no_number(
     assert (node.op_type, node.name) == ("Reshape" if is_idle else "Transpose", "moves")
     (result,) = models.reference(model, {"x": value})
     np.testing.assert_array_equal(result, value.transpose(perm))
+
+
+@pytest.mark.parametrize(("is_vector", "is_read_twice"), [(1, 0), (1, 1), (0, 0)])
+def test_a_gather_out_of_a_vector_writes_what_a_transpose_would(
+    is_vector: bool, is_read_twice: bool
+) -> None:
+    order = [0, 2, 3, 1] if is_vector else [1, 0]
+    places = np.array([5, 0, 1, 2, 3, 4, 0, 0, 3, 1, 2, 5]).reshape(2, 3, 2, 1)
+    stored = {
+        "shape": np.array([-1] if is_vector else [2, 3]),
+        "places": places if is_vector else np.array([1, 0]),
+    }
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["flat"], "flat"),
+        helper.make_node("Gather", ["flat", "places"], ["read"], "gather", axis=0),
+        helper.make_node("Transpose", ["read"], ["y"], "moves", perm=order),
+        helper.make_node("Neg", ["read" if is_read_twice else "y"], ["z"], "neg"),
+    ]
+    float32 = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", float32, [1, 6])],
+        [helper.make_tensor_value_info(name, float32, None) for name in "yz"],
+        [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    feeds = {"x": np.arange(6, dtype=np.float32).reshape(1, 6)}
+    expected = models.reference(model, feeds)
+    gather_as_transposed(model)
+    is_gone = "moves" not in {node.name for node in model.graph.node}
+    assert is_gone == (is_vector and not is_read_twice)
+    models.assert_same(models.reference(model, feeds), expected)
