@@ -106,10 +106,12 @@ def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
     )  # fmt: skip
     variants = [outcome.model.variant for outcome in found.variants]
     assert DEFAULT_VARIANT in variants
+    assert any(variant.fuses for variant in variants)
     assert Variant("nhwc", fuse_conv_bias=True) in variants
     for raced in (found.variants, found.alike, found.merged):
         assert list(raced) == sorted(raced, key=lambda outcome: outcome.median_us)
-    assert {outcome.model.rewrite for outcome in found.alike} == {"none", "aligned"}
+    rewrites = {outcome.model.rewrite for outcome in found.alike}
+    assert rewrites == {"none", "aligned", "aligned+folded"}
     base = found.alike[0].model
     rewrites = {outcome.model.rewrite for outcome in found.merged}
     assert rewrites == {base.rewrite, joined(base.rewrite, "merge-padded")}
@@ -120,7 +122,9 @@ def test_only_variants_that_are_right_take_part(zoo: Zoo) -> None:
     ("name", "variant", "alike", "merged"),
     [
         ("googlenet", Variant("nhwc", fuse_conv_bias=True),
-         {"aligned"}, {"merge", "merge-inner"}),
+         {"aligned", "aligned+folded"}, {"merge", "merge-inner"}),
+        ("googlenet", Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic", fuses=True),
+         {"aligned", "aligned+folded"}, {"merge", "merge-inner"}),
         ("googlenet", DEFAULT_VARIANT, set(), {"merge", "merge-inner"}),
         ("t5_encoder", DEFAULT_VARIANT, {"transposed"}, {"merge"}),
         ("randwire", DEFAULT_VARIANT, set(), {"late-bias"}),
