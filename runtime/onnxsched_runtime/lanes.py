@@ -8,7 +8,7 @@ that nothing else is copied to, so that it is found in what was captured, and le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -99,8 +99,12 @@ def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
             if place[earlier].chain != place[later].chain
         ]
     waiting = {point.chain for _, point in between if point.boundary == 0}
+    readers: dict[str, set[int]] = {}
+    for index, segment in enumerate(plan.segments):
+        for tensor in segment.inputs:
+            readers.setdefault(tensor, set()).add(index)
     return LanePlan(
-        tuple(_lane(plan, placement, tuple(group)) for placement, group in groups),
+        tuple(_lane(plan, placement, tuple(group), readers) for placement, group in groups),
         tuple(tuple(position[index] for index in group) for _, group in groups),
         tuple(between),
         tuple(number for number in range(len(groups)) if number not in waiting),
@@ -124,14 +128,18 @@ def lane_tensors(plan: ExecutionPlan) -> frozenset[str]:
     return frozenset(t for lane in lanes for t in (*lane.inputs, *lane.outputs))
 
 
-def _lane(plan: ExecutionPlan, placement: Placement, indices: tuple[int, ...]) -> Lane:
+def _lane(
+    plan: ExecutionPlan,
+    placement: Placement,
+    indices: tuple[int, ...],
+    readers: Mapping[str, set[int]],
+) -> Lane:
     own = set(indices)
     segments = [plan.segments[index] for index in indices]
     written = dict.fromkeys(t for segment in segments for t in segment.outputs)
     read = dict.fromkeys(t for segment in segments for t in segment.inputs if t not in written)
-    needed = {t for i, s in enumerate(plan.segments) if i not in own for t in s.inputs}
-    needed.update(plan.outputs)
-    outputs = tuple(t for t in written if t in needed) or tuple(written)[-1:]
+    needed = (t for t in written if t in plan.outputs or readers.get(t, own) - own)
+    outputs = tuple(needed) or tuple(written)[-1:]
     return Lane(placement, indices, tuple(read), outputs)
 
 
