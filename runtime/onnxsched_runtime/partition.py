@@ -54,12 +54,14 @@ def required_waits(
         dependencies: For each unit the units whose results it needs.
         main: The stream that everything forks from and joins to.
     """
-    clocks: dict[Placement, dict[Placement, int]] = {main: {main: _START}}
-    done: dict[int, dict[Placement, int]] = {_START: {main: _START}}
-    stream_of = {_START: main, **dict(enumerate(placements))}
+    numbers: dict[Placement, int] = {main: 0}  # of streams: dictionaries find them sooner
+    streams = [numbers.setdefault(placement, len(numbers)) for placement in placements]
+    clocks: dict[int, dict[int, int]] = {0: {0: _START}}
+    done: dict[int, dict[int, int]] = {_START: {0: _START}}
+    stream_of = {_START: 0, **dict(enumerate(streams))}
 
-    def unknown(units: Iterable[int], clock: dict[Placement, int]) -> tuple[int, ...]:
-        latest: dict[Placement, int] = {}
+    def unknown(units: Iterable[int], clock: dict[int, int]) -> tuple[int, ...]:
+        latest: dict[int, int] = {}
         for unit in sorted(units):
             if clock.get(stream_of[unit], -2) < unit:
                 latest[stream_of[unit]] = unit
@@ -69,21 +71,21 @@ def required_waits(
             if not any(done[o].get(stream, -2) >= unit for o in latest.values() if o != unit)
         )
 
-    def learn(clock: dict[Placement, int], waits: Iterable[int]) -> None:
+    def learn(clock: dict[int, int], waits: Iterable[int]) -> None:
         for unit in waits:
             for stream, last in done[unit].items():
                 clock[stream] = max(clock.get(stream, -2), last)
 
     before = []
-    for unit, placement in enumerate(placements):
-        clock = clocks.setdefault(placement, {})
+    for unit, stream in enumerate(streams):
+        clock = clocks.setdefault(stream, {})
         waits = unknown((_START, *dependencies[unit]), clock)
         learn(clock, waits)
         before.append(waits)
-        clock[placement] = unit
+        clock[stream] = unit
         done[unit] = dict(clock)
-    ends = {stream_of[u]: u for u in range(len(placements))}
-    return RequiredWaits(tuple(before), unknown(ends.values(), clocks[main]))
+    ends = {stream: unit for unit, stream in enumerate(streams)}
+    return RequiredWaits(tuple(before), unknown(ends.values(), clocks[0]))
 
 
 def plan_execution(
