@@ -7,7 +7,7 @@ sees them: executors launch them through cuDNN.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,14 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxsched_runtime.convolution import FusedConvolution, FusedNode
 from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, is_fused, node_reads
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.views import VIEWS
 
 _NHWC_DOMAIN = "com.ms.internal.nhwc"
 _ELEMENT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _KEEPS_SIGNS = ("MaxPool", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 """What can as well be done after a Relu, bit for bit."""
+_BRIEF = ("Concat", "Relu", "Transpose", *VIEWS)
+"""What is not counted on the way to a tensor."""
 
 
 def fused(source: ModelSource) -> ModelSource:
@@ -104,7 +107,7 @@ class _Draft:
         self._source = source
         self.nodes = {node.name: node for node in graph.node}
         self._writer = {t: node for node in graph.node for t in node.output if t}
-        self._depth = _depths(source)
+        self._depth = depths(source.model.graph.node)
         self._read_count = Counter(t for node in graph.node for t in node_reads(node))
         self._read_count.update(value.name for value in graph.output)
         self._fused: dict[str, _Fused] = {
@@ -216,13 +219,21 @@ def _is_image(kind: TensorType | None) -> bool:
     )
 
 
-def _depths(source: ModelSource) -> dict[str, int]:
-    """How many operators come before each tensor at least, one after another; inputs have 0."""
+def depths(nodes: Iterable[NodeProto]) -> dict[str, int]:
+    """How many operators come before each tensor at least, one after another; inputs have 0.
+
+    Only those that take time of their own.
+    """
     depth: dict[str, int] = {}
-    for node in source.model.graph.node:
-        own = 1 + max((depth.get(tensor, 0) for tensor in node_reads(node)), default=0)
-        depth |= dict.fromkeys(node.output, own)
+    for node in nodes:
+        before = max((depth.get(tensor, 0) for tensor in node_reads(node)), default=0)
+        depth |= dict.fromkeys(node.output, before + steps_of(node))
     return depth
+
+
+def steps_of(node: NodeProto) -> int:
+    """1 for an operator that takes time of its own, 0 for one that is hardly more than a copy."""
+    return int(node.op_type not in _BRIEF or node.domain not in ("", "ai.onnx"))
 
 
 def _made(fused: _Fused) -> NodeProto:
