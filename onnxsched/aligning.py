@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from onnxsched.drafting import Draft, assembled, with_size
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView, attributes_of, is_elementwise, kind_of
+from onnxsched.siblings import GraphView, is_dense_convolution, is_elementwise, kind_of
 
 _GROUP = 32
 _MOST_FLOPS = 5e8
@@ -111,16 +111,9 @@ def _flops(view: GraphView, node: onnx.NodeProto) -> float:
 
 
 def _is_dense(view: GraphView, node: onnx.NodeProto) -> bool:
-    """Whether a node is a convolution of all channels, of which nothing is computed."""
-    if kind_of(node) != ("", "Conv") or attributes_of(node).get("group", 1) != 1:
-        return False
-    kinds = [view.model.tensors.get(name) for name in (node.input[0], node.output[0])]
-    return (
-        all(name in view.weights for name in node.input[1:])
-        and view.weights[node.input[1]].data_type in _FLOATS
-        and node.input[0] not in view.weights
-        and all(kind is not None and len(kind.shape or ()) >= 3 for kind in kinds)
-    )
+    """Whether a node is a convolution of all channels that there are fast kernels for."""
+    is_dense = is_dense_convolution(view, node)
+    return is_dense and view.weights[node.input[1]].data_type in _FLOATS
 
 
 def _widened(

@@ -27,6 +27,7 @@ from onnxsched.rewriting import (
     Rewrites,
     joined,
     possible_bands,
+    possible_early_sums,
     possible_rewrites,
     rewritten,
     twice,
@@ -108,7 +109,7 @@ def _subjects(
         return profiles[lowered.form]
 
     raced = _raced(model, default, profile_of, plain, request, progress)
-    raced += _in_bands(model, *raced[0], request)
+    raced[1:1] = _beside_best(model, *raced[0], request)
     subjects = []
     for portable, lowered in raced:
         own = (
@@ -198,10 +199,12 @@ def _raced(
     ]
 
 
-def _in_bands(
+def _beside_best(
     model: Model, best: Model, lowered: Model, request: Request
 ) -> list[tuple[Model, Model]]:
-    """The best form of a model in bands, which no race in one stream tells the worth of.
+    """The best form of a model in ways that no race in one stream tells the worth of.
+
+    These are bands over several devices, and early sums on one: both are more operators.
 
     Args:
         model: As it was loaded.
@@ -212,9 +215,11 @@ def _in_bands(
     Returns:
         Portable models, each with what it is lowered to.
     """
-    if not request.is_split:
-        return []
-    names = possible_bands(best, len(request.machine.devices))
+    names: tuple[str, ...] = ()
+    if request.is_split:
+        names = possible_bands(best, len(request.machine.devices))
+    elif len(request.machine.devices) == 1 and request.variants and request.schedule is None:
+        names = possible_early_sums(best, lowered.variant)
     models = [rewritten(model, joined(best.rewrite, name)) for name in names]
     pairs = [(portable, _lowered(portable, lowered.variant, request)) for portable in models]
     return [(portable, lowered) for portable, lowered in pairs if lowered is not None]

@@ -242,6 +242,18 @@ def is_elementwise(view: GraphView, node: onnx.NodeProto) -> bool:
     return kind_of(node) in (_BIASED if given else _UNARY) and len(given) <= 1
 
 
+def is_dense_convolution(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether a node is a convolution of all channels of which nothing stored is computed."""
+    if kind_of(node) != ("", "Conv") or attributes_of(node).get("group", 1) != 1:
+        return False
+    kinds = [view.model.tensors.get(name) for name in (node.input[0], node.output[0])]
+    return (
+        all(name in view.weights for name in node.input[1:])
+        and node.input[0] not in view.weights
+        and all(kind is not None and len(kind.shape or ()) >= 3 for kind in kinds)
+    )
+
+
 def _in_order_of_concat(view: GraphView, group: Sequence[Sibling]) -> tuple[Sibling, ...]:
     """As one Concat joins them, which then needs no pieces."""
     concats = [concat_after(view, sibling.node) for sibling in group]

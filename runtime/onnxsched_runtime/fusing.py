@@ -7,7 +7,7 @@ sees them: executors launch them through cuDNN.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,29 +17,32 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxsched_runtime.convolution import FusedConvolution, FusedNode
 from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, is_fused, node_reads
 from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.views import VIEWS
 
+_DOMAINS = ("", "ai.onnx")
 _NHWC_DOMAIN = "com.ms.internal.nhwc"
 _ELEMENT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _KEEPS_SIGNS = ("MaxPool", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 """What can as well be done after a Relu, bit for bit."""
+_BRIEF = ("Concat", "Relu", "Transpose", *VIEWS)
+"""What is not counted on the way to a tensor."""
 
 
 def fused(source: ModelSource) -> ModelSource:
     """The lowered model with convolutions that take in what follows them.
 
-    A Relu also where other operators that keep signs lie between. A sum only where the other
-    summand is there before the convolution starts: it would wait for it else. O(nodes).
+    Relus also where there are several, or other operators that keep signs between. A sum only
+    where the other summand is there before the convolution starts: it would wait for it else.
+    O(nodes).
 
     Args:
         source: Lowered, channels last.
     """
     draft = _Draft(source)
     for node in list(draft.nodes.values()):
-        if node.op_type == "Add" and node.domain in ("", "ai.onnx"):
+        if node.op_type == "Add" and node.domain in _DOMAINS:
             draft.take_in_sum(node)
-    for node in list(draft.nodes.values()):
-        if node.op_type == "Relu" and node.domain in ("", "ai.onnx"):
-            draft.take_in_relu(node)
+    draft.take_in_relus()
     return draft.finished()
 
 
@@ -104,7 +107,7 @@ class _Draft:
         self._source = source
         self.nodes = {node.name: node for node in graph.node}
         self._writer = {t: node for node in graph.node for t in node.output if t}
-        self._depth = _depths(source)
+        self._depth = depths(source.model.graph.node)
         self._read_count = Counter(t for node in graph.node for t in node_reads(node))
         self._read_count.update(value.name for value in graph.output)
         self._fused: dict[str, _Fused] = {
@@ -114,7 +117,14 @@ class _Draft:
         }
         """By what they write."""
         self._renamed: dict[str, str] = {}
-        """What is written under the name of what read it."""
+        """What tensors are called where a Relu has been left out."""
+        self._readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for tensor in node_reads(node):
+                self._readers.setdefault(tensor, []).append(node)
+        self._outputs = {value.name for value in graph.output}
+        self._only_rectified: dict[str, bool] = {}
+        self._nowhere_negative: dict[str, bool] = {}
 
     def take_in_sum(self, add: NodeProto) -> None:
         """Let a convolution add what an Add does, where that is early enough."""
@@ -133,39 +143,55 @@ class _Draft:
                 self._replace(fused, add)
                 return
 
-    def take_in_relu(self, relu: NodeProto) -> None:
-        """Let the convolutions that a Relu reads rectify what they write, if that is all."""
-        tensor = relu.input[0]
-        found: list[_Fused] = []
-        if not self._can_rectify(tensor, found):
-            return
-        for fused in found:
-            fused.rectified = True
-        if tensor in self._fused:
-            if self._read_count[tensor] == 1:
-                self._replace(self._fused[tensor], relu)
-        elif found:
-            del self.nodes[relu.name]
-            self._renamed[tensor] = relu.output[0]
+    def take_in_relus(self) -> None:
+        """Let convolutions rectify what only Relus read, perhaps behind operators that keep signs.
 
-    def _can_rectify(self, tensor: str, found: list[_Fused]) -> bool:
-        """Whether what comes before a Relu can be nowhere negative; adds who has to see to it."""
-        if tensor in self._fused:
-            if not self._fused[tensor].rectified:
-                found.append(self._fused[tensor])
-                return self._read_count[tensor] == 1
-            return True
-        node = self._writer.get(tensor)
-        if node is None:
-            return False
-        if node.op_type == "Relu":
-            return True
-        if node.op_type not in _KEEPS_SIGNS or len(node.output) > 1:
-            return False
-        reads = node.input if node.op_type == "Concat" else node.input[:1]
-        pending = len(found)
-        holds = all(self._can_rectify(read, found) for read in reads)
-        return holds and (self._read_count[tensor] == 1 or len(found) == pending)
+        Relus of what is nowhere negative any more are left out.
+        """
+        for fused in self._fused.values():
+            fused.rectified = self._is_only_rectified(fused.output)
+        for node in list(self.nodes.values()):
+            if _is_relu(node) and self._is_nowhere_negative(node.input[0]):
+                self._leave_out(node)
+
+    def _is_only_rectified(self, tensor: str) -> bool:
+        """Whether all that reads a tensor rectifies it, perhaps behind what keeps signs."""
+        if tensor not in self._only_rectified:
+            readers = self._readers.get(tensor, [])
+            self._only_rectified[tensor] = tensor not in self._outputs and all(
+                _is_relu(node) or (_keeps_signs(node) and self._is_only_rectified(node.output[0]))
+                for node in readers
+            )
+        return self._only_rectified[tensor]
+
+    def _is_nowhere_negative(self, tensor: str) -> bool:
+        if tensor not in self._nowhere_negative:
+            node, fused = self._writer.get(tensor), self._fused.get(tensor)
+            if node is None or fused is not None:
+                known = fused is not None and fused.rectified
+            else:
+                known = _is_relu(node) or (
+                    _keeps_signs(node) and all(map(self._is_nowhere_negative, _moved_by(node)))
+                )
+            self._nowhere_negative[tensor] = known
+        return self._nowhere_negative[tensor]
+
+    def _leave_out(self, relu: NodeProto) -> None:
+        """Let what reads a Relu read what that reads; an output keeps its name."""
+        read, written = self._name_of(relu.input[0]), relu.output[0]
+        if written not in self._outputs:
+            self._renamed[written] = read
+        elif read not in self._outputs:
+            self._renamed[read] = written
+        else:
+            return
+        del self.nodes[relu.name]
+
+    def _name_of(self, tensor: str) -> str:
+        """What a tensor is called once Relus have been left out."""
+        while tensor in self._renamed:
+            tensor = self._renamed[tensor]
+        return tensor
 
     def _replace(self, fused: _Fused, last: NodeProto) -> None:
         """Let a convolution write what `last` does, which it has taken in."""
@@ -176,8 +202,8 @@ class _Draft:
     def finished(self) -> ModelSource:
         """The model in topological order, and the types of what is left."""
         made = {fused.node.name: _made(fused) for fused in self._fused.values()}
-        nodes = [_renamed(made.get(name, node), self._renamed)
-                 for name, node in self.nodes.items()]  # fmt: skip
+        names = {tensor: self._name_of(tensor) for tensor in self._renamed}
+        nodes = [_renamed(made.get(name, node), names) for name, node in self.nodes.items()]
         model = type(self._source.model)()
         model.CopyFrom(self._source.model)
         del model.graph.node[:]
@@ -186,6 +212,19 @@ class _Draft:
         ends = {value.name for value in model.graph.input}
         tensors = {n: k for n, k in self._source.tensors.items() if n in written or n in ends}
         return replace(self._source, model=model, tensors=tensors)
+
+
+def _is_relu(node: NodeProto) -> bool:
+    return node.op_type == "Relu" and node.domain in _DOMAINS
+
+
+def _keeps_signs(node: NodeProto) -> bool:
+    return node.op_type in _KEEPS_SIGNS and len(node.output) == 1
+
+
+def _moved_by(node: NodeProto) -> Sequence[str]:
+    """What an operator that keeps signs takes its numbers from."""
+    return list(node.input)[: None if node.op_type == "Concat" else 1]
 
 
 def _is_fusable(node: NodeProto, source: ModelSource) -> bool:
@@ -215,13 +254,21 @@ def _is_image(kind: TensorType | None) -> bool:
     )
 
 
-def _depths(source: ModelSource) -> dict[str, int]:
-    """How many operators come before each tensor at least, one after another; inputs have 0."""
+def depths(nodes: Iterable[NodeProto]) -> dict[str, int]:
+    """How many operators come before each tensor at least, one after another; inputs have 0.
+
+    Only those that take time of their own.
+    """
     depth: dict[str, int] = {}
-    for node in source.model.graph.node:
-        own = 1 + max((depth.get(tensor, 0) for tensor in node_reads(node)), default=0)
-        depth |= dict.fromkeys(node.output, own)
+    for node in nodes:
+        before = max((depth.get(tensor, 0) for tensor in node_reads(node)), default=0)
+        depth |= dict.fromkeys(node.output, before + steps_of(node))
     return depth
+
+
+def steps_of(node: NodeProto) -> int:
+    """1 for an operator that takes time of its own, 0 for one that is hardly more than a copy."""
+    return int(node.op_type not in _BRIEF or node.domain not in _DOMAINS)
 
 
 def _made(fused: _Fused) -> NodeProto:
