@@ -29,7 +29,7 @@ from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.models import MODELS, annotated, annotation_of, chain, diamond, feeds_for, reference
 
-NHWC = Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic")
+NHWC = Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic", fuses=True)
 DEVICES = [Device("cpu"), Device("cuda"), Device("cuda", 1)]
 
 
@@ -303,7 +303,8 @@ def test_the_variant_is_written_field_by_field_and_survives_a_restoration() -> N
     model = diamond()
     write_annotation(model, replace(annotation_of(model), variant=NHWC))
     assert json.loads(_schedule(model).value)["variant"] == {
-        "layout": "nhwc", "fuse_conv_bias": True, "conv_search": "heuristic", "tf32": True,
+        "layout": "nhwc", "fuse_conv_bias": True, "conv_search": "heuristic", "fuses": True,
+        "tf32": True,
     }  # fmt: skip
     _drop_node_keys(model.graph.node[1])
     assert restore_annotation(model) == 1
@@ -319,8 +320,12 @@ def test_a_file_without_a_variant_has_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", [None, [], "", "nhwc", 1, {"layout": "nchwc"}, {"tf32": 0}, {"conv_search": None}]
-)
+    "variant",
+    [
+        None, [], "", "nhwc", 1, {"layout": "nchwc"}, {"tf32": 0}, {"fuses": 0},
+        {"conv_search": None},
+    ],
+)  # fmt: skip
 def test_a_damaged_variant_is_refused(variant: Any) -> None:
     model = annotated(diamond())
     content = json.loads(_schedule(model).value)
