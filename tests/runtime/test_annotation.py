@@ -27,6 +27,7 @@ from onnxsched_runtime.errors import AnnotationError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+from support.fused import kernels
 from support.models import MODELS, annotated, annotation_of, chain, diamond, feeds_for, reference
 
 NHWC = Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic", fuses=True)
@@ -56,6 +57,7 @@ def schedules(draw: st.DrawFn, model: onnx.ModelProto) -> Annotation:
         tensors=draw(st.dictionaries(st.text(max_size=4), types, max_size=4)),
         host_reasons=draw(st.dictionaries(st.sampled_from(names), st.text(max_size=9))),
         variant=draw(st.sampled_from([DEFAULT_VARIANT, NHWC, Variant(tf32=False)])),
+        kernels=draw(kernels()),
         details=draw(st.dictionaries(st.sampled_from(["policy", "times", "é"]), _json())),
     )
 
@@ -330,6 +332,25 @@ def test_a_damaged_variant_is_refused(variant: Any) -> None:
     model = annotated(diamond())
     content = json.loads(_schedule(model).value)
     content["variant"] = variant
+    _schedule(model).value = json.dumps(content)
+    message = _refusal(model)
+    assert message.startswith("The model's schedule is damaged (")
+    assert message.endswith("run `onnxsched optimize` again.")
+
+
+def test_a_file_without_kernels_has_none() -> None:
+    model = annotated(diamond())
+    content = json.loads(_schedule(model).value)
+    assert content.pop("kernels") == []
+    _schedule(model).value = json.dumps(content)
+    assert read_annotation(model).kernels == {}
+
+
+@pytest.mark.parametrize("damaged", [None, 1, "conv", [1], [[[1, 2], [[3]]]], [[[], None]]])
+def test_damaged_kernels_are_refused(damaged: Any) -> None:
+    model = annotated(diamond())
+    content = json.loads(_schedule(model).value)
+    content["kernels"] = damaged
     _schedule(model).value = json.dumps(content)
     message = _refusal(model)
     assert message.startswith("The model's schedule is damaged (")
