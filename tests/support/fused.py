@@ -207,7 +207,7 @@ def lowered_models(draw: DrawFn, max_steps: int = 7, *, on_cpu: bool = False) ->
     """
     shape = (draw(st.integers(1, 2)), draw(st.integers(2, 4)), draw(st.integers(2, 4)), 2)
     lowered = Lowered(shape, draw(st.integers(0, 2**32)))
-    kinds = ["conv", "conv", "relu", "add", "add", "concat", "residual", "inception", "reshape"]
+    kinds = ["conv", "relu", "add", "concat", "sum", "sum", "inception", "inception", "reshape"]
     kinds += [] if on_cpu else ["pool", "pool", "grouped", "other form"]
     for _ in range(draw(st.integers(1, max_steps))):
         _grow(draw, lowered, draw(st.sampled_from(kinds)), on_cpu=on_cpu)
@@ -251,10 +251,21 @@ def _grow(draw: DrawFn, lowered: Lowered, kind: str, *, on_cpu: bool) -> None:
             lowered.add("Add", [image, draw(st.sampled_from(alike))])
         case "concat" if count < 8:
             lowered.add("Concat", [image, draw(st.sampled_from(near))], axis=3)
-        case "residual":
-            inner = conv(image)
-            pair = draw(st.permutations([lowered.conv(inner, count), image]))
-            lowered.add("Relu", [lowered.add("Add", pair)])
+        case "sum":
+            deep = lowered.conv(lowered.conv(image, 1) if draw(st.booleans()) else image, count)
+            others = {
+                "image": lambda: image,
+                "alike": lambda: draw(st.sampled_from(alike)),
+                "later": lambda: lowered.conv(image, count),
+                "deeper": lambda: lowered.conv(lowered.conv(image, 1), count),
+                "narrow": lambda: lowered.conv(image, 1),
+            }
+            other = others[draw(st.sampled_from([*others]))]()
+            result = lowered.add("Add", draw(st.permutations([deep, other])))
+            if draw(st.booleans()):
+                result = lowered.add("Add", [result, image])
+            if draw(st.booleans()):
+                lowered.add("Relu", [result])
         case "inception":
             joined = lowered.add("Concat", [branch() for _ in range(2)], axis=3)
             lowered.add("Relu", [joined])
