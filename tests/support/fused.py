@@ -141,7 +141,7 @@ def convolved(
     dilations: Sequence[int] = (1, 1),
     pads: Sequence[int] = (0, 0, 0, 0),
     group: int = 1,
-    rectified: int = 0,
+    rectified: bool | int = False,
 ) -> Array:
     """A convolution of images channels last with filters in ONNX's order, and what follows it."""
     parts = zip(np.split(image, group, -1), np.split(filters, group), strict=True)
@@ -191,6 +191,7 @@ _OPERATORS: Mapping[tuple[str, str], Callable[..., Array]] = {
     ("", "Relu"): lambda value: np.maximum(value, 0),
     ("", "Add"): np.add,
     ("", "Concat"): lambda *values, axis: np.concatenate(values, axis),
+    ("", "MatMul"): np.matmul,
     ("", "Reshape"): np.reshape,
     ("", "Transpose"): lambda value, perm: np.transpose(value, perm),
 }
