@@ -92,10 +92,6 @@ class Lowered:
         tensors = {n: TensorType(self.element_type, shape) for n, shape in self.shapes.items()}
         return ModelSource(model, tensors, FUSES, is_lowered=True)
 
-    def feeds(self, seed: int = 1) -> dict[str, Array]:
-        """Images of small integers."""
-        return feeds_for(self.source(), seed)
-
 
 def feeds_for(source: ModelSource, seed: int = 1) -> dict[str, Array]:
     """Images of small integers for a model."""
