@@ -66,10 +66,16 @@ def kernels_from_json(content: Sequence[Any]) -> dict[FusedConvolution, Kernel]:
         TypeError, ValueError: It is something else.
     """
     return {
-        FusedConvolution(*map(_frozen, fields)): tuple(tuple(map(int, pair)) for pair in kernel)
+        FusedConvolution(*map(_frozen, fields)): tuple(
+            tuple(map(_frozen, pair)) for pair in kernel
+        )
         for fields, kernel in content
     }
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(map(int, value)) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    if not isinstance(value, int):
+        raise ValueError(f"{value!r} is no number")
+    return value

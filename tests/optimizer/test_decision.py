@@ -21,6 +21,7 @@ from onnxsched.outcomes import Outcome, Subject
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot
+from onnxsched_runtime.convolution import FusedConvolution, Kernels, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.graphs import graph_of
@@ -28,6 +29,12 @@ from support.models import CPU
 
 DIAMOND = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
 OPERATORS = {f"operator_{index}": (float(index + 1), "memory") for index in range(4)}
+
+WHAT = FusedConvolution(
+    1, (1, 3, 8, 8), (4, 3, 3, 3), (1, 4, 8, 8), (1, 1), (1, 1), (1, 1, 1, 1), True, False, True
+)
+KERNELS: Kernels = {WHAT: ((47,), (3, 2)), replace(WHAT, adds=True): ((1,),)}
+KERNEL_FIELDS = kernels_to_json(KERNELS)[0][0]
 
 
 def subject(variant: Variant = DEFAULT_VARIANT, rewrite: str = "none") -> Subject:
@@ -133,6 +140,17 @@ def test_a_decision_is_remembered(cache: MeasurementCache, decision: Decision) -
     assert recall(cache, "another", lambda *_: DIAMOND, MACHINE) is None
 
 
+def test_the_kernels_of_what_was_chosen_are_part_of_it(cache: MeasurementCache) -> None:
+    fuses = Variant("nhwc", fuses=True)
+    other = subject(fuses)
+    other = replace(other, model=replace(other.model, kernels=KERNELS))
+    kept = decide([replace(FAST, form=(fuses, "none")), SEQUENTIAL], [subject(), other], "auto")
+    assert kept.kernels == KERNELS
+    remember(cache, "key", kept, MACHINE.devices)
+    assert recall(cache, "key", lambda *_: DIAMOND, MACHINE) == kept
+    assert decide([SEQUENTIAL], [subject(), other], "auto").kernels == {}
+
+
 def test_it_is_recalled_for_the_graph_that_its_rewrite_makes(
     cache: MeasurementCache, decision: Decision
 ) -> None:
@@ -235,6 +253,10 @@ def test_a_decision_for_another_graph_is_ignored(
         lambda content: content.pop("rewrite"),
         lambda content: content.pop("duplicates"),
         lambda content: content.update(duplicates=[["operator_0", "copy"]]),
+        lambda content: content.pop("kernels"),
+        lambda content: content.update(kernels=None),
+        lambda content: content.update(kernels=[[[1], [[47]]]]),
+        lambda content: content.update(kernels=[[KERNEL_FIELDS, [[float("inf")]]]]),
     ],
 )
 def test_a_damaged_decision_is_ignored(

@@ -27,9 +27,10 @@ from onnxsched_runtime.errors import AnnotationError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
+from support.fused import kernels
 from support.models import MODELS, annotated, annotation_of, chain, diamond, feeds_for, reference
 
-NHWC = Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic")
+NHWC = Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic", fuses=True)
 DEVICES = [Device("cpu"), Device("cuda"), Device("cuda", 1)]
 
 
@@ -56,6 +57,7 @@ def schedules(draw: st.DrawFn, model: onnx.ModelProto) -> Annotation:
         tensors=draw(st.dictionaries(st.text(max_size=4), types, max_size=4)),
         host_reasons=draw(st.dictionaries(st.sampled_from(names), st.text(max_size=9))),
         variant=draw(st.sampled_from([DEFAULT_VARIANT, NHWC, Variant(tf32=False)])),
+        kernels=draw(kernels()),
         details=draw(st.dictionaries(st.sampled_from(["policy", "times", "é"]), _json())),
     )
 
@@ -303,7 +305,8 @@ def test_the_variant_is_written_field_by_field_and_survives_a_restoration() -> N
     model = diamond()
     write_annotation(model, replace(annotation_of(model), variant=NHWC))
     assert json.loads(_schedule(model).value)["variant"] == {
-        "layout": "nhwc", "fuse_conv_bias": True, "conv_search": "heuristic", "tf32": True,
+        "layout": "nhwc", "fuse_conv_bias": True, "conv_search": "heuristic", "fuses": True,
+        "tf32": True,
     }  # fmt: skip
     _drop_node_keys(model.graph.node[1])
     assert restore_annotation(model) == 1
@@ -319,12 +322,35 @@ def test_a_file_without_a_variant_has_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", [None, [], "", "nhwc", 1, {"layout": "nchwc"}, {"tf32": 0}, {"conv_search": None}]
-)
+    "variant",
+    [
+        None, [], "", "nhwc", 1, {"layout": "nchwc"}, {"tf32": 0}, {"fuses": 0},
+        {"conv_search": None},
+    ],
+)  # fmt: skip
 def test_a_damaged_variant_is_refused(variant: Any) -> None:
     model = annotated(diamond())
     content = json.loads(_schedule(model).value)
     content["variant"] = variant
+    _schedule(model).value = json.dumps(content)
+    message = _refusal(model)
+    assert message.startswith("The model's schedule is damaged (")
+    assert message.endswith("run `onnxsched optimize` again.")
+
+
+def test_a_file_without_kernels_has_none() -> None:
+    model = annotated(diamond())
+    content = json.loads(_schedule(model).value)
+    assert content.pop("kernels") == []
+    _schedule(model).value = json.dumps(content)
+    assert read_annotation(model).kernels == {}
+
+
+@pytest.mark.parametrize("damaged", [None, 1, "conv", [1], [[[1, 2], [[3]]]], [[[], None]]])
+def test_damaged_kernels_are_refused(damaged: Any) -> None:
+    model = annotated(diamond())
+    content = json.loads(_schedule(model).value)
+    content["kernels"] = damaged
     _schedule(model).value = json.dumps(content)
     message = _refusal(model)
     assert message.startswith("The model's schedule is damaged (")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import onnx
 import pytest
+from hypothesis import given, settings
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.lanes import (
@@ -19,7 +21,9 @@ from onnxsched_runtime.lanes import (
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.wiring import Point
 from support import models
+from support.plans import Problem, closure, problems
 
 
 def planned(
@@ -76,6 +80,37 @@ def test_a_view_of_what_comes_from_elsewhere_is_copied() -> None:
     (viewing,) = [lane for lane in lanes if "tall" in lane.outputs]
     assert written_instead(source, plan, viewing) == {}
     assert nodes_of(source, plan, viewing) == ["wide", "tall"]
+
+
+@settings(deadline=None)
+@given(problem=problems(max_operations=14, streams=3))
+def test_a_fused_segment_is_a_lane_of_its_own_and_waits_keep_the_order_of_its_stream(
+    problem: Problem,
+) -> None:
+    plan = problem.plan()
+    for piece in (piece for piece in plan.pieces if piece.captured):
+        found = lanes_of(plan, piece)
+        place: dict[int, Point] = {}
+        edges = [((recorded, 0), (waiting, 1)) for recorded, waiting in found.waits]
+        for number, lane in enumerate(found.lanes):
+            fused = [plan.segments[index].is_fused for index in lane.segments]
+            assert fused == [True] or not any(fused)
+            for boundary, index in enumerate(lane.segments):
+                place[index] = here = Point(number, boundary)
+                edges += [((here, 0), (here, 1)), ((here, 1), (after(here), 0))]
+        sessions = [lane for lane in found.lanes if not plan.segments[lane.segments[0]].is_fused]
+        assert len({lane.placement for lane in sessions}) == len(sessions)
+        order = closure(edges)
+        on: dict[Placement, list[int]] = {}
+        for index in piece.runs:
+            on.setdefault(plan.segments[index].placement, []).append(index)
+        for earlier, later in (pair for indices in on.values() for pair in pairwise(indices)):
+            assert ((after(place[earlier]), 0), (place[later], 1)) in order
+
+
+def after(point: Point) -> Point:
+    """The boundary behind a segment; each has a side where events are recorded, and one behind."""
+    return Point(point.chain, point.boundary + 1)
 
 
 def tied(last: str = "Gemm<transB = 1>(hidden, table)") -> onnx.ModelProto:

@@ -21,6 +21,7 @@ from onnxsched_runtime.partition import (
     readers_of,
     required_waits,
     segment_of,
+    segments_of_run,
 )
 from onnxsched_runtime.plan import Operation, Record, Run, Step, Wait, check_plan
 from support.plans import (
@@ -107,16 +108,18 @@ def test_a_segment_hands_on_what_others_read_or_one_tensor_if_they_read_none(
 
 @settings(deadline=None)
 @given(problem=problems(hosts=False))
-def test_segments_end_only_where_an_event_is(problem: Problem) -> None:
+def test_segments_end_only_where_an_event_or_a_fused_operation_is(problem: Problem) -> None:
     plan = problem.plan()
     lanes: dict[Placement, list[Step]] = {}
     for step in plan.pieces[0].steps:
         lanes.setdefault(plan.placement_of(step), []).append(step)
     for lane in lanes.values():
-        assert not any(isinstance(a, Run) and isinstance(b, Run) for a, b in pairwise(lane))
+        for a, b in pairwise(lane):
+            if isinstance(a, Run) and isinstance(b, Run):
+                assert any(plan.segments[step.segment].is_fused for step in (a, b))
 
 
-@given(problem=problems(hosts=False, streams=1))
+@given(problem=problems(hosts=False, fuses=False, streams=1))
 def test_one_stream_is_one_segment_without_events(problem: Problem) -> None:
     plan = problem.plan()
     assert [segment.nodes for segment in plan.segments] == [
@@ -124,6 +127,26 @@ def test_one_stream_is_one_segment_without_events(problem: Problem) -> None:
     ]
     assert plan.pieces[0].steps == (Run(0),)
     assert plan.wait_count == 0
+
+
+@given(problem=problems(hosts=False, streams=1))
+def test_on_one_stream_segments_are_cut_around_fused_operations_only(problem: Problem) -> None:
+    plan = problem.plan()
+    assert plan.pieces[0].steps == tuple(map(Run, range(len(plan.segments))))
+    readers = readers_of(problem.operations, problem.outputs)
+    assert list(plan.segments) == segments_of_run(problem.operations, readers)
+    held = [name for segment in plan.segments for name in segment.nodes]
+    assert held == [o.name for o in problem.operations]
+    assert all(a.is_fused or b.is_fused for a, b in pairwise(plan.segments))
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_a_fused_operation_is_alone_in_its_segment(problem: Problem) -> None:
+    fused = {o.name for o in problem.operations if o.is_fused}
+    for segment in problem.plan().segments:
+        assert segment.is_fused == (not fused.isdisjoint(segment.nodes))
+        assert not segment.is_fused or len(segment.nodes) == 1
 
 
 def test_a_fork_and_join_worked_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
 from onnxsched_runtime.errors import PlanError
+from onnxsched_runtime.partition import assemble, readers_of, segment_of
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait, check_plan
 from support.plans import (
     Problem,
@@ -66,6 +68,35 @@ def test_a_run_before_its_producer_comes_too_early(problem: Problem) -> None:
                 moved = with_step_moved(plan, number, position, earlier)
                 with pytest.raises(PlanError):
                     check_plan(moved, problem.operations)
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_a_segment_that_is_called_fused_and_is_not_is_refused_and_the_reverse(
+    problem: Problem,
+) -> None:
+    plan = problem.plan()
+    for index, segment in enumerate(plan.segments):
+        segments = list(plan.segments)
+        segments[index] = replace(segment, is_fused=not segment.is_fused)
+        message = f"'{segment.nodes[0]}' is in a segment of another kind"
+        with pytest.raises(PlanError, match=message):
+            check_plan(replace(plan, segments=tuple(segments)), problem.operations)
+
+
+@pytest.mark.parametrize("fused", [*product((False, True), repeat=2)])
+def test_operations_share_a_segment_only_if_none_is_fused(fused: tuple[bool, bool]) -> None:
+    operations = [
+        operation("a", 0, "x", fused=fused[0]),
+        operation("b", 0, "a", fused=fused[1]),
+    ]
+    joined = segment_of(operations, readers_of(operations, ["b"]))
+    plan = assemble([joined], ["x"], ["b"])
+    if not any(fused):
+        check_plan(plan, operations)
+        return
+    with pytest.raises(PlanError, match=r"'[ab]' is in a segment of another kind"):
+        check_plan(plan, operations)
 
 
 def _run_at(plan: ExecutionPlan, number: int, position: int) -> int:

@@ -17,6 +17,7 @@ VARIANTS: SearchStrategy[Variant] = st.builds(
     layout=st.sampled_from(["nchw", "nhwc"]),
     fuse_conv_bias=st.booleans(),
     conv_search=st.sampled_from(["exhaustive", "heuristic"]),
+    fuses=st.booleans(),
     tf32=st.booleans(),
 )
 
@@ -37,7 +38,11 @@ def test_different_variants_read_differently(one: Variant, other: Variant) -> No
         (DEFAULT_VARIANT, "nchw"),
         (Variant("nhwc"), "nhwc"),
         (Variant(fuse_conv_bias=True), "nchw+bias"),
-        (Variant("nhwc", True, "heuristic", False), "nhwc+bias+heuristic-tf32"),
+        (Variant("nhwc", fuses=True), "nhwc+fused"),
+        (
+            Variant("nhwc", True, "heuristic", fuses=True, tf32=False),
+            "nhwc+bias+fused+heuristic-tf32",
+        ),
     ],
 )
 def test_it_is_short_to_read(variant: Variant, text: str) -> None:
@@ -53,7 +58,8 @@ def test_missing_fields_are_defaults_and_unknown_ones_nothing() -> None:
     "content",
     [
         {"layout": "NHWC"}, {"layout": None}, {"layout": ["nhwc"]}, {"conv_search": "default"},
-        {"fuse_conv_bias": 1}, {"tf32": "no"}, {"tf32": None}, [], "", "nhwc", None, 3,
+        {"fuse_conv_bias": 1}, {"fuses": 1}, {"fuses": None}, {"tf32": "no"}, {"tf32": None},
+        [], "", "nhwc", None, 3,
     ],
     ids=str,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ import pytest
 
 from onnxsched_runtime import cuda, load
 from onnxsched_runtime.arena import packed
+from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import runner
@@ -27,6 +28,7 @@ from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.wiring import ChainNode, WiredNode
+from support.fused import convolved
 
 
 class FakeStream:
@@ -113,6 +115,55 @@ class FakeChain:
         pass
 
 
+class FakeKernel:
+    """A fused convolution, computed on the host memory that it is bound to."""
+
+    workspace_nbytes = 64
+    wanted: ClassVar[list[Kernel | None]] = []
+    """The kernel that was asked for, by each that was made."""
+
+    def __init__(self, what: FusedConvolution, device: Device, wanted: Kernel | None) -> None:
+        self._what = what
+        self.device = device
+        FakeKernel.wanted.append(wanted)
+
+    def bind(self, places: cuda.Places) -> cuda.Places:
+        assert (places.bias is not None) == self._what.has_bias
+        assert (places.added is not None) == self._what.adds
+        return places
+
+    def launch(self, bound: cuda.Places, stream: FakeStream) -> None:
+        """Compute; what lies in the workspace is lost."""
+        assert stream.is_open
+        assert stream.device == self.device
+        what = self._what
+        ctypes.memset(bound.workspace, 0xFF, self.workspace_nbytes)
+        output = self._at(bound.output, _last(what.output))
+        output[:] = convolved(
+            self._at(bound.image, _last(what.image)),
+            np.moveaxis(self._at(bound.filters, _last(what.filters)), -1, 1),
+            None if bound.bias is None else self._at(bound.bias, what.output[1:2]),
+            None if bound.added is None else self._at(bound.added, _last(what.output)),
+            strides=what.strides,
+            dilations=what.dilations,
+            pads=what.pads,
+            rectified=what.is_rectified,
+        )
+
+    def _at(self, pointer: int, shape: Sequence[int]) -> np.ndarray:
+        """The tensor that lies at an address."""
+        kind = TensorType(self._what.element_type, tuple(shape))
+        memory = (ctypes.c_char * kind.nbytes).from_address(pointer)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.element_type)
+        return np.frombuffer(memoryview(memory), dtype).reshape(shape)
+
+
+def _last(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape with its channels, which come second, last."""
+    first, channels, *sizes = shape
+    return (first, *sizes, channels)
+
+
 class FakeGraph:
     """Holds what was issued; refuses as often as `refusals` says."""
 
@@ -189,6 +240,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "enable_peer_access", lambda devices: None)
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
     monkeypatch.setattr(runner, "OrtSession", open_session)
+    monkeypatch.setattr(cuda, "fused_kernel", FakeKernel)
+    monkeypatch.setattr(runner, "called", lambda device, function, *values: function(*values))
+    monkeypatch.setattr(FakeKernel, "wanted", [])
     monkeypatch.setattr(cuda, "keep_blas_workspace", lambda kind: None)
     monkeypatch.setattr(FakeGraph, "refusals", 0)
     monkeypatch.setattr(FakeGraph, "launches", 0)

@@ -22,10 +22,17 @@ def stream(number: int, gpu: int = 0) -> Placement:
 
 
 def operation(
-    name: str, on: int, reads: str = "", writes: str = "", *, host: str | None = None
+    name: str,
+    on: int,
+    reads: str = "",
+    writes: str = "",
+    *,
+    host: str | None = None,
+    fused: bool = False,
 ) -> Operation:
     """An operation on a stream; tensors are separated by spaces, and it writes its own name."""
-    return Operation(name, stream(on), tuple(reads.split()), tuple((writes or name).split()), host)
+    written = tuple((writes or name).split())
+    return Operation(name, stream(on), tuple(reads.split()), written, host, fused)
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,11 @@ def problems(
     max_operations: int = 10,
     *,
     hosts: bool = True,
+    fuses: bool = True,
     streams: int = 4,
     gpus: int = 1,
 ) -> Problem:
-    """Random operations in launch order: any graph, spread over streams, some on the host."""
+    """Random operations in launch order: any graph, over streams, some fused or on the host."""
     reasons: SearchStrategy[str | None] = (
         st.sampled_from([None, None, None, "a loop", "a sequence"]) if hosts else st.none()
     )
@@ -66,8 +74,10 @@ def problems(
         writes = [f"t{number}.{i}" for i in range(draw(st.sampled_from([1, 1, 2])))]
         reads = draw(st.lists(st.sampled_from(tensors), max_size=3, unique=True))
         placement = stream(draw(st.integers(0, streams - 1)), draw(st.integers(0, gpus - 1)))
+        reason = draw(reasons)
+        is_fused = fuses and reason is None and draw(st.sampled_from([False, False, True]))
         operations.append(
-            Operation(f"o{number}", placement, tuple(reads), tuple(writes), draw(reasons))
+            Operation(f"o{number}", placement, tuple(reads), tuple(writes), reason, is_fused)
         )
         tensors += writes
     outputs = draw(st.lists(st.sampled_from(tensors[1:]), min_size=1, max_size=3, unique=True))

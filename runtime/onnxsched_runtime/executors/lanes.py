@@ -90,7 +90,7 @@ class LaneRunner(PlanRunner):
         """Upload a weight once, for all sessions of a device."""
         array = self._source.large_weight(name)
         if array is not None:
-            self._upload(name, array, device)
+            self._upload(name, array, device, self._weights)
 
     def _open_marks(self, lane: Lane) -> None:
         """What the marks of a lane copy from, and what each copies to, once for all lanes."""

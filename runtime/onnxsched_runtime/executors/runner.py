@@ -54,7 +54,9 @@ class PlanRunner:
         """Of segments on the host, by their index."""
         self._fused = fused_nodes(source)
         self._weights: dict[tuple[Device, str], cuda.Buffer] = {}
-        """What no session holds: weights of fused convolutions, and what several sessions read."""
+        """What several sessions read, as it is stored."""
+        self._fused_weights: dict[tuple[Device, str], cuda.Buffer] = {}
+        """What fused convolutions read; filters lie channels last."""
         try:
             used = {piece.main for piece in plan.pieces}
             used |= {plan.placement_of(step) for piece in plan.pieces for step in piece.steps}
@@ -151,26 +153,33 @@ class PlanRunner:
             largest = max(workspaces.get(segment.placement, 0), kernel.workspace_nbytes)
             workspaces[segment.placement] = largest
             for name in filter(None, (node.filters, node.bias)):
-                self._upload(name, weight_array(self._source, name), device)
+                array = weight_array(self._source, name)
+                self._upload(name, array, device, self._fused_weights)
         self._fused_workspaces = {
             placement: self._resources.enter_context(cuda.DeviceMemory(nbytes, placement.device))
             for placement, nbytes in workspaces.items()
         }
 
-    def _upload(self, name: str, array: np.ndarray, device: Device) -> None:
+    def _upload(
+        self,
+        name: str,
+        array: np.ndarray,
+        device: Device,
+        held: dict[tuple[Device, str], cuda.Buffer],
+    ) -> None:
         """Upload a weight once for all that read it on a device."""
-        if (device, name) not in self._weights:
+        if (device, name) not in held:
             memory = self._resources.enter_context(cuda.DeviceMemory(array.nbytes, device))
             memory.upload(array, 0)
             kind = self._source.kind_of(name)
-            self._weights[device, name] = cuda.Buffer(kind, device, memory.pointer)
+            held[device, name] = cuda.Buffer(kind, device, memory.pointer)
 
     def _fused_run(self, index: int, buffers: Mapping[str, cuda.Buffer]) -> FusedRun:
         """A fused segment on fixed buffers; those of one stream share a workspace."""
         segment = self.plan.segments[index]
         node, placement = self._fused[segment.nodes[0]], segment.placement
         here = {self.plan.original(name): buffers[name].pointer for name in segment.inputs}
-        weights = self._weights
+        weights = self._fused_weights
         places = cuda.Places(
             image=here[node.image],
             filters=weights[placement.device, node.filters].pointer,

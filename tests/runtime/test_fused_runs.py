@@ -1,0 +1,199 @@
+"""Executors run fused convolutions beside sessions, on fakes: the same numbers, weights once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+
+from onnxsched.contraction import contract_chains
+from onnxsched.loading import Model, graph_from_model
+from onnxsched.schedule import Schedule, Slot
+from onnxsched.trial import TrialRunner
+from onnxsched_runtime import cuda
+from onnxsched_runtime.convolution import Kernel
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.executors.streams import Capture, StreamExecutor
+from onnxsched_runtime.fusing import fused, fused_nodes
+from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.planning import plan_model
+from support import fake_cuda
+from support.fused import Lowered, feeds_for, lowered_models, outputs_of
+from support.models import Array
+from support.optimizing import assert_close
+
+GPU = Device("cuda")
+CAPTURES: tuple[Capture, ...] = ("whole", "ort", "none")
+
+
+@contextmanager
+def fakes() -> Iterator[pytest.MonkeyPatch]:
+    """CUDA replaced, as often as Hypothesis wants."""
+    with pytest.MonkeyPatch.context() as patch:
+        fake_cuda.install(patch)
+        yield patch
+
+
+def round_robin(source: ModelSource, *placements: Placement) -> dict[str, Placement]:
+    """The nodes in their order, on the placements in turn."""
+    nodes = source.model.graph.node
+    return {n.name: placements[i % len(placements)] for i, n in enumerate(nodes)}
+
+
+@contextmanager
+def opened(
+    source: ModelSource, placements: Mapping[str, Placement], capture: Capture = "whole"
+) -> Iterator[StreamExecutor]:
+    plan = plan_model(source.model, placements, {})
+    with StreamExecutor(source, plan, capture) as executor:
+        assert (executor.capture, executor.refusal) == (capture, None)
+        yield executor
+
+
+def assert_right(executor: StreamExecutor, source: ModelSource, seed: int = 1) -> None:
+    """Check a run against what is computed node by node."""
+    feeds = feeds_for(source, seed)
+    names = [value.name for value in source.model.graph.output]
+    assert_close(executor.run(feeds, names), outputs_of(source, feeds), 1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), source=lowered_models(5, on_cpu=True), capture=st.sampled_from(CAPTURES))
+def test_fused_models_compute_the_same_on_any_streams_however_they_are_captured(
+    data: DataObject, source: ModelSource, capture: Capture
+) -> None:
+    after = fused(source)
+    streams = st.integers(0, 2).map(lambda stream: Placement(GPU, stream))
+    placements = {node.name: data.draw(streams) for node in after.model.graph.node}
+    with fakes(), opened(after, placements, capture) as executor:
+        for seed in range(2):
+            assert_right(executor, after, seed)
+
+
+def inception() -> ModelSource:
+    """Convolutions side by side, between operators of sessions."""
+    net = Lowered((1, 4, 4, 4))
+    start = net.add("Relu", ["x"])
+    left = net.add("Relu", [net.conv(start, 4, 3)])
+    right = net.add("Relu", [net.conv(net.conv(start, 8), 4, 3, bias=False)])
+    joined = net.add("Concat", [left, right], axis=3)
+    total = net.add("Add", [net.conv(joined, 8), joined])
+    return fused(net.source(net.reshape(net.add("Relu", [total]), 1, -1)))
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("device_count", [1, 2])
+def test_weights_are_uploaded_once_for_a_device(capture: Capture, device_count: int) -> None:
+    net = Lowered((1, 4, 4, 4))
+    first = net.conv("x", 4, 3)
+    second = net.add("Conv", [first, *net.nodes[0].input[1:]], net.nodes[0].domain, pads=[1] * 4)
+    source = fused(net.source(net.add("Relu", [second])))
+    devices = [Device("cuda", index) for index in range(device_count)]
+    uploads: list[int] = []
+    upload = fake_cuda.FakeMemory.upload
+
+    def counted(memory: fake_cuda.FakeMemory, array: np.ndarray, offset_nbytes: int) -> None:
+        uploads.append(array.nbytes)
+        upload(memory, array, offset_nbytes)
+
+    placements = round_robin(source, *(Placement(device, 1) for device in devices))
+    with fakes() as patch:
+        patch.setattr(fake_cuda.FakeMemory, "upload", counted)
+        with opened(source, placements, capture) as executor:
+            once = {4 * 4 * 3 * 3 * 4: device_count, 4 * 4: device_count}
+            assert Counter(uploads) == once
+            assert_right(executor, source)
+
+
+def test_a_model_with_fused_convolutions_is_one_launch() -> None:
+    source = inception()
+    placements = round_robin(source, Placement(GPU, 1), Placement(GPU, 2))
+    with fakes(), opened(source, placements) as executor:
+        assert executor.is_one_graph
+        assert executor.graph_count == 1
+        assert_right(executor, source)
+        assert fake_cuda.FakeGraph.launches == 1
+
+
+def test_the_kernel_that_was_measured_is_asked_for() -> None:
+    source = inception()
+    nodes = [*fused_nodes(source).values()]
+    known: dict[Any, Kernel] = {nodes[0].what: ((47,), (3, 2)), nodes[2].what: ((1,),)}
+    source = replace(source, kernels=known)
+    with fakes(), opened(source, round_robin(source, Placement(GPU, 0))) as executor:
+        wanted = Counter(fake_cuda.FakeKernel.wanted)
+        assert wanted == Counter(known.get(node.what) for node in nodes)
+        assert_right(executor, source)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_weight_that_sessions_share_lies_for_each_as_it_takes_it(capture: Capture) -> None:
+    net = Lowered((1, 8, 8, 4))
+    convolved = net.conv("x", 8, 8, pads=[4, 4, 3, 3])
+    filters = net.nodes[0].input[1]
+    square = net.reshape("x", 4, 8, 8)
+    products = [net.add("MatMul", [read, filters]) for read in (square, net.add("Relu", [square]))]
+    source = fused(net.source(convolved, *products))
+    streams = zip(source.model.graph.node, (0, 1, 2, 1, 2), strict=True)
+    placements = {node.name: Placement(GPU, stream) for node, stream in streams}
+    with fakes(), opened(source, placements, capture) as executor:
+        assert_right(executor, source)
+
+
+def model_of(source: ModelSource) -> Model:
+    """A lowered model as the optimizer holds it."""
+    return Model(
+        source.model,
+        source.tensors,
+        {},
+        {"x": source.tensors["x"].shape or ()},
+        source.model,
+        source.variant,
+        is_lowered=True,
+    )
+
+
+@settings(deadline=None, max_examples=12)
+@given(data=st.data(), source=lowered_models(5, on_cpu=True))
+def test_trials_of_fused_models_compute_the_same_by_every_schedule(
+    data: DataObject, source: ModelSource
+) -> None:
+    model = model_of(fused(source))
+    contraction = contract_chains(graph_from_model(model))
+    launches: list[int] = []
+
+    def launched(stream: object, launch: Any, count: int) -> tuple[float, ...]:
+        launch()
+        launches.append(count)
+        return (1.0,)
+
+    with fakes() as patch, TrialRunner(model, contraction, GPU, ()) as trials:
+        patch.setattr(cuda, "time_launches_us", launched)
+        for _ in range(2):
+            streams = [data.draw(st.integers(0, 2)) for _ in contraction.groups]
+            slots = [Slot(v, Placement(GPU, stream)) for v, stream in enumerate(streams)]
+            assert_trial_right(trials, model.source, Schedule(tuple(slots)))
+    assert len(launches) == 2
+
+
+def assert_trial_right(trials: TrialRunner, source: ModelSource, schedule: Schedule) -> None:
+    """Measure a schedule, and check what its graph leaves in the buffers."""
+    buffers = trials._runner.buffers
+    main, *_ = trials._runner.streams.values()
+    feeds: dict[str, Array] = feeds_for(source)
+    for name in feeds.keys() & buffers.keys():
+        buffers[name].fill(feeds[name], main)
+    assert trials.measure_us(schedule) == (1.0,)
+    found = []
+    for value in source.model.graph.output:
+        buffers[value.name].fetch(main)
+        found.append(buffers[value.name].staging.copy())
+    assert_close(found, outputs_of(source, feeds), 1e-5)
