@@ -7,16 +7,20 @@ happens-before relation that `check_plan` knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxsched_runtime.clocks import Clock, Clocks
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
-from onnxsched_runtime.plan import ExecutionPlan, Record, Step, Wait
+from onnxsched_runtime.plan import ExecutionPlan, Record, Run, Step, Wait
 
 ALIGNMENT_NBYTES = 256
 """What `cudaMalloc` guarantees, and kernels with wide loads count on."""
+
+
+Touched = Mapping[str, Collection[int]]
+"""For a tensor the segments that read or write its place under another name, in a view's place."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class Lifetime:
         return self.is_over_before(other) or other.is_over_before(self)
 
 
-def plan_arena(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> Arena:
+def plan_arena(
+    plan: ExecutionPlan, nbytes: Mapping[str, int], touched: Touched | None = None
+) -> Arena:
     """Give tensors of a plan places.
 
     Greedy by size (Pisarchyk and Lee, "Efficient memory management for deep neural net
@@ -61,8 +67,9 @@ def plan_arena(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> Arena:
     Args:
         plan: A plan that passes `check_plan`.
         nbytes: Size of each of its tensors that needs a place.
+        touched: What also reads and writes these places.
     """
-    lives = lifetimes(plan, nbytes)
+    lives = lifetimes(plan, nbytes, touched)
     order = sorted(lives, key=lambda name: (-lives[name].nbytes, name))
     offsets: dict[str, int] = {}
     for name in order:
@@ -86,13 +93,18 @@ def packed(nbytes: Mapping[str, int]) -> Arena:
     return Arena(end, offsets)
 
 
-def check_arena(plan: ExecutionPlan, nbytes: Mapping[str, int], arena: Arena) -> None:
+def check_arena(
+    plan: ExecutionPlan,
+    nbytes: Mapping[str, int],
+    arena: Arena,
+    touched: Touched | None = None,
+) -> None:
     """Check that no two tensors that may live together share bytes.
 
     Raises:
         PlanError: names two tensors that do, or one that is misplaced.
     """
-    lives = lifetimes(plan, nbytes)
+    lives = lifetimes(plan, nbytes, touched)
     for name in lives:
         if name not in arena.offsets:
             raise PlanError(f"Tensor '{name}' has no place in memory.")
@@ -109,18 +121,25 @@ def check_arena(plan: ExecutionPlan, nbytes: Mapping[str, int], arena: Arena) ->
                 raise PlanError(f"Tensors '{name}' and '{other}' share memory while both live.")
 
 
-def lifetimes(plan: ExecutionPlan, nbytes: Mapping[str, int]) -> dict[str, Lifetime]:
+def lifetimes(
+    plan: ExecutionPlan, nbytes: Mapping[str, int], touched: Touched | None = None
+) -> dict[str, Lifetime]:
     """When each of these tensors of a plan is in use. O((steps + uses) x streams)."""
+    others: dict[int, list[str]] = {}
+    for name, indices in (touched or {}).items():
+        for index in indices:
+            others.setdefault(index, []).append(name)
     kept = {*plan.inputs, *plan.outputs}
     born: dict[str, Clock] = {}
     uses: dict[str, Clock] = {}
     for placement, tick, start, step in _work(plan):
-        for name in (*plan.reads(step), *plan.writes(step)):
+        beside = others.get(step.segment, []) if isinstance(step, Run) else []
+        for name in (*plan.reads(step), *plan.writes(step), *beside):
             if name in nbytes:
                 last = uses.setdefault(name, {})
                 last[placement] = max(last.get(placement, 0), tick)
-        for name in plan.writes(step):
-            born[name] = start
+        for name in (*plan.writes(step), *beside):
+            born.setdefault(name, start)
     return {
         name: Lifetime(nbytes[name], born.get(name, {}), uses.get(name, {}), name in kept)
         for name in sorted(nbytes)

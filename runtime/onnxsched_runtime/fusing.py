@@ -123,6 +123,8 @@ class _Draft:
             for tensor in node_reads(node):
                 self._readers.setdefault(tensor, []).append(node)
         self._outputs = {value.name for value in graph.output}
+        self._declared: dict[str, TensorType] = {}
+        """Types of new tensors."""
         self._only_rectified: dict[str, bool] = {}
         self._nowhere_negative: dict[str, bool] = {}
 
@@ -146,13 +148,16 @@ class _Draft:
     def take_in_relus(self) -> None:
         """Let convolutions rectify what only Relus read, perhaps behind operators that keep signs.
 
-        Relus of what is nowhere negative any more are left out.
+        Relus of what is nowhere negative any more are left out, and where a Concat joins one more
+        tensor only that one is rectified: averages, for one, which come earlier than the rest.
         """
         for fused in self._fused.values():
             fused.rectified = self._is_only_rectified(fused.output)
         for node in list(self.nodes.values()):
             if _is_relu(node) and self._is_nowhere_negative(node.input[0]):
                 self._leave_out(node)
+            elif _is_relu(node):
+                self._rectify_sooner(node)
 
     def _is_only_rectified(self, tensor: str) -> bool:
         """Whether all that reads a tensor rectifies it, perhaps behind what keeps signs."""
@@ -187,6 +192,23 @@ class _Draft:
             return
         del self.nodes[relu.name]
 
+    def _rectify_sooner(self, relu: NodeProto) -> None:
+        """Let a Relu behind a Concat come before it, if one tensor is all that it changes."""
+        joined, result = relu.input[0], relu.output[0]
+        concat = self._writer.get(joined)
+        if concat is None or concat.op_type != "Concat" or concat.name not in self.nodes:
+            return
+        changed = [t for t in dict.fromkeys(concat.input) if not self._is_nowhere_negative(t)]
+        if len(changed) > 1 or self._read_count[joined] > 1 or self._source.is_weight(changed[0]):
+            return
+        name = f"{result}/rectified"
+        while name in self._source.tensors or name in self._declared:
+            name += "_"
+        self._declared[name] = self._source.kind_of(changed[0])
+        own = {changed[0]: name, joined: result}
+        self.nodes[concat.name] = _renamed(self.nodes[concat.name], own)
+        self.nodes[relu.name] = _renamed(relu, {joined: changed[0], result: name})
+
     def _name_of(self, tensor: str) -> str:
         """What a tensor is called once Relus have been left out."""
         while tensor in self._renamed:
@@ -210,7 +232,8 @@ class _Draft:
         model.graph.node.extend(_in_order(nodes))
         written = {t for node in nodes for t in node.output}
         ends = {value.name for value in model.graph.input}
-        tensors = {n: k for n, k in self._source.tensors.items() if n in written or n in ends}
+        known = {**self._source.tensors, **self._declared}
+        tensors = {name: kind for name, kind in known.items() if name in written or name in ends}
         return replace(self._source, model=model, tensors=tensors)
 
 
@@ -219,7 +242,8 @@ def _is_relu(node: NodeProto) -> bool:
 
 
 def _keeps_signs(node: NodeProto) -> bool:
-    return node.op_type in _KEEPS_SIGNS and len(node.output) == 1
+    is_known = node.domain in (*_DOMAINS, _NHWC_DOMAIN)
+    return is_known and node.op_type in _KEEPS_SIGNS and len(node.output) == 1
 
 
 def _moved_by(node: NodeProto) -> Sequence[str]:

@@ -167,6 +167,28 @@ def written_instead(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> dic
     return found
 
 
+def touched_places(
+    source: ModelSource, plan: ExecutionPlan, lane: Lane
+) -> dict[str, tuple[int, ...]]:
+    """For outputs that are written as what they view, the segments that use it under that name.
+
+    It is there before the segment of the view runs, and perhaps after all that reads the view.
+    """
+    found = {}
+    for tensor, origin in written_instead(source, plan, lane).items():
+        names = {origin}  # and the views between
+        uses = []
+        for index in lane.segments:
+            nodes = [source.nodes[name] for name in plan.segments[index].nodes]
+            for node in nodes:
+                if _is_view(source, node) and node.input[0] in names:
+                    names.update(node.output)
+            if any(names.intersection((*node_reads(node), *node.output)) for node in nodes):
+                uses.append(index)
+        found[tensor] = tuple(uses)
+    return found
+
+
 def _is_view(source: ModelSource, node: NodeProto) -> bool:
     fixed = all(source.is_weight(name) for name in node.input[1:] if name)
     return is_view(node) and fixed

@@ -72,7 +72,8 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     show_idle_transposes_as_views(model, tensors)
     gather_as_transposed(model)
     made = replace(source, model=model, tensors=tensors, is_lowered=True)
-    return fused(made) if source.variant.fuses else made
+    is_fused = source.variant.fuses and source.variant.tf32  # cuDNN's kernels may use it
+    return fused(made) if is_fused else made
 
 
 def show_idle_transposes_as_views(

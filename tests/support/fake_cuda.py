@@ -233,7 +233,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "DeviceMemory", FakeMemory)
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
     monkeypatch.setattr(cuda, "Chain", FakeChain)
-    monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes: packed(nbytes))
+    monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes, touched: packed(nbytes))
     monkeypatch.setattr(load, "lower", lambda source, device, custom_ops: source)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "other_contexts", lambda devices: nullcontext())

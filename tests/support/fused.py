@@ -136,10 +136,11 @@ def convolved(
     strides: Sequence[int] = (1, 1),
     dilations: Sequence[int] = (1, 1),
     pads: Sequence[int] = (0, 0, 0, 0),
-    group: int = 1,
+    group: int | None = None,
     rectified: bool | int = False,
 ) -> Array:
     """A convolution of images channels last with filters in ONNX's order, and what follows it."""
+    group = group or image.shape[-1] // filters.shape[1]
     parts = zip(np.split(image, group, -1), np.split(filters, group), strict=True)
     result = np.concatenate([_sums(i, f, strides, dilations, pads) for i, f in parts], -1)
     result += 0 if bias is None else bias

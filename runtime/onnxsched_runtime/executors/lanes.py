@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.arena import ALIGNMENT_NBYTES, packed
+from onnxsched_runtime.arena import ALIGNMENT_NBYTES, Touched, packed
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, FusedRun, PlanRunner, view
 from onnxsched_runtime.lanes import (
@@ -19,6 +19,7 @@ from onnxsched_runtime.lanes import (
     lanes_of,
     marked_part,
     shared_weights,
+    touched_places,
     written_instead,
 )
 from onnxsched_runtime.model import ModelSource
@@ -62,6 +63,12 @@ class LaneRunner(PlanRunner):
                 stream = self._resources.enter_context(cuda.graph_stream(placement.device))
                 opened[placement.device] = stream
             self.streams[placement] = opened[placement.device]
+
+    def _touched(self) -> Touched:
+        lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]
+        run_here = [lane for lane in lanes if not self._is_copy(lane)]
+        places = (touched_places(self._source, self.plan, lane) for lane in run_here)
+        return {tensor: segments for found in places for tensor, segments in found.items()}
 
     def _open_runs(self) -> None:
         lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]

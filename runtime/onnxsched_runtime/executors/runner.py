@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.arena import Arena, check_arena, plan_arena
+from onnxsched_runtime.arena import Arena, Touched, check_arena, plan_arena
 from onnxsched_runtime.calling import called
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.fusing import fused_nodes, weight_array
@@ -90,9 +90,13 @@ class PlanRunner:
                 for name in sorted(tensors)
                 if self.plan.device_of[name] == device
             }
-            arena = plan_arena(self.plan, nbytes)
-            check_arena(self.plan, nbytes, arena)
+            arena = plan_arena(self.plan, nbytes, self._touched())
+            check_arena(self.plan, nbytes, arena, self._touched())
             self.buffers |= self._buffers_in(arena, device, self._resources)
+
+    def _touched(self) -> Touched:
+        """What uses the places of tensors under other names."""
+        return {}
 
     def _open_runs(self) -> None:
         """Make the sessions that run on the GPU."""
