@@ -99,6 +99,9 @@ def race_variants(
 ) -> Raced:
     """Run each variant as one session, drop those that are wrong, and time the rest.
 
+    Where convolutions can be fused, sessions are not tried channels last: they launch the same
+    kernels, and further ones, and take longer to prepare.
+
     What ORT refuses is dropped too, except for the first variant, which must work; and what takes
     so long to prepare that scheduling it would. The rewrites are then raced in the fastest
     variant, against it: first those that leave operators side by side as they are, then the others
@@ -126,7 +129,11 @@ def race_variants(
         attempts = _Attempts(
             model, device, plain, refusals_of, budget_s / 2, custom_ops, progress, stack
         )
-        entrants = attempts.prepare([(NO_REWRITE, variant) for variant in variants])
+        first = [v for v in variants if v.fuses or v.layout == "nchw"]
+        entrants = attempts.prepare([(NO_REWRITE, v) for v in first], is_needed=True)
+        if not any(entrant.model.variant.fuses for entrant in entrants):
+            rest = [(NO_REWRITE, v) for v in variants if v not in first]
+            entrants += attempts.prepare(rest)
         found = _timed(entrants, feeds, progress)
         best = found[0].model.variant
         base = next(entrant for entrant in entrants if entrant.model is found[0].model)
@@ -170,21 +177,26 @@ class _Attempts:
     """Closes the sessions."""
 
     def prepare(
-        self, wanted: Sequence[tuple[str, Variant]], usual_s: float = 0.0
+        self,
+        wanted: Sequence[tuple[str, Variant]],
+        usual_s: float = 0.0,
+        *,
+        is_needed: bool = False,
     ) -> list[_Entrant]:
         """Make a session of each rewrite and variant, while the budget lasts.
 
         Args:
             wanted: Their names, and the variants that they are for.
             usual_s: What such a session takes to prepare, as far as that is known.
+            is_needed: The model can't do without the first one.
 
         Raises:
-            ModelError: ORT refuses the first one, and that is no rewrite.
+            ModelError: ORT refuses the first one, and it is needed.
         """
         deadline = time.monotonic() + self.budget_s
         entrants = []
         for number, (rewrite, variant) in enumerate(wanted):
-            is_sure = not number and rewrite == NO_REWRITE
+            is_sure = not number and is_needed
             if not is_sure and time.monotonic() > deadline:
                 break
             self.progress("trying variants", number, len(wanted))
@@ -204,8 +216,8 @@ class _Attempts:
                 if is_sure:
                     raise
                 continue
-            is_right = is_sure or _is_right(self.model, entrant.session, self.plain)
             prepared_s = time.monotonic() - start
+            is_right = is_sure or _is_right(self.model, entrant.session, self.plain)
             is_quick = prepared_s <= max(_PREPARATION_SHARE * self.budget_s, _AS_LONG * usual_s)
             if is_sure:
                 deadline = time.monotonic() + self.budget_s

@@ -35,6 +35,7 @@ from support.strategies import GPU
 
 Form = Variant | str
 NHWC, BIAS, BOTH = Variant("nhwc"), Variant(fuse_conv_bias=True), Variant("nhwc", True)
+FUSED = replace(NHWC, fuses=True)
 
 
 def test_only_convolutions_on_a_gpu_have_a_choice() -> None:
@@ -143,7 +144,7 @@ class FakeSession:
 
 
 TIMES_US: dict[Form, tuple[float, ...]] = {
-    DEFAULT_VARIANT: (30.0, 31.0), NHWC: (10.0, 11.0), BIAS: (20.0, 21.0),
+    DEFAULT_VARIANT: (30.0, 31.0), NHWC: (10.0, 11.0), BIAS: (20.0, 21.0), FUSED: (9.0, 9.5),
     "merge": (15.0, 16.0), "merge-inner": (5.0, 6.0),
     "transposed": (8.0, 9.0), "aligned": (12.0, 13.0),
     "transposed+merge": (7.0, 8.0), "transposed+merge-inner": (9.0, 10.0),
@@ -230,6 +231,15 @@ def test_what_is_wrong_or_refused_is_dropped(
     planned.update(dict.fromkeys(culprits, fault))
     expected = [v for v in (NHWC, BIAS, DEFAULT_VARIANT) if v not in culprits]
     assert raced(*ALL) == expected
+
+
+@pytest.mark.parametrize("fault", [None, "wrong", "refused"])
+def test_sessions_channels_last_are_tried_where_fused_convolutions_are_not_right(
+    fault: str | None, planned: dict[Form, Any]
+) -> None:
+    planned[FUSED] = fault
+    expected = [FUSED, BIAS, DEFAULT_VARIANT] if fault is None else [NHWC, BIAS, DEFAULT_VARIANT]
+    assert raced(DEFAULT_VARIANT, FUSED, BIAS, NHWC) == expected
 
 
 @pytest.mark.parametrize("fault", ["refused", "session refused"])

@@ -58,7 +58,15 @@ def propose_kernels(what: FusedConvolution, device: Device) -> tuple[Kernel, ...
     return tuple(found)
 
 
-@functools.cache
+_kept: dict[tuple[FusedConvolution, Device, Kernel], FusedKernel] = {}
+"""What has been built, some of it in a tenth of a second, for whoever needs it later."""
+
+
+def keep_kernel(what: FusedConvolution, kernel: Kernel, built: FusedKernel) -> None:
+    """Let `fused_kernel` have what has been built already."""
+    _kept[what, built.device, kernel] = built
+
+
 def fused_kernel(what: FusedConvolution, device: Device, wanted: Kernel | None) -> FusedKernel:
     """A kernel that computes a convolution: the one that is wanted, if cuDNN supports it.
 
@@ -67,10 +75,15 @@ def fused_kernel(what: FusedConvolution, device: Device, wanted: Kernel | None) 
     """
     refusal = "cuDNN proposes none"
     for kernel in _wanted_first(what, device, wanted):
+        if (what, device, kernel) in _kept:
+            return _kept[what, device, kernel]
         try:
-            return FusedKernel(what, kernel, device)
+            built = FusedKernel(what, kernel, device)
         except OnnxschedError as error:
             refusal = str(error).rstrip(".")
+        else:
+            keep_kernel(what, kernel, built)
+            return built
     raise OnnxschedError(f"No kernel computes a convolution of {what.filters} ({refusal}).")
 
 

@@ -11,7 +11,12 @@ import onnx
 
 from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.cuda.buffers import DeviceMemory
-from onnxsched_runtime.cuda.convolutions import FusedKernel, Places, propose_kernels
+from onnxsched_runtime.cuda.convolutions import (
+    FusedKernel,
+    Places,
+    keep_kernel,
+    propose_kernels,
+)
 from onnxsched_runtime.cuda.graphs import Graph
 from onnxsched_runtime.cuda.streams import graph_stream, time_launches_us
 from onnxsched_runtime.device import Device
@@ -34,20 +39,25 @@ def fastest_kernel(what: FusedConvolution, device: Device) -> Kernel | None:
 
     Measured once a process.
     """
-    best: tuple[float, Kernel] | None = None
+    best: tuple[float, Kernel, FusedKernel] | None = None
     tried = 0
     for kernel in propose_kernels(what, device):
         if tried == (_TRIED_COUNT if what.filters[1] == what.image[1] else 1):
             break
         most_us = math.inf if best is None else _HOPELESS * best[0]
         try:
-            us = _time_us(what, FusedKernel(what, kernel, device), device, most_us)
+            built = FusedKernel(what, kernel, device)
+            us = _time_us(what, built, device, most_us)
         except OnnxschedError:
             continue
         tried += 1
         if best is None or us < _CLEARLY * best[0]:
-            best = us, kernel
-    return None if best is None else best[1]
+            best = us, kernel, built
+    if best is None:
+        return None
+    _, kernel, built = best
+    keep_kernel(what, kernel, built)
+    return kernel
 
 
 def _time_us(what: FusedConvolution, kernel: FusedKernel, device: Device, most_us: float) -> float:
