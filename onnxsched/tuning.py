@@ -34,6 +34,8 @@ _START_COUNT = 3
 """Schedules that local search starts from."""
 _SAMPLE_COUNT = 12
 """Runs of a schedule that is tried as it will run."""
+_HARDLY_APART = 1.01
+"""What trials are from one to the next."""
 _FINALIST_COUNT = 3
 """Candidates that are built as they will run, beside sequential ones."""
 
@@ -92,17 +94,26 @@ def tune(
 def _finalists(ranked: Sequence[Outcome]) -> list[Outcome]:
     """The model in one stream as it was loaded, the best schedule, then others.
 
-    Among them the best in one stream, and the best on one device.
+    Among them the best in one stream, and the best on one device. Of schedules that were hardly
+    apart those on fewer streams come first: each stream has a session, which holds memory.
     """
     sequential = [o for o in ranked if o.candidate.policy == "sequential"]
     plain = [outcome for outcome in sequential if outcome.form == AS_LOADED]
     streams = [outcome for outcome in sequential if outcome not in plain]
     streams.sort(key=_alone_us)
     others = [o for o in ranked if o.candidate.policy != "sequential"]
+    least_us = min((o.trial_us for o in others if o.trial_us is not None), default=0.0)
+    others.sort(key=lambda o: _streams_if_near(o, _HARDLY_APART * least_us))
     alone = [o for o in others if len(o.candidate.schedule.devices) == 1]
     best = others[:_FINALIST_COUNT]
     wanted = [*plain, *best[:1], *alone[:1], *streams[:1], *best[1:]]
     return list({id(outcome): outcome for outcome in wanted}.values())
+
+
+def _streams_if_near(outcome: Outcome, most_us: float) -> tuple[bool, int]:
+    """By what schedules are ranked that were hardly slower than the best; others stay behind."""
+    is_near = outcome.trial_us is not None and outcome.trial_us <= most_us
+    return (not is_near, outcome.candidate.stream_count if is_near else 0)
 
 
 def _alone_us(outcome: Outcome) -> float:

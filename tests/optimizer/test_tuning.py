@@ -403,6 +403,19 @@ def test_the_best_on_one_device_is_built_before_what_may_be_too_late(model: Mode
     assert [o.trial_us for o in finalists] == [5.0, 1.0, 4.0, 2.0, 3.0]
 
 
+def test_of_schedules_that_are_hardly_apart_those_on_few_streams_are_built_first(
+    model: Model,
+) -> None:
+    candidates = candidates_of(model, GPU)[1]
+    [plain] = [c for c in candidates if c.policy == "sequential"]
+    by_streams = {c.stream_count: c for c in candidates if c is not plain}
+    few, many = by_streams[2], by_streams[max(by_streams)]
+    assert few.stream_count < many.stream_count
+    for trial_us, expected in ((100.9, [few, many]), (101.1, [many, few])):
+        ranked = [Outcome(many, 100.0), Outcome(few, trial_us), Outcome(plain, 200.0)]
+        assert [o.candidate for o in tuning._finalists(ranked)] == [plain, *expected]
+
+
 def test_what_is_one_chain_is_no_worse_for_not_being_tried(model: Model) -> None:
     [plain] = [c for c in candidates_of(model, GPU)[1] if c.policy == "sequential"]
     tried = Outcome(plain, 2.0, form=(DEFAULT_VARIANT, "merge"))
