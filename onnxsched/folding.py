@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView, attributes_of, kind_of
+from onnxsched.siblings import GraphView, attributes_of, is_dense_convolution
 from onnxsched_runtime.tensor import TensorType
 
 _BLOCK = 2
@@ -61,49 +61,45 @@ def folded(model: Model) -> Model:
 
 
 def _stem(view: GraphView, node: onnx.NodeProto) -> Stem | None:
-    if kind_of(node) != ("", "Conv") or not _is_stored(view, node):
+    if not _moves_by_blocks(view, node):
         return None
-    shape = view.model.tensors[node.input[0]].shape or ()
-    filters = tuple(view.weights[node.input[1]].dims)
-    values = attributes_of(node)
-    is_fit = (
-        len(shape) == 4
-        and shape[1] <= _MOST_CHANNELS
-        and not shape[2] % _BLOCK
-        and not shape[3] % _BLOCK
-        and values.get("group", 1) == 1
-        and values.get("auto_pad", b"NOTSET") == b"NOTSET"
-        and list(values.get("strides", [1, 1])) == [_BLOCK, _BLOCK]
-        and list(values.get("dilations", [1, 1])) == [1, 1]
-        and min(filters[2:]) > _BLOCK
-        and shape[0] * _GROUP * shape[2] * shape[3] // _BLOCK**2 <= _MOST_NUMBERS
-    )
-    if not is_fit:
-        return None
-    begins, ends = values.get("pads", [0] * 4)[:2], values.get("pads", [0] * 4)[2:]
-    margins = tuple(begin % _BLOCK for begin in begins)
-    kernel = tuple(-(-(k + m) // _BLOCK) for k, m in zip(filters[2:], margins, strict=True))
-    before = [(begin + m) // _BLOCK for begin, m in zip(begins, margins, strict=True)]
-    counts = [
-        (size + begin + end - k) // _BLOCK + 1
-        for size, begin, end, k in zip(shape[2:], begins, ends, filters[2:], strict=True)
-    ]
+    shape, kernel = _shape(view, node), view.weights[node.input[1]].dims[2:]
+    pads = attributes_of(node).get("pads", [0] * 4)
+    margins = [begin % _BLOCK for begin in pads[:2]]
+    rows = list(zip(shape[2:], kernel, margins, pads[:2], pads[2:], strict=True))
+    blocks = [-(-(size + margin) // _BLOCK) for _, size, margin, _, _ in rows]
+    before = [(begin + margin) // _BLOCK for _, _, margin, begin, _ in rows]
+    counts = [(length + begin + end - size) // _BLOCK + 1 for length, size, _, begin, end in rows]
     behind = [
-        count - 1 - first + (k - 1) - (size // _BLOCK - 1)
-        for count, first, k, size in zip(counts, before, kernel, shape[2:], strict=True)
+        count - 1 - first + block - length // _BLOCK
+        for count, first, block, length in zip(counts, before, blocks, shape[2:], strict=True)
     ]
     if min(behind) < 0:
         return None
-    return Stem(node, shape, (kernel[0], kernel[1]), (margins[0], margins[1]), (*before, *behind))
+    return Stem(node, shape, (blocks[0], blocks[1]), (margins[0], margins[1]), (*before, *behind))
 
 
-def _is_stored(view: GraphView, node: onnx.NodeProto) -> bool:
+def _moves_by_blocks(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether a node is a convolution of images that can be read in blocks."""
+    if not is_dense_convolution(view, node):
+        return False
+    shape, weight, values = _shape(view, node), view.weights[node.input[1]], attributes_of(node)
     return (
-        all(name in view.weights for name in node.input[1:])
-        and len(view.weights[node.input[1]].dims) == 4
-        and view.weights[node.input[1]].data_type in _FLOATS
-        and node.input[0] in view.model.tensors
+        weight.data_type in _FLOATS
+        and len(shape) == 4
+        and shape[1] <= _MOST_CHANNELS
+        and not any(size % _BLOCK for size in shape[2:])
+        and values.get("auto_pad", b"NOTSET") == b"NOTSET"
+        and list(values.get("strides", [1, 1])) == [_BLOCK, _BLOCK]
+        and list(values.get("dilations", [1, 1])) == [1, 1]
+        and min(weight.dims[2:]) > _BLOCK
+        and shape[0] * _GROUP * shape[2] * shape[3] // _BLOCK**2 <= _MOST_NUMBERS
     )
+
+
+def _shape(view: GraphView, node: onnx.NodeProto) -> tuple[int, ...]:
+    """Of the image that a node reads."""
+    return view.model.tensors[node.input[0]].shape or ()
 
 
 def _fold(draft: Draft, stem: Stem) -> None:

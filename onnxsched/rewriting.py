@@ -3,8 +3,7 @@
 Merging siblings makes fewer and larger operators, but a longer way through the model for the
 smallest of them: whether it pays depends on the schedule, so it is tried with schedules. Bands of
 rows are more and smaller operators, which only several devices can gain from. These also gain by
-computing an operator twice rather than copying its result: which ones, a schedule tells. Early
-sums are more operators too, for a shorter way through the model: only several streams can gain.
+computing an operator twice rather than copying its result: which ones, a schedule tells.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from onnxsched.aligning import aligned, find_passages
 from onnxsched.bands import banded
 from onnxsched.drafting import Draft, assembled
 from onnxsched.duplication import duplicated
-from onnxsched.early_sums import find_early_sums, summed
 from onnxsched.folding import find_stems, folded
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import merge
@@ -39,13 +37,11 @@ _LATE = "late-bias"
 _TRANSPOSED = "transposed"
 _ALIGNED = "aligned"
 _FOLDED = "folded"
-_EARLY = "early-sums"
 _STEPS: Mapping[str, Callable[[Model], Model]] = {
     _LATE: delayed,
     _TRANSPOSED: transposed,
     _ALIGNED: aligned,
     _FOLDED: folded,
-    _EARLY: summed,
 }
 _LEAST = 0.05
 """Of all operators: fewer biases that can wait, or products, are not worth a trial."""
@@ -109,13 +105,6 @@ def possible_bands(model: Model, device_count: int) -> tuple[str, ...]:
     return tuple(f"{scheme}-{device_count}" for scheme in find_bands(model, device_count))
 
 
-def possible_early_sums(model: Model, variant: Variant) -> tuple[str, ...]:
-    """The rewrite that cuts convolutions of Concats in two: where one of both adds the other."""
-    if not variant.fuses or model.host_reasons:
-        return ()
-    return (_EARLY,) if find_early_sums(GraphView(model)) else ()
-
-
 def twice(rewrite: str) -> str:
     """The rewrite that computes operators twice after another, e.g. `bands-2+twice`."""
     return joined(rewrite, _TWICE)
@@ -130,8 +119,8 @@ def rewritten(model: Model, rewrite: str, duplicates: Sequence[Duplicate] = ()) 
     Args:
         model: A portable model that is not rewritten.
         rewrite: A name in `MERGES`, a scheme of `find_bands` and a count of bands, or `none`;
-            `late-bias`, `transposed`, `aligned`, `folded` or `early-sums`; or several, one after
-            the other, with a `+` between them.
+            `late-bias`, `transposed`, `aligned` or `folded`; or several, one after the other, with
+            a `+` between them.
         duplicates: What is computed twice then, as `recompute` finds it.
 
     Raises:

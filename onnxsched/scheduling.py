@@ -27,7 +27,6 @@ from onnxsched.rewriting import (
     Rewrites,
     joined,
     possible_bands,
-    possible_early_sums,
     possible_rewrites,
     rewritten,
     twice,
@@ -109,7 +108,7 @@ def _subjects(
         return profiles[lowered.form]
 
     raced = _raced(model, default, profile_of, plain, request, progress)
-    raced[1:1] = _beside_best(model, *raced[0], request)
+    raced += _in_bands(model, *raced[0], request)
     subjects = []
     for portable, lowered in raced:
         own = (
@@ -199,12 +198,10 @@ def _raced(
     ]
 
 
-def _beside_best(
+def _in_bands(
     model: Model, best: Model, lowered: Model, request: Request
 ) -> list[tuple[Model, Model]]:
-    """The best form of a model in ways that no race in one stream tells the worth of.
-
-    These are bands over several devices, and early sums on one: both are more operators.
+    """The best form of a model in bands, which no race in one stream tells the worth of.
 
     Args:
         model: As it was loaded.
@@ -215,11 +212,9 @@ def _beside_best(
     Returns:
         Portable models, each with what it is lowered to.
     """
-    names: tuple[str, ...] = ()
-    if request.is_split:
-        names = possible_bands(best, len(request.machine.devices))
-    elif len(request.machine.devices) == 1 and request.variants and request.schedule is None:
-        names = possible_early_sums(best, lowered.variant)
+    if not request.is_split:
+        return []
+    names = possible_bands(best, len(request.machine.devices))
     models = [rewritten(model, joined(best.rewrite, name)) for name in names]
     pairs = [(portable, _lowered(portable, lowered.variant, request)) for portable in models]
     return [(portable, lowered) for portable, lowered in pairs if lowered is not None]

@@ -1,4 +1,4 @@
-"""Make the README's table from the committed result files, the later ones over the earlier.
+"""Make the README's table from the suite's committed results.
 
 python tools/benchmark_table.py            # prints it
 python tools/benchmark_table.py --write    # puts it into README.md
@@ -8,53 +8,59 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tools.suite_table import COLUMNS, fastest, grouped
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = [
-    ROOT / "docs" / "benchmarks" / name
-    for name in ("h200-zoo.json", "h200-variants.json", "h200-defaults.json")
-]
+RESULTS = ROOT / "docs" / "benchmarks" / "h200-suite.json"
 BEGIN, END = "<!-- benchmark table: begin -->\n", "<!-- benchmark table: end -->\n"
+_HEADS = (
+    "model", "torch.compile", "ORT's CUDA graph", "ORT's best", "**schedule**",
+    "over ORT's CUDA graph", "over ORT's best", "over torch", "policy/streams",
+)  # fmt: skip
 
 
-def table(reports: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown, with what it was measured on."""
-    report, environment = reports[-1], reports[-1]["environment"]
-    models = {name: model for found in reports for name, model in found["models"].items()}
-    sources = ", ".join(f"[{p.name}](docs/benchmarks/{p.name})" for p in RESULTS)
-    lines = [
-        "| model | plain ORT | ORT, its own CUDA graph | one stream | **schedule** | over ORT's "
-        "CUDA graph | policy/streams | variant |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-    ]
-    for name, model in models.items():
-        arms, ratios = model["bench"]["arms"], model["bench"]["ratios"]
-        times = [arms[arm]["device"]["median_us"] for arm in ARMS]
-        ratio = ratios["ort-graph"]
-        cells = [f"{time:.0f}" for time in times[:-1]]
-        rewrite = model.get("rewrite", "none")  # which older results do not have
-        variant = model["variant"] if rewrite == "none" else f"{model['variant']}, {rewrite}"
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | **{times[-1]:.0f}** | **{ratio['value']:.2f}x** "
-            f"({ratio['low']:.2f}-{ratio['high']:.2f}) | {model['policy']}/{model['streams']} | "
-            f"{variant} |"
-        )
-    lines += [
+def table(report: Mapping[str, Any]) -> str:
+    """The table in Markdown, of batch 1, with what it was measured on."""
+    lines = [f"| {' | '.join(_HEADS)} |", "| --- |" + " ---: |" * (len(_HEADS) - 2) + " --- |"]
+    old = []
+    for (model, batch, *_), arms in grouped(report).items():
+        if batch != 1 or "auto" not in arms:
+            continue
+        ours, torch = arms["auto"], fastest(arms, COLUMNS["torch.compile"])
+        best = fastest(arms, COLUMNS["ORT best"])
+        if "date" not in ours:
+            old.append(model)
+        cells = [
+            _us(torch), f"{ours['reference']['median_us']:.0f}", _us(best),
+            f"**{_us(ours)}**", f"**{ours['ratio']['value']:.2f}x**", _over(ours, best),
+            _over(ours, torch), f"{ours['policy']}/{ours['streams']}",
+        ]  # fmt: skip
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    environment = report["environment"]
+    return "\n".join([
+        *lines,
         "",
         f"Microseconds on the device, medians of interleaved rounds; {environment['device']}, "
-        f"{report['date']}, batch 1, float32 with TF32 allowed (or half precision, over "
-        f"ORT in float32), onnxruntime "
-        f"{environment['onnxruntime']}, CUDA {environment['cuda']}, cuDNN {environment['cudnn']}, "
-        f"torch {environment['torch']}. In brackets the 95 % interval. From "
-        f"{sources}.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"2026-11-29 ({', '.join(old)}: a week before), batch 1, float32 with TF32 allowed, "
+        f"onnxruntime {environment['onnxruntime']}, CUDA {environment['cuda']}, cuDNN "
+        f"{environment['cudnn']}, torch {environment['torch']}. ORT's best is its fastest variant "
+        "in one stream; ratios to it and to torch are of ratios to ORT's CUDA graph, each from "
+        "one run. From [h200-suite.json](docs/benchmarks/h200-suite.json).",
+        "",
+    ])  # fmt: skip
 
 
-ARMS = ("ort", "ort-graph", "sequential", "schedule")
+def _us(entry: Any) -> str:
+    return "" if entry is None else f"{entry['time']['median_us']:.0f}"
+
+
+def _over(ours: Any, other: Any) -> str:
+    value = None if other is None else ours["ratio"]["value"] / other["ratio"]["value"]
+    return "" if value is None else f"{value:.2f}x"
 
 
 def with_table(readme: str, content: str) -> str:
@@ -68,7 +74,7 @@ def main() -> None:
     """Print the table, or write it into the README."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into README.md")
-    content = table([json.loads(path.read_text()) for path in RESULTS])
+    content = table(json.loads(RESULTS.read_text()))
     if parser.parse_args().write:
         readme = ROOT / "README.md"
         readme.write_text(with_table(readme.read_text(), content))

@@ -14,7 +14,7 @@ from onnxsched.simplification.replacing import (
 )
 from onnxsched_runtime.model import node_reads
 
-KEEPS_SIGN = {
+_KEEPS_SIGN = {
     "MaxPool",
     "AveragePool",
     "GlobalAveragePool",
@@ -55,7 +55,7 @@ def rectify_after_concat(model: onnx.ModelProto) -> int:
             if len(movable) > 1:
                 dropped += movable
                 nodes.append(_moved(graph, node, movable))
-        if node.op_type == "Relu" or (node.op_type in KEEPS_SIGN and is_positive):
+        if node.op_type == "Relu" or (node.op_type in _KEEPS_SIGN and is_positive):
             positive.add(nodes[-1].output[0])
         if nodes[-1].op_type == "Relu":
             writer[nodes[-1].output[0]] = nodes[-1]

@@ -7,12 +7,12 @@ sees them: executors launch them through cuDNN.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxsched_runtime.convolution import FusedConvolution, FusedNode
 from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, is_fused, node_reads
@@ -107,7 +107,7 @@ class _Draft:
         self._source = source
         self.nodes = {node.name: node for node in graph.node}
         self._writer = {t: node for node in graph.node for t in node.output if t}
-        self._depth = depths(source.model.graph.node)
+        self._depth = _depths(source.model)
         self._read_count = Counter(t for node in graph.node for t in node_reads(node))
         self._read_count.update(value.name for value in graph.output)
         self._fused: dict[str, _Fused] = {
@@ -278,21 +278,17 @@ def _is_image(kind: TensorType | None) -> bool:
     )
 
 
-def depths(nodes: Iterable[NodeProto]) -> dict[str, int]:
+def _depths(model: ModelProto) -> dict[str, int]:
     """How many operators come before each tensor at least, one after another; inputs have 0.
 
     Only those that take time of their own.
     """
     depth: dict[str, int] = {}
-    for node in nodes:
+    for node in model.graph.node:
         before = max((depth.get(tensor, 0) for tensor in node_reads(node)), default=0)
-        depth |= dict.fromkeys(node.output, before + steps_of(node))
+        is_brief = node.op_type in _BRIEF and node.domain in _DOMAINS
+        depth |= dict.fromkeys(node.output, before if is_brief else before + 1)
     return depth
-
-
-def steps_of(node: NodeProto) -> int:
-    """1 for an operator that takes time of its own, 0 for one that is hardly more than a copy."""
-    return int(node.op_type not in _BRIEF or node.domain not in _DOMAINS)
 
 
 def _made(fused: _Fused) -> NodeProto:
