@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView, attributes_of, is_dense_convolution
+from onnxsched.siblings import GraphView, is_dense_convolution
+from onnxsched_runtime.model import attributes_of
 from onnxsched_runtime.tensor import TensorType
 
 _BLOCK = 2

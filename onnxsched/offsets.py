@@ -19,7 +19,8 @@ from onnx import TensorProto, helper
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
 from onnxsched.rows import explicit_window
-from onnxsched.siblings import GraphView, attributes_of, kind_of
+from onnxsched.siblings import GraphView, kind_of
+from onnxsched_runtime.model import attributes_of
 from onnxsched_runtime.tensor import TensorType
 
 _LEAST_ROOM_NBYTES = 32 << 20

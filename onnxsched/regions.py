@@ -12,7 +12,8 @@ from onnxsched.bands import BandPlan, plan_bands
 from onnxsched.loading import Model
 from onnxsched.rows import Rows, height_of, image_inputs, owned_rows, row_window
 from onnxsched.seeding import band_of
-from onnxsched.siblings import GraphView, attributes_of
+from onnxsched.siblings import GraphView
+from onnxsched_runtime.model import attributes_of
 
 _OVERHEAD_BOUND = 0.1
 """The largest share of work done twice for which a group is made longer."""

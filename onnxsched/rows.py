@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from onnxsched.siblings import GraphView, Window, attributes_of, kind_of, window_of
+from onnxsched.siblings import GraphView, Window, kind_of, window_of
+from onnxsched_runtime.model import attributes_of
 
 HEIGHT_AXIS = 2
 """Of images, which are `[batch, channels, height, width]`."""

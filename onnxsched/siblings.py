@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from onnxsched.loading import Model
 from onnxsched_runtime.annotation import attribute_digests
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import attributes_of, node_reads
 
 Kind = tuple[str, str]
 """Domain and type of an operator."""
@@ -262,8 +261,3 @@ def _in_order_of_concat(view: GraphView, group: Sequence[Sibling]) -> tuple[Sibl
         return tuple(group)
     position = {name: number for number, name in enumerate(first.input)}
     return tuple(sorted(group, key=lambda s: position[end_of_branch(view, s.node)]))
-
-
-def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
-    """The values of a node's attributes, by name."""
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}

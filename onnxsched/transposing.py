@@ -14,8 +14,9 @@ from onnx import TensorProto
 
 from onnxsched.drafting import Draft, assembled
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView, attributes_of, kind_of
+from onnxsched.siblings import GraphView, kind_of
 from onnxsched.simplification.replacing import with_attributes
+from onnxsched_runtime.model import attributes_of
 
 _PRODUCTS = {("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul")}
 

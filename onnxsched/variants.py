@@ -20,7 +20,7 @@ from onnxsched_runtime.calling import called
 from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
-from onnxsched_runtime.fusing import fused_nodes
+from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.lowering import lower
 from onnxsched_runtime.model import ModelSource

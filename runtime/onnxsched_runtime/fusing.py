@@ -6,16 +6,13 @@ sees them: executors launch them through cuDNN.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxsched_runtime.convolution import FusedConvolution, FusedNode
-from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, is_fused, node_reads
+from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, attributes_of, node_reads
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import VIEWS
 
@@ -46,49 +43,6 @@ def fused(source: ModelSource) -> ModelSource:
     return draft.finished()
 
 
-def fused_nodes(source: ModelSource) -> dict[str, FusedNode]:
-    """The fused convolutions of a model, by the names of their nodes."""
-    nodes = source.model.graph.node
-    return {node.name: fused_node(node, source) for node in nodes if is_fused(node)}
-
-
-def fused_node(node: NodeProto, source: ModelSource) -> FusedNode:
-    """What a node that `fused` has made computes, and on which tensors."""
-    values = {
-        attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute
-    }
-    image, filters, bias, added = node.input
-    kind = source.kind_of(image)
-    what = FusedConvolution(
-        kind.element_type,
-        _onnx_order(kind.shape),
-        source.kind_of(filters).shape or (),
-        _onnx_order(source.kind_of(node.output[0]).shape),
-        tuple(values["strides"]),
-        tuple(values["dilations"]),
-        tuple(values["pads"]),
-        bool(bias),
-        bool(added),
-        bool(values["rectified"]),
-    )
-    return FusedNode(what, image, filters, bias or None, added or None, node.output[0])
-
-
-def channels_last(filters: np.ndarray) -> np.ndarray:
-    """Filters as they lie in memory beside images with channels last."""
-    return np.ascontiguousarray(np.moveaxis(filters, 1, -1))
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
-def _onnx_order(shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    """(images, channels, height, width) of (images, height, width, channels)."""
-    images, height, width, channels = shape or ()
-    return images, channels, height, width
-
-
 @dataclass
 class _Fused:
     """A convolution that is becoming one kernel with what follows it."""
@@ -108,8 +62,6 @@ class _Draft:
         self.nodes = {node.name: node for node in graph.node}
         self._writer = {t: node for node in graph.node for t in node.output if t}
         self._depth = _depths(source.model)
-        self._read_count = Counter(t for node in graph.node for t in node_reads(node))
-        self._read_count.update(value.name for value in graph.output)
         self._fused: dict[str, _Fused] = {
             node.output[0]: _Fused(node, node.output[0])
             for node in graph.node
@@ -128,6 +80,9 @@ class _Draft:
         self._only_rectified: dict[str, bool] = {}
         self._nowhere_negative: dict[str, bool] = {}
 
+    def _is_read_once(self, tensor: str) -> bool:
+        return len(self._readers.get(tensor, [])) + (tensor in self._outputs) == 1
+
     def take_in_sum(self, add: NodeProto) -> None:
         """Let a convolution add what an Add does, where that is early enough."""
         for mine, other in (add.input, reversed(add.input)):
@@ -135,7 +90,7 @@ class _Draft:
             if (
                 fused is not None
                 and not fused.added
-                and self._read_count[mine] == 1
+                and self._is_read_once(mine)
                 and mine != other
                 and not self._source.is_weight(other)
                 and self._source.kind_of(other) == self._source.kind_of(mine)
@@ -199,7 +154,11 @@ class _Draft:
         if concat is None or concat.op_type != "Concat" or concat.name not in self.nodes:
             return
         changed = [t for t in dict.fromkeys(concat.input) if not self._is_nowhere_negative(t)]
-        if len(changed) > 1 or self._read_count[joined] > 1 or self._source.is_weight(changed[0]):
+        if (
+            len(changed) > 1
+            or not self._is_read_once(joined)
+            or self._source.is_weight(changed[0])
+        ):
             return
         name = f"{result}/rectified"
         while name in self._source.tensors or name in self._declared:
@@ -226,7 +185,7 @@ class _Draft:
         made = {fused.node.name: _made(fused) for fused in self._fused.values()}
         names = {tensor: self._name_of(tensor) for tensor in self._renamed}
         nodes = [_renamed(made.get(name, node), names) for name, node in self.nodes.items()]
-        model = type(self._source.model)()
+        model = ModelProto()
         model.CopyFrom(self._source.model)
         del model.graph.node[:]
         model.graph.node.extend(_in_order(nodes))
@@ -255,9 +214,7 @@ def _is_fusable(node: NodeProto, source: ModelSource) -> bool:
     """Whether cuDNN can be asked for a convolution: one of images, with weights as stored."""
     if node.op_type != "Conv" or node.domain != _NHWC_DOMAIN:
         return False
-    values = {
-        attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute
-    }
+    values = attributes_of(node)
     kinds = [source.tensors.get(name) for name in (node.input[0], node.output[0])]
     stored = [name for name in node.input[1:] if name]
     return (
@@ -333,9 +290,3 @@ def _in_order(nodes: list[NodeProto]) -> list[NodeProto]:
                 later.append(node)
         waiting = later
     return ordered
-
-
-def weight_array(source: ModelSource, name: str) -> np.ndarray:
-    """A weight of a fused convolution as it lies in memory."""
-    array = numpy_helper.to_array(source.weight(name))
-    return channels_last(array) if array.ndim == 4 else np.ascontiguousarray(array)

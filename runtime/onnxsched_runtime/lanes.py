@@ -59,24 +59,16 @@ class LanePlan:
     """Lanes whose start waits for nothing but the start of the piece."""
 
 
+_OnStream = tuple[Placement, int]
+"""A stream, and how many of its segments are launched by then."""
+
+
 def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
     """Sort the steps of a captured piece by stream. O(steps + segments).
 
     What no session runs is a lane of its own, which waits for what is before it on its stream.
     """
-    runs: dict[Placement, list[int]] = {}
-    position: dict[int, int] = {}
-    events: dict[int, tuple[Placement, int]] = {}
-    waits: list[tuple[tuple[Placement, int], tuple[Placement, int]]] = []
-    for number, step in enumerate(piece.steps):
-        match step:
-            case Run(index):
-                runs.setdefault(plan.segments[index].placement, []).append(index)
-                position[index] = number
-            case Record(event, placement):
-                events[event] = (placement, len(runs.get(placement, ())))
-            case Wait(event, placement):
-                waits.append((events[event], (placement, len(runs.get(placement, ())))))
+    runs, position, waits = _by_stream(plan, piece)
     groups = [
         (placement, group)
         for placement, indices in runs.items()
@@ -92,12 +84,12 @@ def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
         for (a, after), (b, before) in waits
         if after and before < len(runs.get(b, ()))
     ]
-    for indices in runs.values():
-        between += [
-            (_behind(place[earlier]), place[later])
-            for earlier, later in pairwise(indices)
-            if place[earlier].chain != place[later].chain
-        ]
+    between += [
+        (_behind(place[earlier]), place[later])
+        for indices in runs.values()
+        for earlier, later in pairwise(indices)
+        if place[earlier].chain != place[later].chain
+    ]
     waiting = {point.chain for _, point in between if point.boundary == 0}
     readers: dict[str, set[int]] = {}
     for index, segment in enumerate(plan.segments):
@@ -109,6 +101,26 @@ def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
         tuple(between),
         tuple(number for number in range(len(groups)) if number not in waiting),
     )
+
+
+def _by_stream(
+    plan: ExecutionPlan, piece: Piece
+) -> tuple[dict[Placement, list[int]], dict[int, int], list[tuple[_OnStream, _OnStream]]]:
+    """The segments of each stream, the launch position of each, and who waits for whom."""
+    runs: dict[Placement, list[int]] = {}
+    position: dict[int, int] = {}
+    events: dict[int, _OnStream] = {}
+    waits: list[tuple[_OnStream, _OnStream]] = []
+    for number, step in enumerate(piece.steps):
+        match step:
+            case Run(index):
+                runs.setdefault(plan.segments[index].placement, []).append(index)
+                position[index] = number
+            case Record(event, placement):
+                events[event] = (placement, len(runs.get(placement, ())))
+            case Wait(event, placement):
+                waits.append((events[event], (placement, len(runs.get(placement, ())))))
+    return runs, position, waits
 
 
 def _divided(plan: ExecutionPlan, indices: Sequence[int]) -> list[list[int]]:

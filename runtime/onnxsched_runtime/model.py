@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -150,6 +151,11 @@ def _captured(node: onnx.NodeProto) -> Iterator[str]:
                 yield from (name for name in node_reads(child) if name not in inner)
                 inner.update(child.output)
             yield from (v.name for v in graph.output if v.name not in inner)
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def is_fused(node: onnx.NodeProto) -> bool:

@@ -19,7 +19,7 @@ from onnxsched_runtime.convolution import Kernel, Kernels
 from onnxsched_runtime.cuda.convolutions import propose_kernels
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
-from onnxsched_runtime.fusing import fused_nodes
+from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.session import OrtSession

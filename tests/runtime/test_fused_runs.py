@@ -22,7 +22,8 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.convolution import Kernel
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
-from onnxsched_runtime.fusing import fused, fused_nodes
+from onnxsched_runtime.fused import fused_nodes
+from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.planning import plan_model
 from support import fake_cuda

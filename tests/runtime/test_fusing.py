@@ -12,13 +12,8 @@ import pytest
 from hypothesis import given, settings
 from onnx import TensorProto, numpy_helper
 
-from onnxsched_runtime.fusing import (
-    channels_last,
-    fused,
-    fused_node,
-    fused_nodes,
-    weight_array,
-)
+from onnxsched_runtime.fused import channels_last, fused_node, fused_nodes, weight_array
+from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.model import ModelSource, is_fused, node_reads
 from support.fused import Lowered, evaluated, feeds_for, lowered_models
 

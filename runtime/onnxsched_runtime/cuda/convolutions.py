@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,8 @@ def propose_kernels(what: FusedConvolution, device: Device) -> tuple[Kernel, ...
     return tuple(found)
 
 
+_launching = threading.Lock()
+"""A handle has one stream at a time, and two threads may load models."""
 _kept: dict[tuple[FusedConvolution, Device, Kernel], FusedKernel] = {}
 """What has been built, some of it in a tenth of a second, for whoever needs it later."""
 
@@ -144,7 +147,7 @@ class FusedKernel:
             OnnxschedError: cuDNN refuses.
         """
         handle = _handle(self.device)
-        with current_device(self.device):
+        with _launching, current_device(self.device):
             cudnn.call("cudnnSetStream", handle, stream.handle)
             cudnn.call("cudnnBackendExecute", handle, self._plan.native, bound.native)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -27,6 +28,7 @@ _TRIED_COUNT = 8
 """For grouped convolutions cuDNN's first kernel was the fastest of each that was measured, and
 others take long to compile."""
 _SAMPLE_COUNT, _REPEAT_COUNT = 5, 10
+_ALIGNMENT_NBYTES = 256
 _HOPELESS = 2.0
 """Nothing so much slower in the first sample needs more; some take milliseconds."""
 _CLEARLY = 0.97
@@ -62,30 +64,13 @@ def fastest_kernel(what: FusedConvolution, device: Device) -> Kernel | None:
 
 def _time_us(what: FusedConvolution, kernel: FusedKernel, device: Device, most_us: float) -> float:
     """The time of a kernel, roughly where it is more than anyone wants to know."""
-    shapes = (what.image, what.filters, what.output, (what.output[1],), what.output)
-    sizes = [TensorType(what.element_type, shape).nbytes for shape in shapes]
-    starts = [0]
-    for nbytes in sizes:
-        starts.append(-(-(starts[-1] + nbytes) // 256) * 256)
+    starts = _starts(what)
     with (
         DeviceMemory(starts[-1] + kernel.workspace_nbytes, device) as memory,
         graph_stream(device) as stream,
     ):
-        image, filters, output, bias, added, workspace = (memory.pointer + s for s in starts)
-        places = Places(
-            image,
-            filters,
-            output,
-            bias if what.has_bias else None,
-            added if what.adds else None,
-            workspace,
-        )
-        generator = np.random.default_rng(0)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(what.element_type)
-        for shape, start in ((what.image, starts[0]), (what.filters, starts[1])):
-            values = generator.standard_normal(math.prod(shape), np.float32)
-            memory.upload(values.astype(dtype), start)
-        bound = kernel.bind(places)
+        _fill(what, memory, starts)
+        bound = kernel.bind(_places(what, memory, starts))
         kernel.launch(bound, stream)
         stream.synchronize()
 
@@ -106,3 +91,34 @@ def _time_us(what: FusedConvolution, kernel: FusedKernel, device: Device, most_u
             return first_us if first_us > most_us else median_us(_SAMPLE_COUNT)
         finally:
             graph.close()
+
+
+def _starts(what: FusedConvolution) -> list[int]:
+    """Where image, filters, output, bias, summand and workspace begin, in bytes."""
+    shapes = (what.image, what.filters, what.output, (what.output[1],), what.output)
+    starts = [0]
+    for shape in shapes:
+        end = starts[-1] + TensorType(what.element_type, shape).nbytes
+        starts.append(-(-end // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES)
+    return starts
+
+
+def _places(what: FusedConvolution, memory: DeviceMemory, starts: Sequence[int]) -> Places:
+    image, filters, output, bias, added, workspace = (memory.pointer + start for start in starts)
+    return Places(
+        image,
+        filters,
+        output,
+        bias if what.has_bias else None,
+        added if what.adds else None,
+        workspace,
+    )
+
+
+def _fill(what: FusedConvolution, memory: DeviceMemory, starts: Sequence[int]) -> None:
+    """Numbers to multiply: zeros may take another time."""
+    generator = np.random.default_rng(0)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(what.element_type)
+    for shape, start in zip((what.image, what.filters), starts, strict=False):
+        values = generator.standard_normal(math.prod(shape), np.float32)
+        memory.upload(values.astype(dtype), start)

@@ -13,7 +13,7 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import Arena, Touched, check_arena, plan_arena
 from onnxsched_runtime.calling import called
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.fusing import fused_nodes, weight_array
+from onnxsched_runtime.fused import fused_nodes, weight_array
 from onnxsched_runtime.model import ModelPart, ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
 from onnxsched_runtime.session import OrtSession
