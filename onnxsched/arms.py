@@ -13,8 +13,8 @@ from onnxsched.loading import load_model
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.execution import Executor, open_executor, plan_lowered
 from onnxsched_runtime.executors.streams import Capture
-from onnxsched_runtime.load import Executor, open_executor, plan_lowered
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.planning import plan_model
 

@@ -21,8 +21,8 @@ from onnxsched.summary import Ratio, Summary, ratio, summarize
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
+from onnxsched_runtime.execution import Executor, lowered_source
 from onnxsched_runtime.executors.streams import StreamExecutor
-from onnxsched_runtime.load import Executor, lowered_source
 from onnxsched_runtime.model import read_model
 
 _ROUND_COUNT = 20

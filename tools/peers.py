@@ -21,8 +21,9 @@ from onnxsched.variants import possible_variants
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import CaptureError, ModelError, OnnxschedError, UsageError
+from onnxsched_runtime.execution import Executor, open_executor
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
-from onnxsched_runtime.load import Executor, load, open_executor
+from onnxsched_runtime.load import load
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant

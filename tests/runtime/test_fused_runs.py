@@ -18,16 +18,21 @@ from onnxsched.contraction import contract_chains
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.trial import TrialRunner
-from onnxsched_runtime import cuda
+from onnxsched_runtime import cuda, execution
+from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.convolution import Kernel
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.execution import lowered_source
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.variant import Variant
 from support import fake_cuda
-from support.fused import Lowered, feeds_for, lowered_models, outputs_of
+from support.fused import FUSES, Lowered, feeds_for, lowered_models, outputs_of
 from support.models import Array
 from support.optimizing import assert_close
 
@@ -198,3 +203,29 @@ def assert_trial_right(trials: TrialRunner, source: ModelSource, schedule: Sched
         buffers[value.name].fetch(main)
         found.append(buffers[value.name].staging.copy())
     assert_close(found, outputs_of(source, feeds), 1e-5)
+
+
+def test_where_cudnn_has_no_kernel_sessions_run_all_convolutions() -> None:
+    net = Lowered((1, 4, 4, 4))
+    model = net.source(net.add("Relu", [net.conv("x", 4)])).model
+    names = [node.name for node in model.graph.node]
+    placements = dict.fromkeys(names, Placement(GPU, 1))
+    annotation = Annotation(placements, {"x": TensorType(1, (1, 4, 4, 4))}, {}, FUSES)
+    asked: list[Variant] = []
+
+    def lowered(source: ModelSource, device: Device, custom_ops: Any) -> ModelSource:
+        asked.append(source.variant)
+        made = replace(net.source(net.nodes[-1].output[0]), variant=source.variant)
+        return fused(made) if source.variant.fuses else made
+
+    def refuse(*_: Any) -> None:
+        raise OnnxschedError("cuDNN does not load (planted).")
+
+    with fakes() as patch:
+        patch.setattr(execution, "lower", lowered)
+        assert lowered_source(model, annotation).variant == FUSES
+        patch.setattr(cuda, "fused_kernel", refuse)
+        found = lowered_source(model, annotation)
+    assert not fused_nodes(found)
+    assert found.variant == replace(FUSES, fuses=False)
+    assert asked == [FUSES, FUSES, found.variant]

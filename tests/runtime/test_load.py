@@ -26,8 +26,9 @@ from onnxsched_runtime.errors import (
     OnnxschedError,
     UsageError,
 )
+from onnxsched_runtime.execution import multiplies_matrices
 from onnxsched_runtime.executors.threads import ThreadExecutor
-from onnxsched_runtime.load import Session, load, moved, multiplies_matrices
+from onnxsched_runtime.load import Session, load, moved
 from onnxsched_runtime.model import node_reads, write_model
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.tensor import TensorType

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched_runtime import cuda, load
+from onnxsched_runtime import cuda, execution
 from onnxsched_runtime.arena import packed
 from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.device import Device
@@ -234,7 +234,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
     monkeypatch.setattr(cuda, "Chain", FakeChain)
     monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes, touched: packed(nbytes))
-    monkeypatch.setattr(load, "lower", lambda source, device, custom_ops: source)
+    monkeypatch.setattr(execution, "lower", lambda source, device, custom_ops: source)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "other_contexts", lambda devices: nullcontext())
     monkeypatch.setattr(cuda, "enable_peer_access", lambda devices: None)
