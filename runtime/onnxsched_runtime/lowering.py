@@ -88,13 +88,18 @@ def show_idle_transposes_as_views(
         shape = _shape_of_idle_transpose(node, tensors)
         if shape is None:
             continue
-        name = f"{node.name}/shape"
-        while name in taken:
-            name += "_"
-        taken.add(name)
+        name = _new_name(f"{node.name}/shape", taken)
         weight = helper.make_tensor(name, TensorProto.INT64, [len(shape)], shape)
         model.graph.initializer.append(weight)
         node.CopyFrom(helper.make_node("Reshape", [node.input[0], name], node.output, node.name))
+
+
+def _new_name(wanted: str, taken: set[str]) -> str:
+    """A name that nothing has yet, like the one that is wanted; it is taken then."""
+    while wanted in taken:
+        wanted += "_"
+    taken.add(wanted)
+    return wanted
 
 
 def _shape_of_idle_transpose(
@@ -117,6 +122,7 @@ def gather_as_transposed(model: onnx.ModelProto) -> None:
     readers = Counter(tensor for node in graph.node for tensor in node_reads(node))
     readers.update(value.name for value in graph.output)
     shapes = {node.output[0]: node for node in graph.node if node.op_type == "Reshape"}
+    taken = {*weights, *writer, *readers}
     for node in [node for node in graph.node if node.op_type == "Transpose"]:
         gather = writer.get(node.input[0])
         if gather is None or gather.op_type != "Gather" or readers[node.input[0]] > 1:
@@ -127,7 +133,7 @@ def gather_as_transposed(model: onnx.ModelProto) -> None:
             continue
         array = numpy_helper.to_array(weights[places])
         moved = np.ascontiguousarray(array.transpose(permutation(node, array.ndim)))
-        name = f"{node.output[0]}/places"
+        name = _new_name(f"{node.output[0]}/places", taken)
         graph.initializer.append(numpy_helper.from_array(moved, name))
         gather.input[1], gather.output[0] = name, node.output[0]
         graph.node.remove(node)
