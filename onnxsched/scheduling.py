@@ -33,7 +33,7 @@ from onnxsched.rewriting import (
 )
 from onnxsched.tuning import tune
 from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
-from onnxsched_runtime.errors import DeviceError, ModelError
+from onnxsched_runtime.errors import DeviceError, OnnxschedError
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _RACE_SHARE = 0.4
@@ -245,12 +245,14 @@ def _computed_twice(
 
 
 def _lowered(portable: Model, variant: Variant, request: Request) -> Model | None:
-    """A model in another form than it was loaded in, as it is executed; None where ORT refuses."""
+    """A model in another form than it was loaded in, as it is executed; None where that fails."""
     if request.device.kind == "cpu":
         return portable
     try:
         return lowered_model(portable, variant, request.device, request.custom_ops)
-    except ModelError:
+    except DeviceError:
+        raise
+    except OnnxschedError:
         return None
 
 
@@ -258,7 +260,9 @@ def _if_possible(profile_of: Callable[[Model], Profile], lowered: Model) -> Prof
     """The profile of a form that the model can do without; None where an operator is refused."""
     try:
         found = profile_of(lowered)
-    except ModelError:
+    except DeviceError:
+        raise
+    except OnnxschedError:
         return None
     return None if found.refusals else found
 

@@ -65,12 +65,16 @@ def kernels_from_json(content: Sequence[Any]) -> dict[FusedConvolution, Kernel]:
     Raises:
         TypeError, ValueError: It is something else.
     """
-    return {
-        FusedConvolution(*map(_frozen, fields)): tuple(
-            tuple(map(_frozen, pair)) for pair in kernel
-        )
-        for fields, kernel in content
-    }
+    return {FusedConvolution(*map(_frozen, fields)): _kernel(kernel) for fields, kernel in content}
+
+
+def _kernel(content: Sequence[Any]) -> Kernel:
+    (engine,), *knobs = _frozen(content)
+    pairs = [(knob, value) for knob, value in knobs]
+    numbers = [engine, *(number for pair in pairs for number in pair)]
+    if any(not isinstance(n, int) or not -(2**63) <= n < 2**63 for n in numbers):
+        raise ValueError(f"{content!r} is no kernel")
+    return ((engine,), *pairs)
 
 
 def _frozen(value: Any) -> Any:

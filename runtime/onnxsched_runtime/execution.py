@@ -55,14 +55,16 @@ def lowered_source(
 
     On the CPU there is one way, and what must stay on the host can't be lowered for a GPU. The
     first model that a process executes on a GPU says how much memory cuBLAS keeps. It is lowered
-    on the schedule's first device if no other is given. Where that has no kernel for a fused
-    convolution, or no cuDNN, sessions run all of them.
+    on the schedule's first device if no other is given. Where one has no kernel for a fused
+    convolution, or no cuDNN, sessions run all of them, the bias by itself: what ORT makes of it in
+    the same kernel has not been checked then.
 
     Raises:
         DeviceError: The CUDA provider does not load.
         ModelError: ORT refuses the model.
     """
-    device = device or annotation.devices[0]
+    devices = annotation.devices if device is None else (device,)
+    device = devices[0]
     source = ModelSource(model, annotation.tensors, annotation.variant, kernels=annotation.kernels)
     if device.kind == "cpu":
         return source
@@ -70,9 +72,9 @@ def lowered_source(
     if annotation.host_reasons:
         return source
     lowered = lower(source, device, custom_ops)
-    if _are_launchable(lowered, device):
+    if all(_are_launchable(lowered, one) for one in devices):
         return lowered
-    variant = replace(annotation.variant, fuses=False)
+    variant = replace(annotation.variant, fuses=False, fuse_conv_bias=False)
     return lower(replace(source, variant=variant), device, custom_ops)
 
 

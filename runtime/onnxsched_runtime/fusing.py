@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -77,8 +78,7 @@ class _Draft:
         self._outputs = {value.name for value in graph.output}
         self._declared: dict[str, TensorType] = {}
         """Types of new tensors."""
-        self._only_rectified: dict[str, bool] = {}
-        self._nowhere_negative: dict[str, bool] = {}
+        self._nowhere_negative: set[str] = set()
 
     def _is_read_once(self, tensor: str) -> bool:
         return len(self._readers.get(tensor, [])) + (tensor in self._outputs) == 1
@@ -106,35 +106,41 @@ class _Draft:
         Relus of what is nowhere negative any more are left out, and where a Concat joins one more
         tensor only that one is rectified: averages, for one, which come earlier than the rest.
         """
+        only_rectified = self._only_rectified()
         for fused in self._fused.values():
-            fused.rectified = self._is_only_rectified(fused.output)
+            fused.rectified = fused.output in only_rectified
+        self._nowhere_negative = self._found_nowhere_negative()
         for node in list(self.nodes.values()):
-            if _is_relu(node) and self._is_nowhere_negative(node.input[0]):
+            if _is_relu(node) and node.input[0] in self._nowhere_negative:
                 self._leave_out(node)
             elif _is_relu(node):
                 self._rectify_sooner(node)
 
-    def _is_only_rectified(self, tensor: str) -> bool:
-        """Whether all that reads a tensor rectifies it, perhaps behind what keeps signs."""
-        if tensor not in self._only_rectified:
-            readers = self._readers.get(tensor, [])
-            self._only_rectified[tensor] = tensor not in self._outputs and all(
-                _is_relu(node) or (_keeps_signs(node) and self._is_only_rectified(node.output[0]))
-                for node in readers
-            )
-        return self._only_rectified[tensor]
+    def _only_rectified(self) -> set[str]:
+        """The tensors that all readers rectify, perhaps behind operators that keep signs."""
+        found: set[str] = set()
+        for node in reversed(self._source.model.graph.node):
+            for tensor in node.output:
+                if tensor not in self._outputs and all(
+                    _is_relu(reader) or (_keeps_signs(reader) and reader.output[0] in found)
+                    for reader in self._readers.get(tensor, [])
+                ):
+                    found.add(tensor)
+        return found
 
-    def _is_nowhere_negative(self, tensor: str) -> bool:
-        if tensor not in self._nowhere_negative:
-            node, fused = self._writer.get(tensor), self._fused.get(tensor)
-            if node is None or fused is not None:
-                known = fused is not None and fused.rectified
-            else:
-                known = _is_relu(node) or (
-                    _keeps_signs(node) and all(map(self._is_nowhere_negative, _moved_by(node)))
-                )
-            self._nowhere_negative[tensor] = known
-        return self._nowhere_negative[tensor]
+    def _found_nowhere_negative(self) -> set[str]:
+        """The tensors that a Relu would not change."""
+        found: set[str] = set()
+        for node in self._source.model.graph.node:
+            for tensor in node.output:
+                if tensor in self._fused:
+                    is_known = self._fused[tensor].rectified
+                else:
+                    is_kept = _keeps_signs(node) and found.issuperset(_moved_by(node))
+                    is_known = is_kept or _is_relu(node)
+                if is_known:
+                    found.add(tensor)
+        return found
 
     def _leave_out(self, relu: NodeProto) -> None:
         """Let what reads a Relu read what that reads; an output keeps its name."""
@@ -153,7 +159,7 @@ class _Draft:
         concat = self._writer.get(joined)
         if concat is None or concat.op_type != "Concat" or concat.name not in self.nodes:
             return
-        changed = [t for t in dict.fromkeys(concat.input) if not self._is_nowhere_negative(t)]
+        changed = [t for t in dict.fromkeys(concat.input) if t not in self._nowhere_negative]
         if (
             len(changed) > 1
             or not self._is_read_once(joined)
@@ -202,7 +208,11 @@ def _is_relu(node: NodeProto) -> bool:
 
 def _keeps_signs(node: NodeProto) -> bool:
     is_known = node.domain in (*_DOMAINS, _NHWC_DOMAIN)
-    return is_known and node.op_type in _KEEPS_SIGNS and len(node.output) == 1
+    if not is_known or node.op_type not in _KEEPS_SIGNS or len(node.output) > 1:
+        return False
+    values = attributes_of(node) if node.op_type == "MaxPool" else {}
+    may_see_padding_alone = any(d > 1 for d in values.get("dilations", ()))
+    return not may_see_padding_alone or not any(values.get("pads", ()))
 
 
 def _moved_by(node: NodeProto) -> Sequence[str]:
@@ -276,17 +286,23 @@ def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
     return copy
 
 
-def _in_order(nodes: list[NodeProto]) -> list[NodeProto]:
-    """The nodes, each after those that it reads from, else as they are."""
-    unwritten = {t for node in nodes for t in node.output}
-    waiting, ordered = nodes, []
-    while waiting:
-        later = []
-        for node in waiting:
-            if unwritten.isdisjoint(node_reads(node)):
-                ordered.append(node)
-                unwritten.difference_update(node.output)
-            else:
-                later.append(node)
-        waiting = later
+def _in_order(nodes: Sequence[NodeProto]) -> list[NodeProto]:
+    """The nodes, each after those that it reads from, else as they are. O(n log n)."""
+    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output}
+    readers: list[list[int]] = [[] for _ in nodes]
+    missing = []
+    for index, node in enumerate(nodes):
+        sources = {writer[tensor] for tensor in node_reads(node) if tensor in writer}
+        missing.append(len(sources))
+        for source in sources:
+            readers[source].append(index)
+    ready = [index for index, count in enumerate(missing) if not count]
+    ordered = []
+    while ready:
+        index = heappop(ready)
+        ordered.append(nodes[index])
+        for reader in readers[index]:
+            missing[reader] -= 1
+            if not missing[reader]:
+                heappush(ready, reader)
     return ordered

@@ -180,25 +180,28 @@ def written_instead(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> dic
 
 
 def touched_places(
-    source: ModelSource, plan: ExecutionPlan, lane: Lane
-) -> dict[str, tuple[int, ...]]:
-    """For outputs that are written as what they view, the segments that use it under that name.
+    source: ModelSource, plan: ExecutionPlan, lanes: Sequence[Lane]
+) -> dict[str, frozenset[int]]:
+    """For the tensors of sessions' lanes the segments that use their places, under any name.
 
-    It is there before the segment of the view runs, and perhaps after all that reads the view.
+    Inside a session a view has the place of what it views: that is read until the last view of it
+    is, and written when that is which `written_instead` names. O(nodes).
     """
-    found = {}
-    for tensor, origin in written_instead(source, plan, lane).items():
-        names = {origin}  # and the views between
-        uses = []
+    uses: dict[str, set[int]] = {}
+    for lane in lanes:
+        instead = written_instead(source, plan, lane)
+        own = set(lane.outputs) - instead.keys()
+        place = {plan.original(tensor): tensor for tensor in lane.inputs}
+        place |= {tensor: tensor for tensor in own}
+        place |= {origin: tensor for tensor, origin in instead.items()}
         for index in lane.segments:
-            nodes = [source.nodes[name] for name in plan.segments[index].nodes]
-            for node in nodes:
-                if _is_view(source, node) and node.input[0] in names:
-                    names.update(node.output)
-            if any(names.intersection((*node_reads(node), *node.output)) for node in nodes):
-                uses.append(index)
-        found[tensor] = tuple(uses)
-    return found
+            for node in (source.nodes[name] for name in plan.segments[index].nodes):
+                for tensor in (*node_reads(node), *node.output):
+                    if tensor in place:
+                        uses.setdefault(place[tensor], set()).add(index)
+                if is_view(node) and node.input[0] in place and node.output[0] not in own:
+                    place[node.output[0]] = place[node.input[0]]
+    return {tensor: frozenset(indices) for tensor, indices in uses.items()}
 
 
 def _is_view(source: ModelSource, node: NodeProto) -> bool:

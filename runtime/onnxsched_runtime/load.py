@@ -123,6 +123,9 @@ class Session:
         self._output_names = [argument.name for argument in self._outputs]
         device = None if membership is None else membership.device
         source = lowered or lowered_source(model, annotation, custom_ops, device)
+        self._unfused: str | None = None
+        if source.variant != annotation.variant:
+            self._unfused = "cuDNN has no kernel here for a fused convolution; sessions run all"
         self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
         self._executor: Executor
         if membership is None:
@@ -143,8 +146,8 @@ class Session:
 
     @property
     def refusal(self) -> str | None:
-        """Why it is not captured as was asked for; None where it is."""
-        return self._executor.refusal
+        """Why it is not executed or captured as was asked for; None where it is."""
+        return self._unfused or self._executor.refusal
 
     @property
     def executor(self) -> Executor:

@@ -227,5 +227,5 @@ def test_where_cudnn_has_no_kernel_sessions_run_all_convolutions() -> None:
         patch.setattr(cuda, "fused_kernel", refuse)
         found = lowered_source(model, annotation)
     assert not fused_nodes(found)
-    assert found.variant == replace(FUSES, fuses=False)
+    assert found.variant == replace(FUSES, fuses=False, fuse_conv_bias=False)
     assert asked == [FUSES, FUSES, found.variant]

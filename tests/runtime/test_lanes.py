@@ -9,18 +9,13 @@ import onnx
 import pytest
 from hypothesis import given, settings
 
-from onnxsched_runtime.arena import check_arena, plan_arena
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.errors import PlanError
-from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.lanes import (
     MARK_SOURCE,
     Lane,
-    lane_tensors,
     lanes_of,
     marked_part,
     shared_weights,
-    touched_places,
     written_instead,
 )
 from onnxsched_runtime.model import ModelSource
@@ -28,7 +23,6 @@ from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.wiring import Point
 from support import models
-from support.fused import Lowered
 from support.plans import Problem, closure, problems
 
 
@@ -174,23 +168,3 @@ def test_each_device_has_a_copy_of_its_own() -> None:
     lanes = tuple(lane for lane in lanes if not plan.is_copy(lane.segments[0]))
     assert len(lanes) == 2
     assert not any(shared_weights(source, plan, lanes).values())
-
-
-def test_a_place_is_in_use_from_when_it_is_written_under_another_name() -> None:
-    net = Lowered((1, 4, 4, 2))
-    early = net.conv("x", 2)
-    rectified = net.add("Relu", ["x"])
-    last = net.conv(early, 2)
-    view = net.reshape(rectified, 1, 2, 8, 2)
-    source = fused(net.source(last, net.conv(view, 2)))
-    names = [node.name for node in source.model.graph.node]
-    plan = plan_model(source.model, dict.fromkeys(names, Placement(Device("cuda"), 1)), {})
-    lanes = lanes_of(plan, plan.pieces[0]).lanes
-    (session,) = [lane for lane in lanes if view in lane.outputs]
-    assert written_instead(source, plan, session) == {view: rectified}
-    touched = touched_places(source, plan, session)
-    assert touched == {view: session.segments}
-    nbytes = {name: source.tensors[name].nbytes for name in lane_tensors(plan)}
-    check_arena(plan, nbytes, plan_arena(plan, nbytes, touched), touched)
-    with pytest.raises(PlanError, match="share memory"):
-        check_arena(plan, nbytes, plan_arena(plan, nbytes), touched)

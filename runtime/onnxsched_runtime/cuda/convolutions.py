@@ -35,6 +35,10 @@ _ALIGNMENT_NBYTES = 16
 _MOST_WORKSPACE_NBYTES = 32 << 20
 
 
+_using_handle = threading.RLock()
+"""A handle is for one thread at a time, and several may load models."""
+
+
 @functools.cache
 def propose_kernels(what: FusedConvolution, device: Device) -> tuple[Kernel, ...]:
     """The kernels that cuDNN proposes, what it takes for the fastest first.
@@ -42,7 +46,7 @@ def propose_kernels(what: FusedConvolution, device: Device) -> tuple[Kernel, ...
     Not all of them are supported; those that sum in no fixed order are left out.
     """
     found: dict[Kernel, None] = {}
-    with current_device(device):
+    with _using_handle, current_device(device):
         graph = _operation_graph(what, device)
         for mode in (_BY_DECISION_TREE, _BY_ALL_MEANS):
             try:
@@ -59,8 +63,6 @@ def propose_kernels(what: FusedConvolution, device: Device) -> tuple[Kernel, ...
     return tuple(found)
 
 
-_launching = threading.Lock()
-"""A handle has one stream at a time, and two threads may load models."""
 _kept: dict[tuple[FusedConvolution, Device, Kernel], FusedKernel] = {}
 """What has been built, some of it in a tenth of a second, for whoever needs it later."""
 
@@ -109,7 +111,7 @@ class FusedKernel:
             OnnxschedError: cuDNN does not support it, or it takes too much workspace.
         """
         self.device = device
-        with current_device(device):
+        with _using_handle, current_device(device):
             self._plan = Descriptor(
                 cudnn.PLAN,
                 {
@@ -147,7 +149,7 @@ class FusedKernel:
             OnnxschedError: cuDNN refuses.
         """
         handle = _handle(self.device)
-        with _launching, current_device(self.device):
+        with _using_handle, current_device(self.device):
             cudnn.call("cudnnSetStream", handle, stream.handle)
             cudnn.call("cudnnBackendExecute", handle, self._plan.native, bound.native)
 

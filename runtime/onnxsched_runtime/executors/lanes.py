@@ -66,9 +66,8 @@ class LaneRunner(PlanRunner):
 
     def _touched(self) -> Touched:
         lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]
-        run_here = [lane for lane in lanes if not self._is_copy(lane)]
-        places = (touched_places(self._source, self.plan, lane) for lane in run_here)
-        return {tensor: segments for found in places for tensor, segments in found.items()}
+        run_here = [lane for lane in lanes if not self._is_copy(lane) and not self._is_fused(lane)]
+        return touched_places(self._source, self.plan, run_here)
 
     def _open_runs(self) -> None:
         lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]

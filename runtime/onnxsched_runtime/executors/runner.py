@@ -84,14 +84,15 @@ class PlanRunner:
 
     def _open_buffers(self, tensors: Collection[str]) -> None:
         """An arena on each device."""
+        touched = self._touched()
         for device in self.plan.devices:
             nbytes = {
                 name: self._kind(name).nbytes
                 for name in sorted(tensors)
                 if self.plan.device_of[name] == device
             }
-            arena = plan_arena(self.plan, nbytes, self._touched())
-            check_arena(self.plan, nbytes, arena, self._touched())
+            arena = plan_arena(self.plan, nbytes, touched)
+            check_arena(self.plan, nbytes, arena, touched)
             self.buffers |= self._buffers_in(arena, device, self._resources)
 
     def _touched(self) -> Touched:

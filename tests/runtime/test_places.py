@@ -1,0 +1,207 @@
+"""What lies in the arena is what it should be, in every order that a graph's edges allow.
+
+Inside a session a view has the place of what it views, as in ONNX Runtime's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from onnx import numpy_helper
+
+from onnxsched_runtime.arena import Arena, check_arena, plan_arena
+from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.errors import PlanError
+from onnxsched_runtime.fusing import fused
+from onnxsched_runtime.lanes import (
+    Lane,
+    lane_tensors,
+    lanes_of,
+    touched_places,
+    written_instead,
+)
+from onnxsched_runtime.model import ModelSource, node_reads
+from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.views import is_view
+from onnxsched_runtime.wiring import ChainNode, wire
+from support.fused import Lowered, computed, evaluated, feeds_for
+from support.models import Array
+
+GPU = Device("cuda")
+
+
+@st.composite
+def viewing_models(draw: DrawFn) -> ModelSource:
+    """Models of convolutions and views of what they write, most of them fused."""
+    net = Lowered((1, draw(st.integers(1, 2)), 2, 2), draw(st.integers(0, 2**31)))
+    for _ in range(draw(st.integers(4, 12))):
+        images = [name for name, shape in net.shapes.items() if len(shape) == 4]
+        rows = [name for name, shape in net.shapes.items() if len(shape) == 2]
+        image = draw(st.sampled_from(images[-3:]))
+        kind = draw(st.sampled_from(["conv", "conv", "view", "add", "relu", "join"]))
+        if kind == "conv":
+            net.conv(image, 2)
+        elif kind == "view":
+            net.reshape(image, -1, 2)
+        elif kind == "relu":
+            net.add("Relu", [image])
+        elif kind == "add":
+            net.add("Add", [image, draw(st.sampled_from(images))])
+        elif rows and len(rows) < 5:
+            net.add("Concat", [draw(st.sampled_from(rows)) for _ in range(2)], axis=0)
+    written = list(net.shapes)[1:]
+    source = net.source(*{written[-1], draw(st.sampled_from(written))})
+    return fused(source) if draw(st.integers(0, 4)) else source
+
+
+def planned(source: ModelSource, streams: Callable[[str], int]) -> ExecutionPlan:
+    placements = {n.name: Placement(GPU, streams(n.name)) for n in source.model.graph.node}
+    return plan_model(source.model, placements, {})
+
+
+def sessions_of(plan: ExecutionPlan) -> list[Lane]:
+    lanes = lanes_of(plan, plan.pieces[0]).lanes
+    return [lane for lane in lanes if not plan.segments[lane.segments[0]].is_fused]
+
+
+@settings(deadline=None, max_examples=150)
+@given(source=viewing_models(), count=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_no_place_is_written_while_it_is_needed(
+    source: ModelSource, count: int, seed: int
+) -> None:
+    rng = Random(seed)
+    plan = planned(source, lambda name: rng.randrange(count))
+    nbytes = {name: source.tensors[name].nbytes for name in lane_tensors(plan)}
+    touched = touched_places(source, plan, sessions_of(plan))
+    arena = plan_arena(plan, nbytes, touched)
+    check_arena(plan, nbytes, arena, touched)
+    feeds = {name: array.astype(np.float32) for name, array in feeds_for(source, seed).items()}
+    expected = evaluated(source, feeds)
+    for _ in range(3):
+        actual = played(source, plan, arena, feeds, rng)
+        for name, array in actual.items():
+            np.testing.assert_array_equal(array, expected[name].astype(np.float32))
+
+
+def played(
+    source: ModelSource,
+    plan: ExecutionPlan,
+    arena: Arena,
+    feeds: Mapping[str, Array],
+    rng: Random,
+) -> dict[str, Array]:
+    """Run the wired graph in a random order that its edges allow; returns the outputs."""
+    memory = np.full(arena.nbytes, 255, np.uint8)
+
+    def at(tensor: str, like: str) -> Array:
+        kind, start = source.tensors[like], arena.offsets[tensor]
+        return memory[start : start + kind.nbytes].view(np.float32).reshape(kind.shape or ())
+
+    weights = {w.name: numpy_helper.to_array(w) for w in source.model.graph.initializer}
+    found = lanes_of(plan, plan.pieces[0])
+    chains: list[list[ChainNode]] = []
+    actions: list[list[Callable[[], None]]] = []
+    for lane in found.lanes:
+        nodes, does = chain_of(source, plan, lane, weights, at)
+        chains.append(nodes)
+        actions.append(does)
+    wired = wire(chains, found.positions, found.waits)
+    for name in feeds.keys() & arena.offsets.keys():
+        at(name, name)[...] = feeds[name]
+    waiting = list(range(len(wired)))
+    while waiting:
+        ready = [i for i in waiting if not set(wired[i].predecessors) & set(waiting)]
+        chosen = rng.choice([ready[0], ready[-1], rng.choice(ready)])
+        actions[wired[chosen].chain][wired[chosen].index]()
+        waiting.remove(chosen)
+    return {v.name: at(v.name, v.name).copy() for v in source.model.graph.output}
+
+
+def chain_of(
+    source: ModelSource,
+    plan: ExecutionPlan,
+    lane: Lane,
+    weights: Mapping[str, Array],
+    at: Callable[[str, str], Array],
+) -> tuple[list[ChainNode], list[Callable[[], None]]]:
+    """What a lane launches: its nodes but for views, which alias, and its marks."""
+    instead = written_instead(source, plan, lane)
+    place = {tensor: tensor for tensor in (*lane.inputs, *lane.outputs)}
+    place |= {origin: tensor for tensor, origin in instead.items()}
+    origin_of: dict[str, str] = {}
+    inside: dict[str, Array] = {}
+    nodes: list[ChainNode] = []
+    does: list[Callable[[], None]] = []
+
+    def value(tensor: str) -> Array:
+        origin = tensor
+        while origin in origin_of:
+            origin = origin_of[origin]
+        if tensor in weights:
+            return weights[tensor]
+        stored = at(place[origin], origin) if origin in place else inside[origin]
+        return stored.reshape(source.tensors[tensor].shape or ()).copy()
+
+    def run(name: str) -> None:
+        node = source.nodes[name]
+        result = computed(node, {t: value(t) for t in node_reads(node)}).astype(np.float32)
+        written = node.output[0]
+        if written in place:
+            at(place[written], written)[...] = result
+        else:
+            inside[written] = result
+
+    for number, index in enumerate(lane.segments):
+        for name in plan.segments[index].nodes:
+            node = source.nodes[name]
+            has_place = node.output[0] in lane.outputs and node.output[0] not in instead
+            if is_view(node) and not has_place:
+                origin_of[node.output[0]] = node.input[0]
+                continue
+            nodes.append(ChainNode((len(nodes) - 1,) if nodes else ()))
+            does.append(lambda name=name: run(name))  # type: ignore[misc]
+        if number < len(lane.segments) - 1:
+            nodes.append(ChainNode((len(nodes) - 1,) if nodes else (), number + 1, False))
+            does.append(lambda: None)
+    return nodes, does
+
+
+def late_view() -> tuple[ModelSource, str]:
+    """A view that is written as what it views, before another tensor is done with."""
+    net = Lowered((1, 4, 4, 2))
+    early, rectified = net.conv("x", 2), net.add("Relu", ["x"])
+    last, view = net.conv(early, 2), net.reshape(rectified, 1, 2, 8, 2)
+    return fused(net.source(last, net.conv(view, 2))), view
+
+
+def long_view() -> tuple[ModelSource, str]:
+    """A view of what a convolution writes, read after other convolutions, as in detectors."""
+    net = Lowered((1, 4, 4, 4))
+    head = net.conv("x", 4)
+    view, deep = net.reshape(head, 1, -1, 2), "x"
+    for _ in range(3):
+        deep = net.conv(deep, 4)
+    joined = net.add("Concat", [view, net.reshape(deep, 1, -1, 2)], axis=1)
+    return fused(net.source(joined)), head
+
+
+@pytest.mark.parametrize("build", [late_view, long_view])
+def test_a_place_is_in_use_while_it_is_under_another_name(
+    build: Callable[[], tuple[ModelSource, str]],
+) -> None:
+    source, tensor = build()
+    plan = planned(source, lambda name: 1)
+    (session,) = sessions_of(plan)
+    touched = touched_places(source, plan, [session])
+    assert touched[tensor] == frozenset(session.segments)
+    nbytes = {name: source.tensors[name].nbytes for name in lane_tensors(plan)}
+    check_arena(plan, nbytes, plan_arena(plan, nbytes, touched), touched)
+    with pytest.raises(PlanError, match="share memory"):
+        check_arena(plan, nbytes, plan_arena(plan, nbytes), touched)
