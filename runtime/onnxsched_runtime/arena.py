@@ -7,8 +7,10 @@ happens-before relation that `check_plan` knows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from onnxsched_runtime.clocks import Clock, Clocks
 from onnxsched_runtime.device import Placement
@@ -62,7 +64,7 @@ def plan_arena(
 
     Greedy by size (Pisarchyk and Lee, "Efficient memory management for deep neural net
     inference", 2020): the largest tensor first, each at the lowest offset where it meets no
-    tensor that it may live together with. O(tensors^2 x streams).
+    tensor that it may live together with. O(tensors x (tensors + streams)), in numpy.
 
     Args:
         plan: A plan that passes `check_plan`.
@@ -71,17 +73,50 @@ def plan_arena(
     """
     lives = lifetimes(plan, nbytes, touched)
     order = sorted(lives, key=lambda name: (-lives[name].nbytes, name))
-    offsets: dict[str, int] = {}
-    for name in order:
-        life = lives[name]
-        taken = sorted(
-            (offsets[other], offsets[other] + _aligned(lives[other].nbytes))
-            for other in offsets
-            if not life.may_share(lives[other])
-        )
-        offsets[name] = _first_gap(taken, _aligned(life.nbytes))
-    ends = [offsets[name] + _aligned(life.nbytes) for name, life in lives.items()]
-    return Arena(max(ends, default=0), offsets)
+    sharing = _Sharing([lives[name] for name in order])
+    starts, ends = np.zeros(len(order), np.int64), np.zeros(len(order), np.int64)
+    for number, name in enumerate(order):
+        beside = np.flatnonzero(~sharing.with_one(number)[:number])
+        beside = beside[np.argsort(starts[beside], kind="stable")]
+        taken = zip(starts[beside].tolist(), ends[beside].tolist(), strict=True)
+        size = _aligned(lives[name].nbytes)
+        starts[number] = _first_gap(taken, size)
+        ends[number] = starts[number] + size
+    offsets = dict(zip(order, starts.tolist(), strict=True))
+    return Arena(int(ends.max(initial=0)), offsets)
+
+
+class _Sharing:
+    """Which of many tensors may share bytes, asked of one at a time: `Lifetime.may_share`."""
+
+    def __init__(self, lives: Sequence[Lifetime]) -> None:
+        self._lives = lives
+        streams = {placement for life in lives for placement in life.last_uses}
+        self._number = {placement: number for number, placement in enumerate(sorted(streams))}
+        self._kept = np.array([life.is_kept for life in lives], bool)
+        self._born = np.zeros((len(streams), len(lives)), np.int32)
+        owners, used, ticks = [], [], []
+        for index, life in enumerate(lives):
+            for placement, tick in life.born.items():
+                if placement in self._number:
+                    self._born[self._number[placement], index] = tick
+            for placement, tick in life.last_uses.items():
+                owners.append(index)
+                used.append(self._number[placement])
+                ticks.append(tick)
+        self._owners, self._used = np.array(owners, np.intp), np.array(used, np.intp)
+        self._ticks = np.array(ticks, np.int32)
+
+    def with_one(self, index: int) -> np.ndarray:
+        """For each tensor whether it may share bytes with this one."""
+        is_over = np.full(len(self._lives), not self._kept[index])
+        for placement, tick in self._lives[index].last_uses.items():
+            is_over &= self._born[self._number[placement]] >= tick
+        late = self._born[self._used, index] < self._ticks
+        are_over = ~self._kept
+        are_over[self._owners[late]] = False
+        found: np.ndarray = is_over | are_over
+        return found
 
 
 def packed(nbytes: Mapping[str, int]) -> Arena:
@@ -112,13 +147,16 @@ def check_arena(
         if offset < 0 or offset % ALIGNMENT_NBYTES or offset + nbytes[name] > arena.nbytes:
             raise PlanError(f"Tensor '{name}' lies at {offset} of {arena.nbytes} bytes.")
     placed = sorted(lives, key=lambda name: (arena.offsets[name], name))
+    sharing = _Sharing([lives[name] for name in placed])
+    starts = np.array([arena.offsets[name] for name in placed], np.int64)
+    is_empty = np.array([not nbytes[name] for name in placed], bool)
     for position, name in enumerate(placed):
-        end = arena.offsets[name] + nbytes[name]
-        for other in placed[position + 1 :]:
-            if arena.offsets[other] >= end:
-                break
-            if nbytes[other] and not lives[name].may_share(lives[other]):
-                raise PlanError(f"Tensors '{name}' and '{other}' share memory while both live.")
+        last = int(np.searchsorted(starts, arena.offsets[name] + nbytes[name]))
+        beside = slice(position + 1, max(last, position + 1))
+        wrong = ~sharing.with_one(position)[beside] & ~is_empty[beside]
+        if wrong.any():
+            other = placed[position + 1 + int(wrong.argmax())]
+            raise PlanError(f"Tensors '{name}' and '{other}' share memory while both live.")
 
 
 def lifetimes(
@@ -139,7 +177,8 @@ def lifetimes(
                 last = uses.setdefault(name, {})
                 last[placement] = max(last.get(placement, 0), tick)
         for name in (*plan.writes(step), *beside):
-            born.setdefault(name, start)
+            if name not in plan.inputs:  # which are there from the start
+                born.setdefault(name, start)
     return {
         name: Lifetime(nbytes[name], born.get(name, {}), uses.get(name, {}), name in kept)
         for name in sorted(nbytes)
@@ -171,7 +210,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
 
 
-def _first_gap(taken: Sequence[tuple[int, int]], nbytes: int) -> int:
+def _first_gap(taken: Iterable[tuple[int, int]], nbytes: int) -> int:
     """The lowest offset where `nbytes` lie beside all that is taken; `taken` is sorted."""
     offset = 0
     for start, end in taken:

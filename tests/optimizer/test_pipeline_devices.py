@@ -23,7 +23,7 @@ from onnxsched.comparison import Tolerances
 from onnxsched.decision import Decision, decide
 from onnxsched.environment import device_name
 from onnxsched.inspection import inspect_model
-from onnxsched.loading import Model, graph_from_model
+from onnxsched.loading import Model, graph_from_model, load_model
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome
 from onnxsched.policies import SPREADING
@@ -42,7 +42,7 @@ from onnxsched.verify import verify
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError, ModelError, UsageError
+from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.model import node_reads
 from sample_models import build
@@ -458,3 +458,27 @@ def test_bands_that_ort_refuses_are_left_out(
     result = optimized(source, tmp_path / "out.onnx", policy="heft", budget_s=4.0)
     assert refused
     assert {entry["rewrite"] for entry in result.alternatives} == {"none"}
+
+
+def test_a_form_that_the_model_can_do_without_may_fail_in_any_way(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny, Device("cpu"))
+    request = Request("auto", Machine((Device("cuda"),), 2), 1.0, True, (), True)
+
+    def failing(error: Exception) -> Callable[..., Any]:
+        def fail(*_: Any) -> Any:
+            raise error
+
+        return fail
+
+    kernel = OnnxschedError("No kernel computes a convolution (planted).")
+    monkeypatch.setattr(scheduling, "lowered_model", failing(kernel))
+    assert scheduling._lowered(model, model.variant, request) is None
+    assert scheduling._if_possible(failing(kernel), model) is None
+    gone = failing(DeviceError("planted"))
+    monkeypatch.setattr(scheduling, "lowered_model", gone)
+    with pytest.raises(DeviceError, match="planted"):
+        scheduling._lowered(model, model.variant, request)
+    with pytest.raises(DeviceError, match="planted"):
+        scheduling._if_possible(gone, model)

@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, DrawFn
 
-from onnxsched_runtime.arena import ALIGNMENT_NBYTES, Arena, check_arena, plan_arena
+from onnxsched_runtime.arena import (
+    ALIGNMENT_NBYTES,
+    Arena,
+    _Sharing,
+    check_arena,
+    lifetimes,
+    plan_arena,
+)
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
 from onnxsched_runtime.partition import assemble, readers_of, segment_of
@@ -254,3 +261,15 @@ def test_a_misplaced_tensor_is_named(offset: int | None, message: str) -> None:
         offsets["t1"] = offset
     with pytest.raises(PlanError, match=message):
         check_arena(PLAN, NBYTES, replace(ARENA, offsets=offsets))
+
+
+@settings(deadline=None)
+@given(sized=sized_plans())
+def test_all_that_may_share_with_one_tensor_are_found_at_once(
+    sized: tuple[ExecutionPlan, Sizes],
+) -> None:
+    plan, nbytes = sized
+    lives = list(lifetimes(plan, nbytes).values())
+    sharing = _Sharing(lives)
+    for number, life in enumerate(lives):
+        assert sharing.with_one(number).tolist() == [life.may_share(other) for other in lives]

@@ -44,6 +44,8 @@ def test_it_is_written_field_by_field() -> None:
         [[FIELDS, 47]], [[FIELDS, [["a"]]]], [[FIELDS, [[None]]]], [[None, KERNEL]],
         [[FIELDS[:-1], KERNEL]], [[[*FIELDS, 1], KERNEL]], [[[{}, *FIELDS[1:]], KERNEL]],
         [[[1, [None], *FIELDS[2:]], KERNEL]], [[FIELDS, [[float("inf")]]]],
+        [[FIELDS, []]], [[FIELDS, [[]]]], [[FIELDS, [[1, 2]]]], [[FIELDS, [[1], [2]]]],
+        [[FIELDS, [[1], [2, 3, 4]]]], [[FIELDS, [[1], [[2], 3]]]], [[FIELDS, [[2**63]]]],
     ],
     ids=str,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from onnxsched_runtime.fused import channels_last, fused_node, fused_nodes, weight_array
 from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.model import ModelSource, is_fused, node_reads
-from support.fused import Lowered, evaluated, feeds_for, lowered_models
+from support.fused import NHWC_DOMAIN, Lowered, evaluated, feeds_for, lowered_models
 
 
 def writers(source: ModelSource) -> dict[str, onnx.NodeProto]:
@@ -135,6 +135,15 @@ def test_a_fused_node_is_described_as_onnx_would(source: ModelSource) -> None:
         assert not what.is_rectified or values[found.output].min() >= 0
 
 
+def test_a_long_way_to_a_relu_is_no_hindrance() -> None:
+    net = image()
+    last = net.conv("x", 2)
+    for _ in range(1500):
+        last = net.reshape(last, 1, 4, 4, 2)
+    after = fused(net.source(net.add("Relu", [last])))
+    assert "Relu" not in kinds_of(after)
+
+
 def image() -> Lowered:
     return Lowered((1, 4, 4, 2))
 
@@ -189,6 +198,12 @@ def pooled(net: Lowered) -> str:
     return net.add("Relu", [net.pool(net.conv("x", 2))])
 
 
+def pooled_apart(net: Lowered) -> str:
+    """A window may see padding alone, of which a pool makes the lowest number there is."""
+    pool = {"kernel_shape": [2, 2], "dilations": [4, 4], "pads": [2, 2, 2, 2]}
+    return net.add("Relu", [net.add("MaxPool", [net.conv("x", 2)], NHWC_DOMAIN, **pool)])
+
+
 def flat(net: Lowered) -> str:
     turned = net.add("Transpose", [net.conv("x", 2)], perm=[0, 3, 1, 2])
     return net.add("Relu", [net.reshape(turned, 1, 32)])
@@ -216,6 +231,7 @@ def grouped(net: Lowered) -> str:
         (inception_of_a_stranger, ["Fused", "Relu", "Concat"]),
         (inception_of_strangers, ["MatMul", "Fused", "Concat", "Relu"]),
         (pooled, ["Fused", "MaxPool"]),
+        (pooled_apart, ["Fused", "MaxPool", "Relu"]),
         (flat, ["Fused", "Transpose", "Reshape"]),
         (twice, ["Fused"]),
         (grouped, ["Fused"]),

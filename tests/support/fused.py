@@ -159,8 +159,14 @@ def _sums(
     return np.asarray(np.einsum("nhwcyx,ocyx->nhwo", windows, filters.astype(np.float64)))
 
 
-def _pooled(image: Array, *, kernel_shape: Sequence[int], pads: Sequence[int]) -> Array:
-    windows = _windows(image, kernel_shape, (1, 1), (1, 1), pads, -np.inf)
+def _pooled(
+    image: Array,
+    *,
+    kernel_shape: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int] = (1, 1),
+) -> Array:
+    windows = _windows(image, kernel_shape, (1, 1), dilations, pads, -np.inf)
     return np.asarray(windows.max((-2, -1)))
 
 
