@@ -13,6 +13,7 @@ from onnxsched.simplification.replacing import (
     renamed,
 )
 from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.pools import may_see_padding_alone
 
 _KEEPS_SIGN = {
     "MaxPool",
@@ -96,7 +97,7 @@ def rectify_after_pool(index: GraphIndex, node: onnx.NodeProto) -> Replacement |
 
     Only where the pool leaves fewer numbers than it reads.
     """
-    if not is_standard(node, "MaxPool") or len(node.output) != 1:
+    if not is_standard(node, "MaxPool") or len(node.output) != 1 or may_see_padding_alone(node):
         return None
     relu = index.sole_writer(node.input[0], "Relu")
     sizes = [index.shape(tensor) for tensor in (node.input[0], node.output[0])]

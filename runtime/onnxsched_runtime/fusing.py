@@ -14,6 +14,7 @@ from typing import Any
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, attributes_of, node_reads
+from onnxsched_runtime.pools import may_see_padding_alone
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import VIEWS
 
@@ -210,9 +211,7 @@ def _keeps_signs(node: NodeProto) -> bool:
     is_known = node.domain in (*_DOMAINS, _NHWC_DOMAIN)
     if not is_known or node.op_type not in _KEEPS_SIGNS or len(node.output) > 1:
         return False
-    values = attributes_of(node) if node.op_type == "MaxPool" else {}
-    may_see_padding_alone = any(d > 1 for d in values.get("dilations", ()))
-    return not may_see_padding_alone or not any(values.get("pads", ()))
+    return node.op_type != "MaxPool" or not may_see_padding_alone(node)
 
 
 def _moved_by(node: NodeProto) -> Sequence[str]:

@@ -148,8 +148,9 @@ def test_a_pool_that_makes_an_image_smaller_comes_before_the_relu(
         ([relu("a", "p"), halves("p", "y"), halves("p", "z", pads=[0] * 4)], ("y", "z")),
         ([relu("a", "p"), halves("p", "y")], ("y", "p")),
         ([helper.make_node("Tanh", ["a"], ["p"]), halves("p", "y")], ("y",)),
+        ([relu("a", "p"), halves("p", "y", kernel_shape=[2, 2], dilations=[2, 2])], ("y",)),
     ],
-    ids=["as large", "other readers", "an output", "no Relu"],
+    ids=["as large", "other readers", "an output", "no Relu", "windows with gaps"],
 )
 def test_other_relus_stay_before_a_pool(
     nodes: list[onnx.NodeProto], outputs: tuple[str, ...]
