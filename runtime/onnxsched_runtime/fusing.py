@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, attributes_of, node_reads
+from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.pools import may_see_padding_alone
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import VIEWS
@@ -286,22 +286,7 @@ def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
 
 
 def _in_order(nodes: Sequence[NodeProto]) -> list[NodeProto]:
-    """The nodes, each after those that it reads from, else as they are. O(n log n)."""
-    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output}
-    readers: list[list[int]] = [[] for _ in nodes]
-    missing = []
-    for index, node in enumerate(nodes):
-        sources = {writer[tensor] for tensor in node_reads(node) if tensor in writer}
-        missing.append(len(sources))
-        for source in sources:
-            readers[source].append(index)
-    ready = [index for index, count in enumerate(missing) if not count]
-    ordered = []
-    while ready:
-        index = heappop(ready)
-        ordered.append(nodes[index])
-        for reader in readers[index]:
-            missing[reader] -= 1
-            if not missing[reader]:
-                heappush(ready, reader)
-    return ordered
+    """The nodes, each after those that it reads from, else as they are."""
+    writer = {tensor: number for number, node in enumerate(nodes) for tensor in node.output}
+    sources = [{writer[t] for t in node_reads(node) if t in writer} for node in nodes]
+    return [nodes[number] for number in topological(range(len(nodes)), sources)]

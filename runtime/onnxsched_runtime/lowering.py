@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from onnxsched_runtime.model import (
     node_reads,
     read_model,
 )
+from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.session import OrtSession, lower_to_file
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
@@ -228,21 +228,5 @@ def _spread(model: onnx.ModelProto, known: Mapping[str, Placement]) -> dict[str,
             found[index] = ((place, -1, index), placement)
     return {
         nodes[i].name: found[i][1]
-        for i in _topological([found[i][0] for i in range(len(nodes))], reads, readers)
+        for i in topological([found[i][0] for i in range(len(nodes))], reads)
     }
-
-
-def _topological(keys: list[_Key], reads: list[list[int]], readers: list[list[int]]) -> list[int]:
-    """All nodes by key, but none before what it reads from."""
-    missing = [len(sources) for sources in reads]
-    ready = [(keys[i], i) for i, count in enumerate(missing) if count == 0]
-    heapify(ready)
-    order = []
-    while ready:
-        _, index = heappop(ready)
-        order.append(index)
-        for reader in readers[index]:
-            missing[reader] -= 1
-            if missing[reader] == 0:
-                heappush(ready, (keys[reader], reader))
-    return order
