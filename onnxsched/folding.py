@@ -130,22 +130,25 @@ def _fold(draft: Draft, stem: Stem) -> None:
 def _places(stem: Stem) -> np.ndarray:
     """Where in the image each number of each block lies; the last channels read any of it."""
     places = np.arange(math.prod(stem.shape), dtype=np.int64)
-    images, channels, height, width = stem.shape
-    split = places.reshape(images, channels, height // 2, 2, width // 2, 2)
-    blocks = split.transpose(0, 1, 3, 5, 2, 4).reshape(images, -1, height // 2, width // 2)
+    blocks = _in_blocks(places.reshape(stem.shape))
     filling = np.repeat(blocks[:, :1], _GROUP - blocks.shape[1], axis=1)
     return np.concatenate([blocks, filling], axis=1)
+
+
+def _in_blocks(array: np.ndarray) -> np.ndarray:
+    """[n, c, h, w] with each block of neighbours in its channels: [n, 4c, h / 2, w / 2]."""
+    count, channels, height, width = array.shape
+    rows, columns = height // _BLOCK, width // _BLOCK
+    split = array.reshape(count, channels, rows, _BLOCK, columns, _BLOCK)
+    return split.transpose(0, 1, 3, 5, 2, 4).reshape(count, -1, rows, columns)
 
 
 def _filters(stem: Stem, view: GraphView) -> np.ndarray:
     """The filters for blocks: 0 for what only fills them up."""
     array = view.array(stem.node.input[1])
-    count, channels, *size = array.shape
     margins = [
         (margin, k * _BLOCK - own - margin)
-        for margin, k, own in zip(stem.margins, stem.kernel, size, strict=True)
+        for margin, k, own in zip(stem.margins, stem.kernel, array.shape[2:], strict=True)
     ]
-    wide = np.pad(array, [(0, 0), (0, 0), *margins])
-    split = wide.reshape(count, channels, stem.kernel[0], 2, stem.kernel[1], 2)
-    blocks = split.transpose(0, 1, 3, 5, 2, 4).reshape(count, -1, *stem.kernel)
+    blocks = _in_blocks(np.pad(array, [(0, 0), (0, 0), *margins]))
     return np.pad(blocks, [(0, 0), (0, _GROUP - blocks.shape[1]), (0, 0), (0, 0)])

@@ -82,10 +82,10 @@ def possible_rewrites(model: Model, device: Device, variant: Variant) -> Rewrite
 
 def _alike(view: GraphView, variant: Variant) -> tuple[str, ...]:
     if variant.layout == "nhwc":
-        found = (_ALIGNED,) if find_passages(view) else ()
-        return (
-            (*found, joined("+".join(found) or NO_REWRITE, _FOLDED)) if find_stems(view) else found
-        )
+        found = [_ALIGNED] if find_passages(view) else []
+        if find_stems(view):
+            found.append(joined(found[0] if found else NO_REWRITE, _FOLDED))
+        return tuple(found)
     return (_TRANSPOSED,) if len(find_products(view)) >= _least(view.model) else ()
 
 
