@@ -26,13 +26,15 @@ _HEADS = (
 def table(report: Mapping[str, Any]) -> str:
     """The table in Markdown, of batch 1, with what it was measured on."""
     lines = [f"| {' | '.join(_HEADS)} |", "| --- |" + " ---: |" * (len(_HEADS) - 2) + " --- |"]
-    old = []
+    old, dates = [], set()
     for (model, batch, *_), arms in grouped(report).items():
         if batch != 1 or "auto" not in arms:
             continue
         ours, torch = arms["auto"], fastest(arms, COLUMNS["torch.compile"])
         best = fastest(arms, COLUMNS["ORT best"])
-        if "date" not in ours:
+        if "date" in ours:
+            dates.add(ours["date"])
+        else:
             old.append(model)
         cells = [
             _us(torch), f"{ours['reference']['median_us']:.0f}", _us(best),
@@ -40,13 +42,13 @@ def table(report: Mapping[str, Any]) -> str:
             _over(ours, torch), f"{ours['policy']}/{ours['streams']}",
         ]  # fmt: skip
         lines.append(f"| {model} | {' | '.join(cells)} |")
-    environment = report["environment"]
+    environment, earlier = report["environment"], report["date"].split(",")[0]
     return "\n".join([
         *lines,
         "",
         f"Microseconds on the device, medians of interleaved rounds; {environment['device']}, "
-        f"2026-11-29 ({', '.join(old)}: a week before), batch 1, float32 with TF32 allowed, "
-        f"onnxruntime {environment['onnxruntime']}, CUDA {environment['cuda']}, cuDNN "
+        f"{', '.join(sorted(dates))} ({', '.join(old)}: {earlier}), batch 1, float32 with TF32 "
+        f"allowed, onnxruntime {environment['onnxruntime']}, CUDA {environment['cuda']}, cuDNN "
         f"{environment['cudnn']}, torch {environment['torch']}. ORT's best is its fastest variant "
         "in one stream; ratios to it and to torch are of ratios to ORT's CUDA graph, each from "
         "one run. From [h200-suite.json](docs/benchmarks/h200-suite.json).",
