@@ -329,9 +329,13 @@ def test_a_file_without_a_variant_has_the_default() -> None:
     ],
 )  # fmt: skip
 def test_a_damaged_variant_is_refused(variant: Any) -> None:
+    _assert_refused("variant", variant)
+
+
+def _assert_refused(entry: str, damaged: Any) -> None:
     model = annotated(diamond())
     content = json.loads(_schedule(model).value)
-    content["variant"] = variant
+    content[entry] = damaged
     _schedule(model).value = json.dumps(content)
     message = _refusal(model)
     assert message.startswith("The model's schedule is damaged (")
@@ -348,13 +352,7 @@ def test_a_file_without_kernels_has_none() -> None:
 
 @pytest.mark.parametrize("damaged", [None, 1, "conv", [1], [[[1, 2], [[3]]]], [[[], None]]])
 def test_damaged_kernels_are_refused(damaged: Any) -> None:
-    model = annotated(diamond())
-    content = json.loads(_schedule(model).value)
-    content["kernels"] = damaged
-    _schedule(model).value = json.dumps(content)
-    message = _refusal(model)
-    assert message.startswith("The model's schedule is damaged (")
-    assert message.endswith("run `onnxsched optimize` again.")
+    _assert_refused("kernels", damaged)
 
 
 def test_on_the_cpu_the_variant_is_ignored() -> None:
