@@ -168,7 +168,7 @@ class Places:
 
 @functools.cache
 def _handle(device: Device) -> ctypes.c_void_p:
-    """CuDNN's handle on a GPU, one for the process: a launch sets its stream."""
+    """The handle of cuDNN on a GPU, one for the process: a launch sets its stream."""
     handle = ctypes.c_void_p()
     with current_device(device):
         cudnn.call("cudnnCreate", ctypes.byref(handle))
