@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from onnx import TensorProto
 
@@ -47,7 +49,8 @@ def race(monkeypatch: pytest.MonkeyPatch) -> Iterator[Race]:
         kernels = [((-1,),) if us is None else ((n,),) for n, us in enumerate(times)]
         monkeypatch.setattr(racing, "propose_kernels", lambda what, device: kernels)
         monkeypatch.setattr(racing, "FusedKernel", Built)
-        monkeypatch.setattr(racing, "_time_us", lambda what, built, *_: times[built.kernel[0][0]])
+        monkeypatch.setattr(racing, "DeviceMemory", FakeMemory)
+        monkeypatch.setattr(racing, "_time_us", lambda built, *_: times[built.kernel[0][0]])
         monkeypatch.setattr(convolutions, "_kept", {})
         racing.fastest_kernel.cache_clear()
         found = racing.fastest_kernel(what, GPU)
@@ -85,17 +88,56 @@ def test_there_may_be_none(race: Race) -> None:
     assert race(DENSE, []) is None
 
 
-@pytest.mark.parametrize("what", [DENSE, replace(DENSE, has_bias=False, adds=False)])
-def test_a_kernel_is_timed_on_memory_of_its_own(
-    what: FusedConvolution, monkeypatch: pytest.MonkeyPatch
+def test_where_there_is_no_room_to_try_any_none_is_chosen(
+    race: Race, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memories: list[Memory] = []
+    assert race(DENSE, [5.0]) == ((0,),)
+
+    def refuse(nbytes: int, device: Device) -> None:
+        raise OnnxschedError("out of memory")
+
+    monkeypatch.setattr(racing, "DeviceMemory", refuse)
+    racing.fastest_kernel.cache_clear()
+    assert racing.fastest_kernel(DENSE, GPU) is None
+
+
+@pytest.mark.parametrize("what", [DENSE, replace(DENSE, has_bias=False, adds=False)])
+@pytest.mark.parametrize("drawn_count", [1 << 20, 7])
+def test_kernels_are_timed_on_numbers_in_memory_of_their_own(
+    what: FusedConvolution, drawn_count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories: list[FakeMemory] = []
 
     class Memory(FakeMemory):
         def __init__(self, nbytes: int, device: Device) -> None:
             super().__init__(nbytes, device)
-            self.start = self.pointer
             memories.append(self)
+
+    monkeypatch.setattr(racing, "DeviceMemory", Memory)
+    monkeypatch.setattr(racing, "_DRAWN_COUNT", drawn_count)
+    racing._drawn.cache_clear()
+    with racing._tensors(what, GPU) as places:
+        sizes = {
+            places.image: 480, places.filters: 72, places.output: 240,
+            **({} if places.bias is None else {places.bias: 12}),
+            **({} if places.added is None else {places.added: 240}),
+        }  # fmt: skip
+        assert (places.bias is None, places.added is None) == (not what.has_bias, not what.adds)
+        ends = sorted(sizes)
+        assert all(a + sizes[a] <= b for a, b in pairwise(ends))
+        assert all((start - memories[0].pointer) % 16 == 0 for start in ends)
+        assert ends[0] == memories[0].pointer
+        assert ends[-1] + sizes[ends[-1]] <= memories[0].pointer + memories[0].nbytes
+        for start in (places.image, places.filters):
+            held = np.frombuffer(ctypes.string_at(start, sizes[start]), np.float32)
+            count = min(drawn_count, held.size)
+            assert np.unique(held).size == count, "random numbers"
+    assert [memory.pointer for memory in memories] == [0], "given back"
+    racing._drawn.cache_clear()
+
+
+def test_what_is_hopeless_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[Places] = []
 
     class Timed(Built):
         def bind(self, places: Places) -> Places:
@@ -104,10 +146,6 @@ def test_a_kernel_is_timed_on_memory_of_its_own(
         def launch(self, bound: Places, stream: Any) -> None:
             bounds.append(bound)
 
-    bounds: list[Places] = []
-    monkeypatch.setattr(racing, "DeviceMemory", Memory)
-    monkeypatch.setattr(racing, "graph_stream", FakeStream)
-    monkeypatch.setattr(racing, "Graph", FakeGraph)
     counts: list[int] = []
 
     def timed(stream: Any, launch: Callable[[], None], count: int, **_: int) -> list[float]:
@@ -115,23 +153,18 @@ def test_a_kernel_is_timed_on_memory_of_its_own(
         counts.append(count)
         return [50.0] * count
 
+    monkeypatch.setattr(racing, "DeviceMemory", FakeMemory)
+    monkeypatch.setattr(racing, "graph_stream", FakeStream)
+    monkeypatch.setattr(racing, "Graph", FakeGraph)
     monkeypatch.setattr(racing, "time_launches_us", timed)
-    kernel: Any = Timed(what, ((1,),), GPU)
+    kernel: Any = Timed(DENSE, ((1,),), GPU)
     repeat_count = racing._REPEAT_COUNT
-    assert racing._time_us(what, kernel, GPU, math.inf) == 50.0 / repeat_count
+    places = Places(1, 2, 3, None, None, 0)
+    assert racing._time_us(kernel, places, math.inf) == 50.0 / repeat_count
     assert counts == [1, racing._SAMPLE_COUNT]
     assert len(bounds) == 1 + 2 * repeat_count
-    assert racing._time_us(what, kernel, GPU, 1.0) == 50.0 / repeat_count
-    assert counts[2:] == [1], "what is hopeless is not timed again"
-    (places,) = set(bounds[: 1 + 2 * repeat_count])
-    sizes = {
-        places.image: 480, places.filters: 72, places.output: 240, places.workspace: 32,
-        **({} if places.bias is None else {places.bias: 12}),
-        **({} if places.added is None else {places.added: 240}),
-    }  # fmt: skip
-    assert (places.bias is None, places.added is None) == (not what.has_bias, not what.adds)
-    ends = sorted(sizes)
-    assert all(a + sizes[a] <= b for a, b in pairwise(ends))
-    assert all((start - memories[0].start) % 16 == 0 for start in ends)
-    assert ends[0] == memories[0].start
-    assert ends[-1] + sizes[ends[-1]] <= memories[0].start + memories[0].nbytes
+    (bound,) = set(bounds)
+    assert bound.workspace
+    assert replace(bound, workspace=0) == places
+    assert racing._time_us(kernel, places, 1.0) == 50.0 / repeat_count
+    assert counts[2:] == [1]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import onnx
@@ -29,6 +32,7 @@ _TRIED_COUNT = 8
 others take long to compile."""
 _SAMPLE_COUNT, _REPEAT_COUNT = 5, 10
 _ALIGNMENT_NBYTES = 256
+_DRAWN_COUNT = 1 << 20
 _HOPELESS = 2.0
 """Nothing so much slower in the first sample needs more; some take milliseconds."""
 _CLEARLY = 0.97
@@ -37,24 +41,29 @@ _CLEARLY = 0.97
 
 @functools.cache
 def fastest_kernel(what: FusedConvolution, device: Device) -> Kernel | None:
-    """The fastest of those that cuDNN proposes first; None if it has none at all.
+    """The fastest of those that cuDNN proposes first; None if it has none, or no room to try any.
 
     Measured once a process.
     """
     best: tuple[float, Kernel, FusedKernel] | None = None
     tried = 0
-    for kernel in propose_kernels(what, device):
-        if tried == (_TRIED_COUNT if what.filters[1] == what.image[1] else 1):
-            break
-        most_us = math.inf if best is None else _HOPELESS * best[0]
+    with ExitStack() as stack:
         try:
-            built = FusedKernel(what, kernel, device)
-            us = _time_us(what, built, device, most_us)
+            places = stack.enter_context(_tensors(what, device))
         except OnnxschedError:
-            continue
-        tried += 1
-        if best is None or us < _CLEARLY * best[0]:
-            best = us, kernel, built
+            return None
+        for kernel in propose_kernels(what, device):
+            if tried == (_TRIED_COUNT if what.filters[1] == what.image[1] else 1):
+                break
+            most_us = math.inf if best is None else _HOPELESS * best[0]
+            try:
+                built = FusedKernel(what, kernel, device)
+                us = _time_us(built, places, most_us)
+            except OnnxschedError:
+                continue
+            tried += 1
+            if best is None or us < _CLEARLY * best[0]:
+                best = us, kernel, built
     if best is None:
         return None
     _, kernel, built = best
@@ -62,15 +71,14 @@ def fastest_kernel(what: FusedConvolution, device: Device) -> Kernel | None:
     return kernel
 
 
-def _time_us(what: FusedConvolution, kernel: FusedKernel, device: Device, most_us: float) -> float:
+def _time_us(kernel: FusedKernel, places: Places, most_us: float) -> float:
     """The time of a kernel, roughly where it is more than anyone wants to know."""
-    starts = _starts(what)
+    device = kernel.device
     with (
-        DeviceMemory(starts[-1] + kernel.workspace_nbytes, device) as memory,
+        DeviceMemory(kernel.workspace_nbytes, device) as workspace,
         graph_stream(device) as stream,
     ):
-        _fill(what, memory, starts)
-        bound = kernel.bind(_places(what, memory, starts))
+        bound = kernel.bind(replace(places, workspace=workspace.pointer))
         kernel.launch(bound, stream)
         stream.synchronize()
 
@@ -93,32 +101,39 @@ def _time_us(what: FusedConvolution, kernel: FusedKernel, device: Device, most_u
             graph.close()
 
 
-def _starts(what: FusedConvolution) -> list[int]:
-    """Where image, filters, output, bias, summand and workspace begin, in bytes."""
+@contextmanager
+def _tensors(what: FusedConvolution, device: Device) -> Iterator[Places]:
+    """Memory for a convolution's tensors, with numbers to multiply: zeros may take another time.
+
+    Raises:
+        OnnxschedError: There is no room for them.
+    """
     shapes = (what.image, what.filters, what.output, (what.output[1],), what.output)
-    starts = [0]
-    for shape in shapes:
-        end = starts[-1] + TensorType(what.element_type, shape).nbytes
-        starts.append(-(-end // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES)
-    return starts
+    sizes = [TensorType(what.element_type, shape).nbytes for shape in shapes]
+    starts = list(accumulate((-(-n // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES for n in sizes),
+                             initial=0))  # fmt: skip
+    with DeviceMemory(starts[-1], device) as memory:
+        for start, nbytes in zip(starts, sizes[:2], strict=False):
+            _fill(memory, start, nbytes, what.element_type)
+        image, filters, output, bias, added, _ = (memory.pointer + start for start in starts)
+        yield Places(
+            image,
+            filters,
+            output,
+            bias if what.has_bias else None,
+            added if what.adds else None,
+            workspace=0,
+        )
 
 
-def _places(what: FusedConvolution, memory: DeviceMemory, starts: Sequence[int]) -> Places:
-    image, filters, output, bias, added, workspace = (memory.pointer + start for start in starts)
-    return Places(
-        image,
-        filters,
-        output,
-        bias if what.has_bias else None,
-        added if what.adds else None,
-        workspace,
-    )
+def _fill(memory: DeviceMemory, start: int, nbytes: int, element_type: int) -> None:
+    """Write the same random numbers again and again: an image may have a hundred million."""
+    block = _drawn(element_type)
+    for offset in range(0, nbytes, block.nbytes):
+        memory.upload(block[: (nbytes - offset) // block.itemsize], start + offset)
 
 
-def _fill(what: FusedConvolution, memory: DeviceMemory, starts: Sequence[int]) -> None:
-    """Numbers to multiply: zeros may take another time."""
-    generator = np.random.default_rng(0)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(what.element_type)
-    for shape, start in zip((what.image, what.filters), starts, strict=False):
-        values = generator.standard_normal(math.prod(shape), np.float32)
-        memory.upload(values.astype(dtype), start)
+@functools.cache
+def _drawn(element_type: int) -> np.ndarray:
+    drawn = np.random.default_rng(0).standard_normal(_DRAWN_COUNT, np.float32)
+    return drawn.astype(onnx.helper.tensor_dtype_to_np_dtype(element_type))
