@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -22,10 +21,10 @@ def measure_finalists(
     finalists: Sequence[Outcome],
     machine: Machine,
     custom_ops: tuple[str, ...],
-    deadline: float,
+    is_time_left: Callable[[], bool],
     progress: Progress,
 ) -> list[Outcome]:
-    """Race the finalists that can be built by a deadline, whenever that is the first two.
+    """Race the finalists that can be built while there is time, and in any case the first two.
 
     Over several devices the first three, of which one is on a single device.
 
@@ -36,7 +35,7 @@ def measure_finalists(
     with ExitStack() as stack:
         built: list[tuple[Outcome, Session]] = []
         for number, outcome in enumerate(finalists):
-            if len(built) > min(len(machine.devices), 2) and time.monotonic() > deadline:
+            if len(built) > min(len(machine.devices), 2) and not is_time_left():
                 break
             progress("building finalists", number, len(finalists))
             try:

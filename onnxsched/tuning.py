@@ -5,33 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from onnxsched.annotate import portable_schedule
-from onnxsched.calibration import calibrate
-from onnxsched.candidates import Candidate
-from onnxsched.contraction import ContractedCost, contract_cost, expand
+from onnxsched.exploration import Trials, explored
 from onnxsched.finalists import measure_finalists, session_of
 from onnxsched.inputs import random_inputs
 from onnxsched.interruption import Interruption
 from onnxsched.loading import AS_LOADED
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject, Tuned, expected
-from onnxsched.policies import POLICIES
 from onnxsched.profiling.measure import Progress
 from onnxsched.racing import timed_run
-from onnxsched.refinement import refine
-from onnxsched.schedule import Schedule
-from onnxsched.simulate import simulate
-from onnxsched.trial import TrialRunner
-from onnxsched_runtime.errors import CaptureError, OnnxschedError
+from onnxsched_runtime.errors import OnnxschedError
 
-_CALIBRATION_COUNT = 8
-"""Trials that the contention of the machine is fitted to."""
 _TRIALS_SHARE = 0.7
 """Of the budget; the rest is for the finalists."""
-_START_COUNT = 3
-"""Schedules that local search starts from."""
 _SAMPLE_COUNT = 12
 """Runs of a schedule that is tried as it will run."""
 _HARDLY_APART = 1.01
@@ -57,7 +45,7 @@ def tune(
     in one order. Where there are several, only the first subject's schedules on one are tried
     from its chains. The best few, of one stream too, are then built as they will run and measured
     in interleaved rounds: the model in one stream as it was loaded and the most promising first,
-    others while the budget lasts. Ctrl-C ends the trials, and what is best so far is kept.
+    others while the budget lasts. Ctrl-C ends what a budget ends, and what is best so far is kept.
 
     Args:
         subjects: Variants and rewrites of one model, and what is proposed for each, the most
@@ -73,7 +61,7 @@ def tune(
     with Interruption() as interruption:
         start = time.monotonic()
         end = start + _TRIALS_SHARE * budget_s
-        trials = [_Trials(s, machine, custom_ops, end, interruption, progress) for s in subjects]
+        trials = [Trials(s, machine, custom_ops, end, interruption, progress) for s in subjects]
         tried = _on_one_device if len(machine.devices) == 1 else _over_devices
         outcomes = tried(trials, is_refined)
         ranked = sorted(outcomes, key=expected)
@@ -82,7 +70,7 @@ def tune(
             _finalists(ranked),
             machine,
             custom_ops,
-            start + budget_s,
+            lambda: time.monotonic() < start + budget_s and not interruption.is_requested,
             progress,
         )
         measured.sort(key=lambda outcome: statistics.median(outcome.samples_us))
@@ -121,23 +109,7 @@ def _alone_us(outcome: Outcome) -> float:
     return outcome.candidate.predicted_us if outcome.trial_us is None else outcome.trial_us
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """What trying the schedules of one subject needs."""
-
-    subject: Subject
-    machine: Machine
-    custom_ops: tuple[str, ...]
-    deadline: float
-    interruption: Interruption
-    progress: Progress
-
-    def is_time_left(self) -> bool:
-        """Whether another schedule may be tried."""
-        return time.monotonic() < self.deadline and not self.interruption.is_requested
-
-
-def _on_one_device(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]:
+def _on_one_device(trials: Sequence[Trials], is_refined: bool) -> list[Outcome]:
     """The outcomes of all subjects, one after another."""
     outcomes: list[Outcome] = []
     needed_s = 0.0
@@ -147,12 +119,12 @@ def _on_one_device(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]
         deadline = of.deadline if is_last else now + (of.deadline - now) / 2
         if needed_s > deadline - now:  # it would be prepared and not tried
             deadline = now
-        tried, needed_s = _tried(replace(of, deadline=deadline), is_refined)
+        tried, needed_s = explored(replace(of, deadline=deadline), is_refined)
         outcomes += tried
     return outcomes
 
 
-def _over_devices(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]:
+def _over_devices(trials: Sequence[Trials], is_refined: bool) -> list[Outcome]:
     """The outcomes of all subjects, and of the first one's schedules on the first device."""
     first, now = trials[0], time.monotonic()
     if sum(len(of.subject.candidates) for of in trials) <= 1 + _FINALIST_COUNT:
@@ -162,10 +134,10 @@ def _over_devices(trials: Sequence[_Trials], is_refined: bool) -> list[Outcome]:
     alone, spread = _on_first_device(first)
     others = [replace(of, deadline=spread.deadline) for of in trials[1:]]
     outcomes = _tried_in_turn([spread, *others])
-    return [*outcomes, *_tried(alone, is_refined)[0]]
+    return [*outcomes, *explored(alone, is_refined)[0]]
 
 
-def _on_first_device(trials: _Trials) -> tuple[_Trials, _Trials]:
+def _on_first_device(trials: Trials) -> tuple[Trials, Trials]:
     """The trials of schedules that use the first device only, and in half the time the others."""
     machine = replace(trials.machine, devices=trials.machine.devices[:1])
     subject, now = trials.subject, time.monotonic()
@@ -180,45 +152,7 @@ def _on_first_device(trials: _Trials) -> tuple[_Trials, _Trials]:
     return first, others
 
 
-def _tried(trials: _Trials, is_refined: bool) -> tuple[list[Outcome], float]:
-    """The outcomes of a subject's trials, or its candidates untried where there is no use.
-
-    Returns:
-        These, and how many seconds it took to prepare the trials.
-    """
-    subject = trials.subject
-    outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
-    tried = sorted(outcomes, key=expected)
-    [device] = trials.machine.devices
-    is_possible = device.kind == "cuda" and not subject.model.host_reasons
-    if not is_possible or len(tried) <= 2 or not trials.is_time_left():
-        return tried, 0.0
-    trials.progress("preparing trials", 0, len(tried))
-    start, needed_s = time.monotonic(), 0.0
-    try:
-        with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
-            needed_s = time.monotonic() - start
-            for index, outcome in enumerate(tried):
-                if not trials.is_time_left():
-                    break
-                trials.progress("trying schedules", index, len(tried))
-                trial_us = _median_us(runner, outcome.candidate.contracted)
-                tried[index] = replace(outcome, trial_us=trial_us)
-            if all(outcome.trial_us is None for outcome in tried):
-                return tried, needed_s
-            cost = _calibrated(subject, tried)
-            tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
-            if is_refined and trials.is_time_left():
-                tried += _searched(trials, cost, tried, runner)
-    except CaptureError:
-        pass
-    except OnnxschedError:  # chains need more memory than schedules
-        if not trials.machine.is_limited:
-            raise
-    return tried, needed_s
-
-
-def _tried_in_turn(trials: Sequence[_Trials]) -> list[Outcome]:
+def _tried_in_turn(trials: Sequence[Trials]) -> list[Outcome]:
     """The outcomes of all candidates, each built as it will run, timed and closed.
 
     The most promising of all subjects comes first. What can't be built, for want of memory say,
@@ -246,72 +180,3 @@ def _tried_in_turn(trials: Sequence[_Trials]) -> list[Outcome]:
             continue
         tried.append(replace(outcome, trial_us=statistics.median(samples_us)))
     return [*tried, *(outcome for outcome, _ in waiting)]
-
-
-def _median_us(runner: TrialRunner, contracted: Schedule) -> float:
-    return statistics.median(runner.measure_us(contracted))
-
-
-def _calibrated(subject: Subject, tried: Sequence[Outcome]) -> ContractedCost:
-    """The cost of the chains, with the contention that explains a few of the measured times."""
-    ranked = sorted(tried, key=expected)
-    step = max(1, len(ranked) // _CALIBRATION_COUNT)
-    chosen = [*ranked[::step], *(o for o in ranked if o.candidate.policy == "sequential")]
-    graph = subject.contraction.graph
-    measured = [(o.candidate.contracted, o.trial_us) for o in chosen if o.trial_us is not None]
-    contention = calibrate(graph, contract_cost(subject.contraction, subject.cost), measured)
-    return contract_cost(subject.contraction, replace(subject.cost, contention=contention))
-
-
-def _predicted_again(subject: Subject, cost: ContractedCost, outcome: Outcome) -> Outcome:
-    candidate = outcome.candidate
-    timeline = simulate(subject.contraction.graph, cost, candidate.contracted)
-    return replace(outcome, candidate=replace(candidate, predicted_us=timeline.makespan_us))
-
-
-def _searched(
-    trials: _Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
-) -> list[Outcome]:
-    """What search finds on the calibrated simulator, and then on the machine."""
-    subject = trials.subject
-    graph = subject.contraction.graph
-    trials.progress("searching", 0, 1)
-    start = POLICIES["search"](graph, cost, trials.machine)
-    found = _found(subject, cost, start, _median_us(runner, start))
-    return [found, *_refined(trials, cost, [found, *tried], runner)]
-
-
-def _found(
-    subject: Subject, cost: ContractedCost, contracted: Schedule, trial_us: float
-) -> Outcome:
-    """A schedule that search came to."""
-    expanded = expand(subject.contraction, contracted)
-    candidate = Candidate(
-        "search",
-        portable_schedule(subject.portable, subject.model, expanded),
-        contracted,
-        simulate(subject.contraction.graph, cost, contracted).makespan_us,
-    )
-    return Outcome(candidate, trial_us, form=subject.model.form)
-
-
-def _refined(
-    trials: _Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
-) -> list[Outcome]:
-    """What local search on the machine makes of the best schedules that were tried."""
-    graph = trials.subject.contraction.graph
-    best = sorted(tried, key=expected)[:_START_COUNT]
-    placements = trials.machine.placements
-    found = []
-    for number, outcome in enumerate(best):
-        trials.progress("refining schedules", number, len(best))
-        refined = refine(
-            graph,
-            outcome.candidate.contracted,
-            placements,
-            lambda schedule: _median_us(runner, schedule),
-            trials.is_time_left,
-            seed=number,
-        )
-        found.append(_found(trials.subject, cost, refined.schedule, refined.measured_us))
-    return found

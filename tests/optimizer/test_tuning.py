@@ -13,10 +13,11 @@ from typing import Any, Self
 
 import pytest
 
-from onnxsched import finalists, tuning
+from onnxsched import exploration, finalists, tuning
 from onnxsched.candidates import Candidate, propose
 from onnxsched.contraction import Contraction, contract_chains, contract_cost, expand
 from onnxsched.cost import OperatorCost, TableCost
+from onnxsched.exploration import Trials
 from onnxsched.interruption import Interruption
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
@@ -110,7 +111,7 @@ def test_every_kind_of_model_can_be_tuned(name: str, tmp_path: Path) -> None:
 
 
 def test_the_cpu_has_no_trials(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(tuning, "TrialRunner")
+    monkeypatch.delattr(exploration, "TrialRunner")
     assert all(outcome.trial_us is None for outcome in tuned(model))
 
 
@@ -156,7 +157,7 @@ class FakeTrials:
 def trials(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrials]:
     """Makes tuning believe in a GPU."""
     kind = type("Trials", (FakeTrials,), {"tried": []})
-    monkeypatch.setattr(tuning, "TrialRunner", kind)
+    monkeypatch.setattr(exploration, "TrialRunner", kind)
     monkeypatch.setattr(finalists, "Session", FakeSession)
     return kind
 
@@ -220,7 +221,7 @@ def simulated(
     trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[type[FakeTrials]]:
     kind = type("Simulated", (SimulatedTrials,), {"tried": []})
-    monkeypatch.setattr(tuning, "TrialRunner", kind)
+    monkeypatch.setattr(exploration, "TrialRunner", kind)
     before = signal.getsignal(signal.SIGINT)
     yield kind
     assert signal.getsignal(signal.SIGINT) is before
@@ -272,6 +273,7 @@ def test_ctrl_c_keeps_what_was_tried_and_is_told(
     assert not found.is_complete
     assert_ranked(found.outcomes)
     _, candidates = candidates_of(model, GPU)
+    assert sum(bool(outcome.samples_us) for outcome in found.outcomes) == 2, "no more are built"
     tried = sum(outcome.trial_us is not None for outcome in found.outcomes)
     assert min(trial_count, len(candidates)) <= tried <= len(candidates) + 4
     assert trial_count <= len(simulated.tried) <= trial_count + 3, "it went on trying"
@@ -332,7 +334,7 @@ def test_over_several_devices_each_is_built_tried_and_closed(
 
     most: list[int] = []
     monkeypatch.setattr(finalists, "Session", Counted)
-    monkeypatch.delattr(tuning, "TrialRunner")
+    monkeypatch.delattr(exploration, "TrialRunner")
     contraction, candidates = candidates_of(model)
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
     machine = Machine((GPU, Device("cuda", 1)), STREAMS)
@@ -361,7 +363,7 @@ def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
     built: list[Outcome] = []
 
-    def in_turn(over: Sequence[tuning._Trials]) -> list[Outcome]:
+    def in_turn(over: Sequence[Trials]) -> list[Outcome]:
         built.extend(Outcome(c, 10.0) for trials in over for c in trials.subject.candidates)
         return built
 
@@ -489,7 +491,7 @@ def test_over_several_devices_all_subjects_are_tried_in_one_order(
     machine = Machine((CPU, Device("cpu", 1)), STREAMS)
     end, quiet = time.monotonic() + 60, lambda *_: None
     subjects = (subject("none", 1.0), subject("merge", 0.9))
-    trials = [tuning._Trials(s, machine, (), end, Interruption(), quiet) for s in subjects]
+    trials = [Trials(s, machine, (), end, Interruption(), quiet) for s in subjects]
     outcomes = tuning._over_devices(trials, is_refined=False)
     assert opened == sorted(opened)
     assert [name for _, name in opened] != sorted(name for _, name in opened)

@@ -65,15 +65,21 @@ class LaneRunner(PlanRunner):
             self.streams[placement] = opened[placement.device]
 
     def _touched(self) -> Touched:
-        lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]
-        run_here = [lane for lane in lanes if not self._is_copy(lane) and not self._is_fused(lane)]
-        return touched_places(self._source, self.plan, run_here)
+        return touched_places(self._source, self.plan, self._session_lanes)
+
+    @property
+    def _all_lanes(self) -> list[Lane]:
+        return [lane for plan in self._lanes.values() for lane in plan.lanes]
+
+    @property
+    def _session_lanes(self) -> list[Lane]:
+        """What sessions run: neither copies nor fused convolutions."""
+        lanes = self._all_lanes
+        return [lane for lane in lanes if not self._is_copy(lane) and not self._is_fused(lane)]
 
     def _open_runs(self) -> None:
-        lanes = [lane for plan in self._lanes.values() for lane in plan.lanes]
-        run_here = [lane for lane in lanes if not self._is_copy(lane) and not self._is_fused(lane)]
-        self._shared = shared_weights(self._source, self.plan, run_here)
-        for lane in run_here:
+        self._shared = shared_weights(self._source, self.plan, self._session_lanes)
+        for lane in self._session_lanes:
             for name in self._shared[lane]:
                 self._open_weight(name, lane.placement.device)
             self._opened[lane] = self._session(
@@ -83,7 +89,7 @@ class LaneRunner(PlanRunner):
                 keeps_nodes=self._source.is_lowered or bool(lane.marks),
             )
             self._open_marks(lane)
-        self._runs = {lane: self._bound(lane, self.buffers) for lane in lanes}
+        self._runs = {lane: self._bound(lane, self.buffers) for lane in self._all_lanes}
 
     def _is_copy(self, lane: Lane) -> bool:
         """Whether it is a copy, which has a stream of its own."""

@@ -1,0 +1,163 @@
+"""Try the schedules of one model on one GPU, from sessions of its chains, and look for better."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from onnxsched.annotate import portable_schedule
+from onnxsched.calibration import calibrate
+from onnxsched.candidates import Candidate
+from onnxsched.contraction import ContractedCost, contract_cost, expand
+from onnxsched.interruption import Interruption
+from onnxsched.machine import Machine
+from onnxsched.outcomes import Outcome, Subject, expected
+from onnxsched.policies import POLICIES
+from onnxsched.profiling.measure import Progress
+from onnxsched.refinement import refine
+from onnxsched.schedule import Schedule
+from onnxsched.simulate import simulate
+from onnxsched.trial import TrialRunner
+from onnxsched_runtime.errors import CaptureError, OnnxschedError
+
+_CALIBRATION_COUNT = 8
+"""Trials that the contention of the machine is fitted to."""
+_START_COUNT = 3
+"""Schedules that local search starts from."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What trying the schedules of one subject needs."""
+
+    subject: Subject
+    machine: Machine
+    custom_ops: tuple[str, ...]
+    deadline: float
+    interruption: Interruption
+    progress: Progress
+
+    def is_time_left(self) -> bool:
+        """Whether another schedule may be tried."""
+        return time.monotonic() < self.deadline and not self.interruption.is_requested
+
+
+def explored(trials: Trials, is_refined: bool) -> tuple[list[Outcome], float]:
+    """The outcomes of a subject's trials, or its candidates untried where there is no use.
+
+    Returns:
+        These, and how many seconds it took to prepare the trials.
+    """
+    subject = trials.subject
+    outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
+    tried = sorted(outcomes, key=expected)
+    [device] = trials.machine.devices
+    is_possible = device.kind == "cuda" and not subject.model.host_reasons
+    if not is_possible or len(tried) <= 2 or not trials.is_time_left():
+        return tried, 0.0
+    trials.progress("preparing trials", 0, len(tried))
+    start, needed_s = time.monotonic(), 0.0
+    try:
+        with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
+            needed_s = time.monotonic() - start
+            _try_all(trials, tried, runner)
+            if any(outcome.trial_us is not None for outcome in tried):
+                _look_further(trials, tried, runner, is_refined)
+    except CaptureError:
+        pass
+    except OnnxschedError:  # chains need more memory than schedules
+        if not trials.machine.is_limited:
+            raise
+    return tried, needed_s
+
+
+def _try_all(trials: Trials, tried: list[Outcome], runner: TrialRunner) -> None:
+    """Put the outcomes of trials in the place of what is to be tried, while there is time."""
+    for index, outcome in enumerate(tried):
+        if not trials.is_time_left():
+            break
+        trials.progress("trying schedules", index, len(tried))
+        trial_us = _median_us(runner, outcome.candidate.contracted)
+        tried[index] = replace(outcome, trial_us=trial_us)
+
+
+def _look_further(
+    trials: Trials, tried: list[Outcome], runner: TrialRunner, is_refined: bool
+) -> None:
+    """Predict again by what was tried, and add what a search finds."""
+    subject = trials.subject
+    cost = _calibrated(subject, tried)
+    tried[:] = [_predicted_again(subject, cost, outcome) for outcome in tried]
+    if is_refined and trials.is_time_left():
+        tried += _searched(trials, cost, tried, runner)
+
+
+def _median_us(runner: TrialRunner, contracted: Schedule) -> float:
+    return statistics.median(runner.measure_us(contracted))
+
+
+def _calibrated(subject: Subject, tried: Sequence[Outcome]) -> ContractedCost:
+    """The cost of the chains, with the contention that explains a few of the measured times."""
+    ranked = sorted(tried, key=expected)
+    step = max(1, len(ranked) // _CALIBRATION_COUNT)
+    chosen = [*ranked[::step], *(o for o in ranked if o.candidate.policy == "sequential")]
+    graph = subject.contraction.graph
+    measured = [(o.candidate.contracted, o.trial_us) for o in chosen if o.trial_us is not None]
+    contention = calibrate(graph, contract_cost(subject.contraction, subject.cost), measured)
+    return contract_cost(subject.contraction, replace(subject.cost, contention=contention))
+
+
+def _predicted_again(subject: Subject, cost: ContractedCost, outcome: Outcome) -> Outcome:
+    candidate = outcome.candidate
+    timeline = simulate(subject.contraction.graph, cost, candidate.contracted)
+    return replace(outcome, candidate=replace(candidate, predicted_us=timeline.makespan_us))
+
+
+def _searched(
+    trials: Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
+) -> list[Outcome]:
+    """What search finds on the calibrated simulator, and then on the machine."""
+    subject = trials.subject
+    graph = subject.contraction.graph
+    trials.progress("searching", 0, 1)
+    start = POLICIES["search"](graph, cost, trials.machine)
+    found = _found(subject, cost, start, _median_us(runner, start))
+    return [found, *_refined(trials, cost, [found, *tried], runner)]
+
+
+def _found(
+    subject: Subject, cost: ContractedCost, contracted: Schedule, trial_us: float
+) -> Outcome:
+    """A schedule that search came to."""
+    expanded = expand(subject.contraction, contracted)
+    candidate = Candidate(
+        "search",
+        portable_schedule(subject.portable, subject.model, expanded),
+        contracted,
+        simulate(subject.contraction.graph, cost, contracted).makespan_us,
+    )
+    return Outcome(candidate, trial_us, form=subject.model.form)
+
+
+def _refined(
+    trials: Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
+) -> list[Outcome]:
+    """What local search on the machine makes of the best schedules that were tried."""
+    graph = trials.subject.contraction.graph
+    best = sorted(tried, key=expected)[:_START_COUNT]
+    placements = trials.machine.placements
+    found = []
+    for number, outcome in enumerate(best):
+        trials.progress("refining schedules", number, len(best))
+        refined = refine(
+            graph,
+            outcome.candidate.contracted,
+            placements,
+            lambda schedule: _median_us(runner, schedule),
+            trials.is_time_left,
+            seed=number,
+        )
+        found.append(_found(trials.subject, cost, refined.schedule, refined.measured_us))
+    return found
