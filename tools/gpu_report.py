@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,8 @@ def measure_model(
         )
         seconds = phases.seconds()
         measured = bench_command(source, target)
+        device_count = len(optimized.devices)
+        in_processes = distributed_command(target, device_count) if device_count > 1 else None
         on_cpu = difference_on_cpu(target)
         bounds = bounds_us(target, optimized.devices[0], cache)
     return {
@@ -144,6 +147,7 @@ def measure_model(
         ],
         "bounds": bounds,
         "bench": without_samples(measured),
+        "in_processes": in_processes,
     }
 
 
@@ -213,6 +217,21 @@ def bench_command(source: Path, target: Path) -> dict[str, Any]:
                "--json", str(found)]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LIMIT_S)
     return dict(json.loads(found.read_text()))
+
+
+def distributed_command(target: Path, count: int) -> dict[str, Any]:
+    """What a whole run of the schedule takes in so many processes, one for each GPU."""
+    found = target.with_name("distributed.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+               "-m", "onnxsched_runtime.distributed", str(target), "--bench",
+               "--json", str(found)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("onnxsched: ")]
+        return {"error": said[0] if said else done.stderr[-300:]}
+    result = json.loads(found.read_text())
+    latency_us = statistics.median(result["latency_us"])
+    return {"capture": result["capture"], "ranks": result["ranks"], "latency_us": latency_us}
 
 
 def without_samples(result: dict[str, Any]) -> dict[str, Any]:
