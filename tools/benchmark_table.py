@@ -43,15 +43,16 @@ def table(report: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         lines.append(f"| {model} | {' | '.join(cells)} |")
     environment, earlier = report["environment"], report["date"].split(",")[0]
+    measured = f"{', '.join(sorted(dates))} ({', '.join(['peers', *old])}: {earlier})"
     return "\n".join([
         *lines,
         "",
         f"Microseconds on the device, medians of interleaved rounds; {environment['device']}, "
-        f"{', '.join(sorted(dates))} ({', '.join(old)}: {earlier}), batch 1, float32 with TF32 "
-        f"allowed, onnxruntime {environment['onnxruntime']}, CUDA {environment['cuda']}, cuDNN "
-        f"{environment['cudnn']}, torch {environment['torch']}. ORT's best is its fastest variant "
-        "in one stream; ratios to it and to torch are of ratios to ORT's CUDA graph, each from "
-        "one run. From [h200-suite.json](docs/benchmarks/h200-suite.json).",
+        f"{measured}, batch 1, float32 with TF32 allowed, onnxruntime "
+        f"{environment['onnxruntime']}, CUDA {environment['cuda']}, cuDNN {environment['cudnn']}, "
+        f"torch {environment['torch']}. ORT's best is its fastest variant in one stream; ratios "
+        "to it and to torch are of ratios to ORT's CUDA graph, each from one run. From "
+        "[h200-suite.json](docs/benchmarks/h200-suite.json).",
         "",
     ])  # fmt: skip
 
