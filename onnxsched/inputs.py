@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnxsched_runtime.tensor import TensorType
 _INDEX_KEEPING = {"Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze",
                   "Transpose", "Unsqueeze"}  # fmt: skip
 """Operators through which an index stays an index."""
+_DRAWN_COUNT = 1 << 20
 
 
 def random_inputs(
@@ -45,6 +47,18 @@ def random_array(kind: TensorType, generator: np.random.Generator, limit: int = 
     if np.issubdtype(dtype, np.integer):
         return generator.integers(0, limit, kind.shape).astype(dtype)
     return generator.standard_normal(kind.shape or ()).astype(dtype)
+
+
+def repeated_array(kind: TensorType, generator: np.random.Generator) -> np.ndarray:
+    """Draw as `random_array` does, but the same million numbers again and again.
+
+    Good for what is timed, not for what is compared: a large image takes seconds to draw.
+    """
+    shape = kind.shape or ()
+    if math.prod(shape) <= _DRAWN_COUNT:
+        return random_array(kind, generator)
+    drawn = random_array(TensorType(kind.element_type, (_DRAWN_COUNT,)), generator)
+    return np.resize(drawn, shape)
 
 
 def _index_limits(model: onnx.ModelProto) -> dict[str, int]:

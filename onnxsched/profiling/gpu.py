@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import onnx
 
-from onnxsched.inputs import random_array
+from onnxsched.inputs import repeated_array
 from onnxsched.loading import Model
 from onnxsched.profile import Kernel, OperatorProfile
 from onnxsched.profiling.kernels import kernels_by_range
@@ -77,7 +77,7 @@ def _measure_batch(
         stream = runner.streams[placement]
         generator = np.random.default_rng(0)
         for name in inputs:
-            runner.buffers[name].fill(random_array(model.tensors[name], generator), stream)
+            runner.buffers[name].fill(repeated_array(model.tensors[name], generator), stream)
         runner.prepare(plan.pieces[0])
         kernels = _kernels(runner)
         for index, node in enumerate(nodes):

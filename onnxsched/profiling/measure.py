@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import onnx
 
-from onnxsched.inputs import random_array
+from onnxsched.inputs import repeated_array
 from onnxsched.loading import Model
 from onnxsched.profile import Multiprocessor, OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
@@ -116,7 +116,7 @@ def _measure_on_cpu(
     for node in nodes:
         segment = operator_segment(model, node, Placement(device, 0))
         generator = np.random.default_rng(0)
-        feeds = {n: random_array(model.tensors[n], generator) for n in segment.inputs}
+        feeds = {n: repeated_array(model.tensors[n], generator) for n in segment.inputs}
         with OrtSession(source.extract(segment), settings) as session:
             yield node.name, OperatorProfile(_time_on_cpu(session, feeds))
 

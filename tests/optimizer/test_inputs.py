@@ -7,7 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from onnxsched.inputs import random_array, random_inputs
+from onnxsched import inputs
+from onnxsched.inputs import random_array, random_inputs, repeated_array
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime.tensor import TensorType
 from support.models import MODELS, Array, reference, weight
@@ -116,3 +117,18 @@ def test_floats_are_normal_and_integers_below_their_limit() -> None:
     assert set(integers) == set(range(7))
     booleans = random_array(TensorType(TensorProto.BOOL, (100,)), generator)
     assert set(booleans) == {False, True}
+
+
+@pytest.mark.parametrize("element", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.STRING])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3), (3, 5, 4)])
+def test_what_is_only_timed_repeats_what_was_drawn(
+    element: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = TensorType(element, shape)
+    drawn = random_array(kind, np.random.default_rng(0))
+    monkeypatch.setattr(inputs, "_DRAWN_COUNT", 7)
+    array = repeated_array(kind, np.random.default_rng(0))
+    assert (array.shape, array.dtype) == (drawn.shape, drawn.dtype)
+    flat = array.ravel()
+    assert np.array_equal(flat[:7], drawn.ravel()[:7])
+    assert np.array_equal(flat[7:], flat[: max(0, flat.size - 7)])
