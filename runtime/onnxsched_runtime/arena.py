@@ -7,7 +7,7 @@ happens-before relation that `check_plan` knows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,9 +78,8 @@ def plan_arena(
     for number, name in enumerate(order):
         beside = np.flatnonzero(~sharing.with_one(number)[:number])
         beside = beside[np.argsort(starts[beside], kind="stable")]
-        taken = zip(starts[beside].tolist(), ends[beside].tolist(), strict=True)
         size = _aligned(lives[name].nbytes)
-        starts[number] = _first_gap(taken, size)
+        starts[number] = _first_gap(starts[beside], ends[beside], size)
         ends[number] = starts[number] + size
     offsets = dict(zip(order, starts.tolist(), strict=True))
     return Arena(int(ends.max(initial=0)), offsets)
@@ -167,7 +166,8 @@ def lifetimes(
     for name, indices in (touched or {}).items():
         for index in indices:
             others.setdefault(index, []).append(name)
-    kept = {*plan.inputs, *plan.outputs}
+    inputs = frozenset(plan.inputs)
+    kept = inputs.union(plan.outputs)
     born: dict[str, Clock] = {}
     uses: dict[str, Clock] = {}
     for placement, tick, start, step in _work(plan):
@@ -177,7 +177,7 @@ def lifetimes(
                 last = uses.setdefault(name, {})
                 last[placement] = max(last.get(placement, 0), tick)
         for name in (*plan.writes(step), *beside):
-            if name not in plan.inputs:  # which are there from the start
+            if name not in inputs:  # which are there from the start
                 born.setdefault(name, start)
     return {
         name: Lifetime(nbytes[name], born.get(name, {}), uses.get(name, {}), name in kept)
@@ -210,11 +210,8 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
 
 
-def _first_gap(taken: Iterable[tuple[int, int]], nbytes: int) -> int:
-    """The lowest offset where `nbytes` lie beside all that is taken; `taken` is sorted."""
-    offset = 0
-    for start, end in taken:
-        if offset + nbytes <= start:
-            break
-        offset = max(offset, end)
-    return offset
+def _first_gap(starts: np.ndarray, ends: np.ndarray, nbytes: int) -> int:
+    """The lowest offset where `nbytes` lie beside all that is taken; `starts` are sorted."""
+    reach = np.maximum.accumulate(np.concatenate(([0], ends)))
+    fitting = np.flatnonzero(starts - reach[:-1] >= nbytes)
+    return int(reach[fitting[0]] if fitting.size else reach[-1])

@@ -8,7 +8,7 @@ that nothing else is copied to, so that it is found in what was captured, and le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,12 +91,9 @@ def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
         if place[earlier].chain != place[later].chain
     ]
     waiting = {point.chain for _, point in between if point.boundary == 0}
-    readers: dict[str, set[int]] = {}
-    for index, segment in enumerate(plan.segments):
-        for tensor in segment.inputs:
-            readers.setdefault(tensor, set()).add(index)
+    outputs = frozenset(plan.outputs)
     return LanePlan(
-        tuple(_lane(plan, placement, tuple(group), readers) for placement, group in groups),
+        tuple(_lane(plan, placement, tuple(group), outputs) for placement, group in groups),
         tuple(tuple(position[index] for index in group) for _, group in groups),
         tuple(between),
         tuple(number for number in range(len(groups)) if number not in waiting),
@@ -144,15 +141,15 @@ def _lane(
     plan: ExecutionPlan,
     placement: Placement,
     indices: tuple[int, ...],
-    readers: Mapping[str, set[int]],
+    outputs: frozenset[str],
 ) -> Lane:
     own = set(indices)
     segments = [plan.segments[index] for index in indices]
     written = dict.fromkeys(t for segment in segments for t in segment.outputs)
     read = dict.fromkeys(t for segment in segments for t in segment.inputs if t not in written)
-    needed = (t for t in written if t in plan.outputs or readers.get(t, own) - own)
-    outputs = tuple(needed) or tuple(written)[-1:]
-    return Lane(placement, indices, tuple(read), outputs)
+    readers = plan.readers
+    needed = [t for t in written if t in outputs or not own.issuperset(readers.get(t, ()))]
+    return Lane(placement, indices, tuple(read), tuple(needed or tuple(written)[-1:]))
 
 
 def written_instead(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> dict[str, str]:

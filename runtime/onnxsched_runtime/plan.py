@@ -157,6 +157,15 @@ class ExecutionPlan:
         return tuple(step for piece in self.pieces if piece.captured for step in piece.steps)
 
     @cached_property
+    def readers(self) -> dict[str, frozenset[int]]:
+        """The segments that read each tensor, by index."""
+        found: dict[str, set[int]] = {}
+        for index, segment in enumerate(self.segments):
+            for tensor in segment.inputs:
+                found.setdefault(tensor, set()).add(index)
+        return {tensor: frozenset(indices) for tensor, indices in found.items()}
+
+    @cached_property
     def devices(self) -> tuple[Device, ...]:
         """All devices it uses, in order."""
         steps = (step for piece in self.pieces for step in piece.steps)
