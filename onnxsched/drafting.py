@@ -31,6 +31,8 @@ class Draft:
     weights: list[onnx.TensorProto] = field(default_factory=list)
     tensors: dict[str, TensorType] = field(default_factory=dict)
     """The types of new tensors."""
+    _stored: set[str] = field(default_factory=set)
+    """The names of new weights."""
 
     def nodes(self) -> list[onnx.NodeProto]:
         """All nodes, in topological order where the old ones were."""
@@ -45,6 +47,7 @@ class Draft:
         """Keep a new weight; returns its name."""
         weight = numpy_helper.from_array(np.ascontiguousarray(array), self._fresh(name))
         self.weights.append(weight)
+        self._stored.add(weight.name)
         return str(weight.name)
 
     def declare(self, name: str, kind: TensorType) -> str:
@@ -54,8 +57,8 @@ class Draft:
         return fresh
 
     def _fresh(self, name: str) -> str:
-        view, own = self.view, {weight.name for weight in self.weights}
-        taken = (view.model.tensors, view.weights, view.writer, self.tensors, own)
+        view = self.view
+        taken = (view.model.tensors, view.weights, view.writer, self.tensors, self._stored)
         while any(name in names for names in taken):
             name += "_"
         return name

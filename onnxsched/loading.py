@@ -16,6 +16,7 @@ from onnx import helper
 
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
+from onnxsched.pooling import agree_on_pool
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched.simplification import simplify
 from onnxsched_runtime.convolution import Kernels
@@ -112,14 +113,17 @@ def load_model(
     """
     baseline = read_model(path)
     _check(baseline, path)
+    _keep_weights(baseline)
     baseline.ir_version = max(_MIN_IR, min(baseline.ir_version, _MAX_IR))
     if baseline.functions:
         baseline = onnx.inliner.inline_local_functions(baseline)
     bind_shapes(baseline, shapes or {})
     _narrow_concats(baseline)
     name_nodes(baseline)
+    while agree_on_pool(baseline, tensor_types(baseline)):
+        pass
     declare_types(baseline)
-    converted = to_float16(baseline) if precision == "fp16" else baseline
+    converted = _in_float16(baseline) if precision == "fp16" else baseline
     proto, on_cpu = _optimized(converted, device, custom_ops)
     _give_outputs_a_node(proto)
     name_nodes(proto)
@@ -136,6 +140,26 @@ def load_model(
     return Model(proto, tensors, reasons, bound, baseline, precision=precision)
 
 
+def _keep_weights(model: onnx.ModelProto) -> None:
+    """Let weights be no inputs as well, in place.
+
+    Before IR version 4 all had to be, and meant nothing by it; later it means that a caller may
+    replace them, which keeps ORT from folding and fusing, and no schedule offers.
+    """
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+
+
+def _in_float16(baseline: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in float16; the converter knows no output that is a weight."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(baseline)
+    _give_outputs_a_node(copy)
+    return to_float16(copy)
+
+
 def _narrow_concats(model: onnx.ModelProto) -> None:
     """Make a tree of every Concat with more inputs than ORT can capture, in place; exact.
 
@@ -147,18 +171,30 @@ def _narrow_concats(model: onnx.ModelProto) -> None:
         node.CopyFrom(original)
         if node.op_type == "Concat" and node.domain in ("", "ai.onnx"):
             while len(node.input) > _MAX_CONCAT:
-                part = onnx.NodeProto()
-                part.CopyFrom(node)
-                del part.input[_MAX_CONCAT:]
-                part.name, part.output[0] = (
-                    f"{stem}/part{len(nodes)}" for stem in (node.name or "concat", node.output[0])
-                )
-                nodes.append(part)
-                node.input[:] = [part.output[0], *node.input[_MAX_CONCAT:]]
+                node.input[:] = _joined_parts(node, nodes)
         nodes.append(node)
     if len(nodes) > len(model.graph.node):
         del model.graph.node[:]
         model.graph.node.extend(nodes)
+
+
+def _joined_parts(concat: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> list[str]:
+    """What joins the inputs of a Concat, as many at a time as ORT takes; added to `nodes`."""
+    inputs, joined = list(concat.input), []
+    for first in range(0, len(inputs), _MAX_CONCAT):
+        few = inputs[first : first + _MAX_CONCAT]
+        if len(few) == 1:
+            joined += few
+            continue
+        part = onnx.NodeProto()
+        part.CopyFrom(concat)
+        part.input[:] = few
+        part.name, part.output[0] = (
+            f"{stem}/part{len(nodes)}" for stem in (concat.name or "concat", concat.output[0])
+        )
+        nodes.append(part)
+        joined.append(part.output[0])
+    return joined
 
 
 def _check(model: onnx.ModelProto, path: str | Path) -> None:
@@ -239,6 +275,8 @@ def _give_outputs_a_node(model: onnx.ModelProto) -> None:
     graph = model.graph
     written = {name for node in graph.node for name in node.output}
     weights = {weight.name: weight for weight in graph.initializer}
+    taken = written | weights.keys() | {value.name for value in graph.input}
+    instead: dict[str, str] = {}
     for value in graph.output:
         if value.name in written:
             continue
@@ -248,21 +286,26 @@ def _give_outputs_a_node(model: onnx.ModelProto) -> None:
                 "remove it from the model's outputs."
             )
         constant = f"{value.name}/constant"
+        while constant in taken:
+            constant += "_"
+        taken.add(constant)
         weights[value.name].name = constant
-        for position, declared in reversed(list(enumerate(graph.input))):
-            if declared.name == value.name:
-                del graph.input[position]
-        _read_instead(graph, value.name, constant)
-        graph.node.append(helper.make_node("Identity", [constant], [value.name]))
+        instead[value.name] = constant
+    _read_instead(graph, instead)
+    for name, constant in instead.items():
+        graph.node.append(helper.make_node("Identity", [constant], [name]))
 
 
-def _read_instead(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Let every node read another tensor, those in subgraphs included, in place."""
+def _read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
+    """Let every node read other tensors, those in subgraphs included, in place."""
+    if not instead:
+        return
     for node in graph.node:
-        node.input[:] = [new if name == old else name for name in node.input]
+        if not instead.keys().isdisjoint(node.input):
+            node.input[:] = [instead.get(name, name) for name in node.input]
         for attribute in node.attribute:
             for body in (*attribute.graphs, attribute.g):
-                _read_instead(body, old, new)
+                _read_instead(body, instead)
 
 
 def _require_arrays(tensors: Mapping[str, TensorType]) -> None:

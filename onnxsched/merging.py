@@ -158,12 +158,21 @@ def _rectification(
 
 def _is_rectified_later(view: GraphView, tensor: str) -> bool:
     """Whether all that reads a tensor is a Relu, or a Concat or maximum that leads to Relus."""
-    readers = view.readers.get(tensor, [])
-    return bool(readers and tensor not in view.outputs) and all(
-        kind_of(node) == ("", "Relu")
-        or (_chooses(node) and _is_rectified_later(view, node.output[0]))
-        for node in readers
-    )
+    waiting, seen = [tensor], {tensor}
+    while waiting:
+        read = waiting.pop()
+        readers = view.readers.get(read, [])
+        if not readers or read in view.outputs:
+            return False
+        for node in readers:
+            if kind_of(node) == ("", "Relu"):
+                continue
+            if not _chooses(node):
+                return False
+            if node.output[0] not in seen:
+                seen.add(node.output[0])
+                waiting.append(node.output[0])
+    return True
 
 
 def _chooses(node: onnx.NodeProto) -> bool:

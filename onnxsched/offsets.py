@@ -21,6 +21,7 @@ from onnxsched.loading import Model
 from onnxsched.rows import explicit_window
 from onnxsched.siblings import GraphView, kind_of
 from onnxsched_runtime.model import attributes_of
+from onnxsched_runtime.pools import may_see_padding_alone
 from onnxsched_runtime.tensor import TensorType
 
 _LEAST_ROOM_NBYTES = 32 << 20
@@ -67,6 +68,7 @@ class Delays:
             return not is_map and self.can_wait(result, is_map)
         if kind in (("", "MaxPool"), ("", "AveragePool")):
             is_kept = len(node.output) == 1 and not attributes_of(node).get("count_include_pad")
+            is_kept &= not may_see_padding_alone(node)
             return is_kept and not is_map and self.can_wait(result, is_map)
         if not _is_stored_convolution(self.view, node) or node.input[0] != tensor:
             return False
@@ -94,6 +96,10 @@ def find_delays(view: GraphView) -> tuple[Delays, tuple[str, ...]]:
             break
         sums.add(node.name)
     delays = Delays(view, frozenset(sums))
+    for node in reversed(view.model.proto.graph.node):  # so that no question leads to many others
+        for tensor in node.output:
+            for is_map in (True, False):
+                delays.can_wait(tensor, is_map)
     waiting = [
         node.name
         for node in view.model.proto.graph.node
@@ -190,7 +196,7 @@ def _convolve(
         changed.input[:] = node.input[:2]
     elif before is not None:
         bias = draft.store(f"{node.name}/bias", after.reshape(-1).astype(weight.dtype))
-        changed.input[2] = bias
+        changed.input[:] = [*node.input[:2], bias]
     else:
         return
     draft.changed[node.name] = changed

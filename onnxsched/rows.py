@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -165,17 +166,26 @@ def explicit_window(view: GraphView, node: onnx.NodeProto) -> Window:
 
 
 def _sliding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
-    """The rows of a convolution or pool; None where a row may read nothing but padding."""
+    """The rows of a convolution or pool; None where a window may see nothing but padding."""
     is_rounded_up = bool(attributes_of(node).get("ceil_mode"))
     if is_rounded_up and node.op_type != "MaxPool":  # a mean counts rows of padding, or does not
         return None
     if any(name not in view.weights for name in node.input[1:] if name):
         return None
     window = explicit_window(view, node)
-    span = (window.kernel[0] - 1) * window.dilations[0] + 1
-    above, below = window.begins[0], window.ends[0]
-    is_sound = 0 <= above < span and 0 <= below < span
-    return RowWindow(span, window.strides[0], above, below) if is_sound else None
+    spans = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
+    is_pool = kind_of(node) in _POOLS
+    is_same = attributes_of(node).get("auto_pad", b"").startswith(b"SAME")
+    if is_pool and is_same and any(map(operator.gt, window.strides, spans)):
+        return None  # ORT crops the image then
+    edges = list(zip(window.begins, window.ends, spans, strict=True))
+    bounded = edges if is_pool else edges[:1]  # ORT bounds all padding of pools
+    is_sound = all(0 <= begin < span and 0 <= end < span for begin, end, span in bounded)
+    if node.op_type == "AveragePool" and attributes_of(node).get("count_include_pad"):
+        is_sound &= attributes_of(node).get("pads", [0] * 4)[2:] == [*window.ends]
+    if not is_sound:
+        return None
+    return RowWindow(spans[0], window.strides[0], window.begins[0], window.ends[0])
 
 
 def _padding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:

@@ -161,7 +161,7 @@ def _is_weighted_by_softmax(index: GraphIndex, product: onnx.NodeProto) -> bool:
 def _added_bias(index: GraphIndex, reader: onnx.NodeProto, tensor: str) -> str | None:
     """The stored bias that the reader of a product adds to it."""
     bias = ""
-    if reader.op_type == "SkipLayerNormalization" and tensor in reader.input[:2]:
+    if reader.op_type == "SkipLayerNormalization" and list(reader.input[:2]).count(tensor) == 1:
         bias = reader.input[4] if len(reader.input) > 4 else ""
     elif is_standard(reader, "Add"):
         bias = reader.input[1 if reader.input[0] == tensor else 0]

@@ -128,7 +128,10 @@ def _padded_image(
     pad = index.writer(node.input[0], "Pad")
     if pad is None or pad.output[0] in index.outputs:
         return None
-    pads = _zeros(index, pad)
+    pads, image = _zeros(index, pad), index.shape(pad.output[0])
+    kernel: list[int] = attribute(node, "kernel_shape", [])
+    if image is None or any(n < k for n, k in zip(image[_AXES:], kernel, strict=False)):
+        return None  # there may be one window all the same, as strides are rounded
     if pads is None or not all(_can_pad(one, pads) for one in index.readers[pad.output[0]]):
         return None
     known = index.tensors.get(pad.input[0]), index.tensors.get(node.output[0])
@@ -216,7 +219,7 @@ def _begins(index: GraphIndex, node: onnx.NodeProto) -> tuple[int, ...] | None:
     """Where a Slice begins in height and width, if it leaves nothing else out."""
     shape = index.shape(node.input[0])
     constants = [index.constant(name) for name in node.input[1:] if name]
-    if shape is None or len(shape) != _RANK or len(constants) < 3 or len(node.input) < 4:
+    if shape is None or len(shape) != _RANK or len(constants) < 3 or not all(node.input[:4]):
         return None
     if any(value is None for value in constants):
         return None

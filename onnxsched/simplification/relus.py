@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import onnx
 
@@ -45,6 +46,8 @@ def rectify_after_concat(model: onnx.ModelProto) -> int:
     positive: set[str] = set()
     dropped: list[onnx.NodeProto] = []
     nodes: list[onnx.NodeProto] = []
+    taken = _names(graph)
+    declared = {value.name: value for value in (*graph.output, *graph.value_info)}
     for node in graph.node:
         nodes.append(node)
         is_positive = positive.issuperset(node.input)
@@ -55,8 +58,8 @@ def rectify_after_concat(model: onnx.ModelProto) -> int:
             movable = [relu for relu in movable if readers[relu.output[0]] == 1]
             if len(movable) > 1:
                 dropped += movable
-                nodes.append(_moved(graph, node, movable))
-        if node.op_type == "Relu" or (node.op_type in _KEEPS_SIGN and is_positive):
+                nodes.append(_moved(graph, node, movable, taken, declared))
+        if node.op_type == "Relu" or (is_positive and _keeps_signs(node)):
             positive.add(nodes[-1].output[0])
         if nodes[-1].op_type == "Relu":
             writer[nodes[-1].output[0]] = nodes[-1]
@@ -70,23 +73,45 @@ def rectify_after_concat(model: onnx.ModelProto) -> int:
     return removed
 
 
+def _keeps_signs(node: onnx.NodeProto) -> bool:
+    """Whether an operator makes no negative number where it reads none."""
+    if node.op_type == "MaxPool" and may_see_padding_alone(node):
+        return False
+    return node.op_type in _KEEPS_SIGN
+
+
+def _names(graph: onnx.GraphProto) -> set[str]:
+    """What nodes and tensors are called."""
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node)
+    return {value.name for value in values} | {t for node in graph.node for t in node.output}
+
+
+def _fresh(stem: str, taken: set[str]) -> str:
+    while stem in taken:
+        stem += "_"
+    taken.add(stem)
+    return stem
+
+
 def _moved(
-    graph: onnx.GraphProto, concat: onnx.NodeProto, before: list[onnx.NodeProto]
+    graph: onnx.GraphProto,
+    concat: onnx.NodeProto,
+    before: list[onnx.NodeProto],
+    taken: set[str],
+    declared: Mapping[str, onnx.ValueInfoProto],
 ) -> onnx.NodeProto:
     """Let a Concat read what its Relus read; returns the Relu that comes after it instead."""
     source = {node.output[0]: node.input[0] for node in before}
     result = concat.output[0]
     after = onnx.NodeProto()
     after.CopyFrom(before[0])
-    after.name = f"{concat.name}/{before[0].op_type}"
-    after.input[:], after.output[:] = [f"{result}/joined"], [result]
-    for value in (*graph.value_info, *graph.output):
-        if value.name == result:
-            joined = onnx.ValueInfoProto()
-            joined.CopyFrom(value)
-            joined.name = after.input[0]
-            graph.value_info.append(joined)
-            break
+    after.name = _fresh(f"{concat.name}/{before[0].op_type}", taken)
+    after.input[:], after.output[:] = [_fresh(f"{result}/joined", taken)], [result]
+    if result in declared:
+        joined = onnx.ValueInfoProto()
+        joined.CopyFrom(declared[result])
+        joined.name = after.input[0]
+        graph.value_info.append(joined)
     concat.input[:] = [source.get(tensor, tensor) for tensor in concat.input]
     concat.output[:] = [after.input[0]]
     return after

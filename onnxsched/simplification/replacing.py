@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import captured_reads, node_reads
 from onnxsched_runtime.tensor import TensorType
 
 _T = TypeVar("_T")
@@ -46,9 +46,9 @@ class GraphIndex:
         return None if self.sole_reader(tensor) is None else self.writer(tensor, *op_types)
 
     def sole_reader(self, tensor: str) -> onnx.NodeProto | None:
-        """The only node that reads a tensor, among its inputs; None if it is an output."""
+        """The only node that reads a tensor, in no subgraph; None if it is an output."""
         readers = self.readers.get(tensor, ())
-        if tensor in self.outputs or len(readers) != 1 or tensor not in readers[0].input:
+        if tensor in self.outputs or len(readers) != 1 or tensor in captured_reads(readers[0]):
             return None
         return readers[0]
 

@@ -11,6 +11,7 @@ from onnxsched.simplification.replacing import (
     is_standard,
     renamed,
 )
+from onnxsched_runtime.model import captured_reads
 from onnxsched_runtime.views import VIEWS, is_idle
 
 
@@ -41,7 +42,7 @@ def idle_view(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
     shape = index.shape(source)
     if shape is None or shape != index.shape(result) or result in index.outputs:
         return None
-    if not all(result in reader.input for reader in readers):
+    if any(result in captured_reads(reader) for reader in readers):
         return None
     return Replacement((node, *readers), tuple(renamed(n, {result: source}) for n in readers))
 

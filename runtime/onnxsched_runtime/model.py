@@ -127,21 +127,23 @@ def input_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 def name_nodes(model: onnx.ModelProto) -> None:
     """Make node names unique, keeping those that are."""
     taken: set[str] = set()
+    last: dict[str, int] = {}
     for node in model.graph.node:
-        stem = node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
-        name, number = stem, 1
+        name = stem = node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
         while name in taken:
-            name, number = f"{stem}_{number}", number + 1
+            last[stem] = last.get(stem, 0) + 1
+            name = f"{stem}_{last[stem]}"
         node.name = name
         taken.add(name)
 
 
 def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:
     """The tensors a node needs, those its subgraphs take from outside included."""
-    return tuple(dict.fromkeys([name for name in node.input if name] + list(_captured(node))))
+    return tuple(dict.fromkeys([name for name in node.input if name] + list(captured_reads(node))))
 
 
-def _captured(node: onnx.NodeProto) -> Iterator[str]:
+def captured_reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The tensors that a node's subgraphs take from outside."""
     for attribute in node.attribute:
         graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
         for graph in graphs:

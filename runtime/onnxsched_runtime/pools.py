@@ -6,7 +6,7 @@ import onnx
 
 
 def may_see_padding_alone(pool: onnx.NodeProto) -> bool:
-    """Whether a window of a MaxPool may lie in padding: its result is the lowest number then.
+    """Whether a window of a pool may lie in padding: a MaxPool's result is the lowest number then.
 
     ONNX Runtime wants less padding than a window is wide; so only one with gaps can.
     """

@@ -16,8 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto
+
+# Read when it is imported: it counts its users, and warns on stderr where HOME can't be written.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.calling import called
@@ -230,7 +233,21 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
         converted: onnx.ModelProto = convert_float_to_float16(
             copy, keep_io_types=True, disable_shape_infer=True
         )
+    _drop_repeated(converted.graph)
     return converted
+
+
+def _drop_repeated(graph: onnx.GraphProto) -> None:
+    """Remove what the converter writes twice, in place: Casts of what one operator reads twice."""
+    written: set[str] = set()
+    kept = []
+    for node in graph.node:
+        if not written.issuperset(node.output):
+            kept.append(node)
+        written.update(node.output)
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(kept)
 
 
 def library_versions() -> dict[str, str]:
@@ -287,7 +304,7 @@ def _save_optimized(options: Any, target: Path) -> None:
 
 def _session_options(settings: SessionSettings) -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and said once
     if settings.keeps_nodes:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

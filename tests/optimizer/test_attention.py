@@ -146,3 +146,20 @@ def test_a_bias_goes_only_where_it_changes_nothing(model: onnx.ModelProto, gone:
 def test_a_bias_along_what_softmax_sums_over_stays(text: str) -> None:
     model = written(text, w=weight(4, 4), b=weight(4), u=weight(2, 4))
     assert op_counts(simplified(model)) == op_counts(model)
+
+
+def test_a_bias_that_is_added_twice_stays() -> None:
+    model = written(
+        """(float[1,2,3,3] q, float[1,2,3,4] v0) => (float[1,3,8] y) {
+            p = Softmax<axis = -1>(q)
+            v = Add(v0, vb)
+            c = MatMul(p, v)
+            t = Transpose<perm = [0,2,1,3]>(c)
+            e = Reshape(t, sh)
+            o = MatMul(e, ow)
+            y = com.microsoft.SkipLayerNormalization<epsilon = 1e-5>(o, o, g, be, ob)
+        }""",
+        vb=weight(4), sh=np.array([1, 3, 8]), ow=weight(8, 8), g=weight(8), be=weight(8),
+        ob=weight(8),
+    )  # fmt: skip
+    assert_equivalent(simplified(model), model)

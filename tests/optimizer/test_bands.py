@@ -267,3 +267,26 @@ def test_groups_are_as_long_as_little_is_done_twice() -> None:
     assert whole.overhead > region.overhead
     # Halos of 11, 10, ... 0 rows, on both sides of one border.
     assert whole.extra_operation_count * 12 * 64 == whole.operation_count * 2 * sum(range(12))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        "AveragePool<kernel_shape = [2,2], strides = [1,2], count_include_pad = 1>",
+        'MaxPool<kernel_shape = [1,1], strides = [2,2], auto_pad = "SAME_UPPER">',
+        "MaxPool<kernel_shape = [3,1], strides = [2,2], pads = [1,0,1,0]>",
+    ],
+)
+def test_bands_of_odd_pools_compute_the_same_or_are_none(pool: str) -> None:
+    model = as_it_is(
+        model_of(f"(float[1,2,32,1] x) => (float[1,2,h,w] y) {{ a = Neg(x)  y = {pool}(a) }}")
+    )
+    view = GraphView(model)
+    group = [node.name for node in model.proto.graph.node if row_window(view, node)]
+    assert model.proto.graph.node[0].name in group
+    feeds = feeds_for(model.proto, seed=0)
+    try:
+        expected = reference(model.proto, feeds)
+    except Exception:  # ORT has no such pool
+        return
+    assert_close(reference(banded(model, [group], 2).proto, feeds), expected, 1e-5)

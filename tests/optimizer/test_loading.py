@@ -14,7 +14,7 @@ from onnxsched_runtime.errors import ModelError, UsageError
 from onnxsched_runtime.tensor import TensorType
 from sample_models import build
 from support.models import CPU, MODELS, annotated, assert_same, feeds_for, reference, weight
-from support.optimizing import loaded, parsed
+from support.optimizing import assert_close, loaded, parsed, saved
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -257,3 +257,66 @@ def test_operators_know_their_weights_and_what_is_kept(tmp_path: Path) -> None:
     assert {(w.tensor, w.nbytes) for w in first.weights} == {("x", 48), ("w", 64)}
     assert [w.tensor for w in last.weights] == ["w"]
     assert (first.kept_nbytes, bent.weights, last.kept_nbytes) == (0, (), 48)
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_weights_that_are_inputs_too_are_folded(ir_version: int, tmp_path: Path) -> None:
+    model = parsed(
+        "(float[2,3] x, float[3,4] w) => (float[2,4] y) { n = Neg(w)  y = MatMul(x, n) }",
+        w=weight(3, 4),
+        ir_version=ir_version,
+        opset=8,
+    )
+    found = loaded(model, tmp_path)
+    assert [node.op_type for node in found.proto.graph.node] == ["MatMul"]
+    for proto in (found.proto, found.baseline):
+        assert [value.name for value in proto.graph.input] == ["x"]
+        feeds = {"x": feeds_for(model)["x"]}
+        assert_same(reference(proto, feeds), reference(model, feeds))
+
+
+def test_the_copy_of_an_output_has_a_name_of_its_own(tmp_path: Path) -> None:
+    model = parsed(
+        """(float[3] x) => (float[3] y, float[3] k) { y = Add(x, k2) }""",
+        k=weight(3),
+        k2=weight(3) + 1,
+    )
+    model.graph.initializer[1].name = model.graph.node[0].input[1] = "k/constant"
+    feeds = feeds_for(model)
+    expected = reference(model, feeds)
+    for _ in range(3):  # what is written may be loaded again
+        model = loaded(model, tmp_path).proto
+        onnx.checker.check_model(model)
+        assert_same(reference(model, feeds), expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(float[3] x) => (float[3] y, float[3] k) { y = Add(x, k) }",
+        "(float[3] x) => (float[3] y) { a = Neg(x)  b = Add(a, k)  y = Max(b, b) }",
+    ],
+)
+def test_half_precision_takes_stored_outputs_and_what_is_read_twice(
+    text: str, tmp_path: Path
+) -> None:
+    model = parsed(text, k=weight(3))
+    found = load_model(saved(model, tmp_path), CPU, precision="fp16")
+    feeds = feeds_for(model)
+    assert_close(reference(found.proto, feeds), reference(model, feeds), 1e-2)
+
+
+def test_a_very_wide_concat_is_hardly_deep(tmp_path: Path) -> None:
+    count = 1025
+    names = [f"x{number}" for number in range(count)]
+    inputs = ", ".join(f"float[1,1] {name}" for name in names)
+    model = parsed(
+        f"({inputs}) => (float[1,{count}] y) {{ y = Concat<axis = 1>({', '.join(names)}) }}"
+    )
+    baseline = loaded(model, tmp_path).baseline
+    depth = dict.fromkeys(names, 0)
+    for node in baseline.graph.node:
+        depth[node.output[0]] = 1 + max(depth[name] for name in node.input)
+    assert depth["y"] == 3
+    feeds = feeds_for(model)
+    np.testing.assert_array_equal(reference(baseline, feeds), reference(model, feeds))

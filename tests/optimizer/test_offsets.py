@@ -14,9 +14,10 @@ from onnxsched.offsets import delayed, find_delays
 from onnxsched.rewriting import possible_rewrites, rewritten
 from onnxsched.siblings import GraphView
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
-from support.models import feeds_for, reference
+from support.models import feeds_for, reference, weight
 from support.nets import Net
 from support.optimizing import as_it_is, assert_close, parsed
+from support.simplifying import written
 from support.strategies import GPU
 
 CHANNELS = 2
@@ -156,3 +157,41 @@ def test_adds_of_whole_numbers_stay() -> None:
         )
     )
     assert [node.op_type for node in delayed(model).proto.graph.node] == ["Add"] * 3
+
+
+def test_the_first_bias_of_a_convolution_is_what_came_before() -> None:
+    net = new_net(1)
+    waiting = conv(net, conv(net, "x", 1), 3, bias=False)
+    total = net.add("Add", conv(net, waiting, 1, bias=False), "x")
+    check(net.model(total))
+
+
+def test_a_window_in_padding_averages_no_bias() -> None:
+    model = as_it_is(
+        written(
+            """(float[1,2,2,2] x, float[1,3,1,1] z) => (float[1,3,1,1] y) {
+                a = Conv(x, w, b)
+                p = AveragePool<kernel_shape = [2,2], dilations = [3,3], pads = [1,1,1,1]>(a)
+                y = Add(p, z)
+            }""",
+            19,
+            w=weight(3, 2, 1, 1),
+            b=weight(3),
+        )
+    )
+    assert find_delays(GraphView(model))[1] == ()
+
+
+@pytest.mark.parametrize("kind", ["Conv", "Relu", "MaxPool"])
+def test_long_chains_are_no_deep_ones(kind: str) -> None:
+    net = new_net(1)
+    x = conv(net, "x", 1)
+    for _ in range(600):
+        if kind == "Conv":
+            x = conv(net, x, 3, bias=False)
+        elif kind == "Relu":
+            x = net.add(kind, x)
+        else:
+            x = net.add(kind, x, kernel_shape=[1, 1])
+    _, waiting = find_delays(GraphView(net.model(net.add("Add", x, "x"))))
+    assert len(waiting) == 1

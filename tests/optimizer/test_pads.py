@@ -169,3 +169,31 @@ def test_nasnet_pads_nothing() -> None:
     assert "Pad" not in after
     assert before["AveragePool"] - after["AveragePool"] == 8
     assert_equivalent(changed, model)
+
+
+@pytest.mark.parametrize("strides", [[1, 2], [2, 2]])
+def test_a_window_may_be_larger_than_the_padded_image(strides: list[int]) -> None:
+    pads = numpy_helper.from_array(np.array([0, 0, 2, 1, 0, 0, 1, 0]), "pads")
+    nodes = [
+        helper.make_node("Pad", ["x", "pads"], ["a"]),
+        helper.make_node("AveragePool", ["a"], ["y"], kernel_shape=[3, 3], strides=strides),
+        helper.make_node("AveragePool", ["a"], ["z"], kernel_shape=[3, 2]),
+    ]
+    changed = simplified(image_model(nodes, (1, 2, 8, 1), [pads], ["y", "z"]))
+    assert [n.op_type for n in changed.graph.node if "y" in n.output] == ["AveragePool"]
+    assert op_counts(changed)["Pad"] == 1
+
+
+def test_steps_are_no_axes() -> None:
+    model = written(
+        """(float[1,1,9,9] x) => (float[1,3,h,w] y) {
+            s = Slice(x, starts, ends, "", steps)
+            p = MaxPool<kernel_shape = [1,1], strides = [2,2]>(s)
+            y = Conv(p, u)
+        }""",
+        starts=np.array([0, 0, 0, 1]),
+        ends=np.array([99] * 4),
+        steps=np.array([1, 1, 2, 2]),
+        u=np.ones((3, 1, 1, 1), np.float32),
+    )
+    assert_equivalent(simplified(model), model)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from onnxsched.simplification.relus import rectify_after_concat
 from onnxsched_runtime.model import name_nodes
 from sample_models import build
-from support.simplifying import simplified
+from support.simplifying import assert_equivalent, simplified, written
 
 SHAPE = (1, 2, 4, 4)
 
@@ -157,3 +157,36 @@ def test_other_relus_stay_before_a_pool(
 ) -> None:
     before, after = loaded_types(model_of(*nodes, outputs=outputs))
     assert after == before
+
+
+def test_a_pool_that_sees_padding_alone_may_be_negative() -> None:
+    model = written(
+        """(float[1,2,2,2] x, float[1,2,1,1] z) => (float[1,6,1,1] y) {
+            a = Relu(x)
+            p = MaxPool<kernel_shape = [2,2], dilations = [3,3], pads = [1,1,1,1]>(a)
+            b = Relu(z)
+            n = Neg(z)
+            c = Relu(n)
+            y = Concat<axis = 1>(p, b, c)
+        }"""
+    )
+    assert_equivalent(simplified(model), model)
+
+
+def test_names_that_are_taken_are_left_to_their_owners() -> None:
+    model = written(
+        """(float[1,2] x, float[1,2] z) => (float[1,4] y, float[1,2] w) {
+            a = Relu(x)
+            b = Relu(z)
+            q = Neg(x)
+            y = Concat<axis = 1>(a, b)
+            w = Exp(q)
+        }"""
+    )
+    taken = "y/joined"
+    for node in model.graph.node:
+        node.input[:] = [taken if name == "q" else name for name in node.input]
+        node.output[:] = [taken if name == "q" else name for name in node.output]
+    changed = simplified(model)
+    assert op_types(changed).count("Relu") == 1
+    assert_equivalent(changed, model)

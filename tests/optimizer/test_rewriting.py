@@ -533,3 +533,23 @@ def test_every_rewrite_keeps_the_outputs(case: tuple[str, dict[str, Array]], see
     model = of_text(text, weights)
     for result in tried(model, seed).values():
         assert len(result.proto.graph.node) <= len(model.proto.graph.node)
+
+
+def test_siblings_are_merged_before_long_chains_too() -> None:
+    pools = "\n".join(
+        f"p{number + 1} = MaxPool<kernel_shape = [1,1]>(p{number})" for number in range(600)
+    )
+    model = of_text(
+        f"""(float[1,4,4,4] x) => (float[1,4,4,4] y, float[1,4,4,4] z) {{
+            p0 = Conv(x, u)
+            b = Conv(x, v)
+            z = Relu(b)
+            {pools}
+            y = Relu(p600)
+        }}""",
+        {"u": weight(4, 4, 1, 1), "v": weight(4, 4, 1, 1)},
+    )
+    merged = rewritten(model, "merge")
+    assert op_types(merged)["Conv"] == 1
+    feeds = feeds_for(model.proto)
+    assert_close(reference(merged.proto, feeds), reference(model.proto, feeds))

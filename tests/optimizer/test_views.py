@@ -134,3 +134,21 @@ def test_axes_are_reversed_where_no_order_is_given() -> None:
     changed = simplified(model)
     assert op_types(changed) == ["Neg"]
     assert_equivalent(changed, model)
+
+
+def test_a_view_that_a_body_captures_stays() -> None:
+    model = written(
+        """(int64 count, float[2,3] x) => (float[2,3] y) {
+            step = Relu(x)
+            f = Flatten<axis = 1>(step)
+            true = Constant<value = bool {1}>()
+            s = Loop(count, true, f) <
+                body = body (int64 i, bool go, float[2,3] before)
+                    => (bool on, float[2,3] after) {
+                    on = Identity(go)
+                    after = Add(before, f)
+                } >
+            y = Neg(s)
+        }"""
+    )
+    assert "Flatten" in op_types(simplified(model))

@@ -1,0 +1,116 @@
+"""Pools have the shapes that ONNX Runtime gives them, and compute what they did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from onnxsched.pooling import agree_on_pool
+from onnxsched.shapes import tensor_types
+from support.models import feeds_for, reference
+from support.optimizing import assert_close, loaded
+from support.simplifying import image_model
+
+
+@st.composite
+def windows(draw: DrawFn) -> tuple[str, dict[str, Any], list[int], int]:
+    """A kind of pool, its attributes, the size of its image, and an opset."""
+    kind = draw(st.sampled_from(["MaxPool", "AveragePool"]))
+    opset = draw(st.sampled_from([17, 22]))
+    kernel = draw(st.lists(st.integers(1, 4), min_size=2, max_size=2))
+    strides = st.lists(st.integers(1, 3), min_size=2, max_size=2)
+    attributes: dict[str, Any] = {"kernel_shape": kernel, "strides": draw(strides)}
+    if kind == "MaxPool" or opset == 22:
+        attributes["dilations"] = draw(strides)
+    attributes["ceil_mode"] = draw(st.sampled_from([0, 1, 1]))
+    auto_pad = draw(st.sampled_from(["", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    if auto_pad:
+        attributes["auto_pad"] = auto_pad
+    else:
+        attributes["pads"] = [draw(st.integers(0, k - 1)) for k in [*kernel, *kernel]]
+    if kind == "AveragePool":
+        attributes["count_include_pad"] = draw(st.integers(0, 1))
+    spans = [
+        (k - 1) * d + 1 for k, d in zip(kernel, attributes.get("dilations", (1, 1)), strict=True)
+    ]
+    return kind, attributes, [draw(st.integers(span, span + 6)) for span in spans], opset
+
+
+def pooled(kind: str, attributes: dict[str, Any], sizes: list[int], opset: int) -> onnx.ModelProto:
+    nodes = [
+        onnx.helper.make_node("Neg", ["x"], ["a"]),
+        onnx.helper.make_node(kind, ["a"], ["b"], **attributes),
+        onnx.helper.make_node("Exp", ["b"], ["y"]),
+    ]
+    return image_model(nodes, (1, 2, *sizes), [], ["y"], opset)
+
+
+@settings(deadline=None, max_examples=300)
+@given(windows())
+def test_onnx_and_ort_agree_after_or_nothing_changes(
+    drawn: tuple[str, dict[str, Any], list[int], int],
+) -> None:
+    model = pooled(*drawn)
+    feeds = feeds_for(model, seed=0)
+    try:
+        expected = reference(model, feeds)
+    except Exception:  # what ORT refuses needs no agreement
+        return
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    if not agree_on_pool(changed, tensor_types(changed)):
+        assert changed == model
+        return
+    assert_close(reference(changed, feeds), expected, 1e-5)
+    assert tensor_types(changed)["y"].shape == expected[0].shape
+    assert not agree_on_pool(changed, tensor_types(changed))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "size", "expected"),
+    [
+        ("MaxPool", {"kernel_shape": [1, 1], "strides": [2, 2], "ceil_mode": 1}, 8, 4),
+        ("AveragePool", {"kernel_shape": [1, 1], "strides": [2, 2], "ceil_mode": 1}, 8, 4),
+        (
+            "MaxPool",
+            {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1] * 4, "ceil_mode": 1},
+            9,
+            5,
+        ),
+        ("MaxPool", {"kernel_shape": [3, 3], "dilations": [2, 2], "auto_pad": "SAME_UPPER"}, 8, 6),
+        ("MaxPool", {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, 8, 4),
+    ],
+)
+def test_pools_are_loaded_with_the_shape_that_they_make(
+    kind: str, attributes: dict[str, Any], size: int, expected: int, tmp_path: Path
+) -> None:
+    model = pooled(kind, attributes, [size, size], 17)
+    found = loaded(model, tmp_path)
+    assert found.tensors["y"].shape == (1, 2, expected, expected)
+    feeds = feeds_for(model, seed=0)
+    for proto in (found.proto, found.baseline):
+        assert_close(reference(proto, feeds), reference(model, feeds), 1e-5)
+
+
+def test_every_pool_of_several_is_seen(tmp_path: Path) -> None:
+    attributes: dict[str, Any] = {"kernel_shape": [1, 1], "strides": [2, 2], "ceil_mode": 1}
+    nodes = [
+        onnx.helper.make_node("MaxPool", ["x"], ["a"], **attributes),
+        onnx.helper.make_node("Neg", ["a"], ["b"]),
+        onnx.helper.make_node("MaxPool", ["b"], ["y"], **attributes),
+    ]
+    model = image_model(nodes, (1, 2, 16, 16), [], ["y"])
+    assert loaded(model, tmp_path).tensors["y"].shape == (1, 2, 4, 4)
+
+
+def test_images_of_unknown_size_stay_what_they_are() -> None:
+    model = pooled("MaxPool", {"kernel_shape": [1, 1], "ceil_mode": 1}, [8, 8], 17)
+    assert not agree_on_pool(model, {})
+    assert np.isin("ceil_mode", [a.name for a in model.graph.node[1].attribute])
