@@ -15,7 +15,7 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.execution import Executor, open_executor, plan_lowered
 from onnxsched_runtime.executors.streams import Capture
-from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.model import ModelSource, input_values, read_model
 from onnxsched_runtime.planning import plan_model
 
 ARMS: Mapping[str, str] = {
@@ -83,9 +83,15 @@ def baseline_of(
     shapes = {
         name: tuple(shape) for name, shape in annotation.details.get("bound_shapes", {}).items()
     }
+    theirs, ours = (
+        [value.name for value in input_values(m)] for m in (read_model(original), model)
+    )
+    if {*theirs} != {*ours}:
+        raise UsageError(
+            f"'{original}' has other inputs than the annotated model, {theirs} and not {ours}; "
+            "give the model that was optimized."
+        )
     loaded = load_model(Path(original), device, shapes, custom_ops)
-    if {*loaded.bound_shapes} != {*shapes}:
-        raise UsageError(f"'{original}' has other inputs than the annotated model.")
     return ModelSource(loaded.baseline, loaded.tensors)
 
 

@@ -45,7 +45,8 @@ def verify(
         custom_ops: Shared libraries with custom operators.
 
     Raises:
-        UsageError: A file is missing, or the models have different inputs or outputs.
+        UsageError: A file is missing, the models have different inputs or outputs, or a tolerance
+            names no output.
         ModelError: A model can't be read.
         DeviceError: A device is not available.
     """
@@ -56,6 +57,7 @@ def verify(
         if annotation is None:
             _bind(model, path, shapes)
     outputs = _same_ends(models, (actual, expected))
+    _require_outputs(tolerances, outputs)
     types = tensor_types(models[1])
     feeds = [random_inputs(models[1], types, seed + number) for number in range(run_count)]
     with ExitStack() as stack:
@@ -108,6 +110,18 @@ def _same_ends(
                 f"'{paths[0]}' and '{paths[1]}' have different {what}: {ends[0]} and {ends[1]}."
             )
     return [value.name for value in models[1].graph.output]
+
+
+def _require_outputs(tolerances: Tolerances, outputs: list[str]) -> None:
+    """Refuse tolerances that no output has: a typo would leave the common one in force."""
+    for option, named in (
+        ("--rtol", tolerances.relative_of),
+        ("--atol", tolerances.absolute_of),
+    ):
+        if unknown := named.keys() - set(outputs):
+            raise UsageError(
+                f"{option} names '{min(unknown)}', which is no output; the outputs are {outputs}."
+            )
 
 
 def _inputs(model: onnx.ModelProto) -> list[str]:

@@ -65,7 +65,9 @@ def optimize(
     from onnxsched.pipeline import optimize as run
     from onnxsched.shapes import parse_shapes
 
-    render.require_json_target(json_to, model, output)
+    libraries = custom_ops or []
+    render.require_target("--output", output, schedule, *libraries)
+    render.require_json_target(json_to, model, output, schedule, *libraries)
     if budget is not None and not budget >= 0:
         raise UsageError(f"--budget {budget} is no time; give seconds, at least 0.")
     if no_cache and cache_dir is not None:
@@ -85,7 +87,7 @@ def optimize(
             precision=precision,  # type: ignore[arg-type]
             cache_dir=None if no_cache else cache_dir or "",
             seed=seed,
-            custom_ops=[str(path) for path in custom_ops or []],
+            custom_ops=[str(path) for path in libraries],
             progress=progress,
         )
     render.emit(json_to, result.to_json(), lambda: render.optimize_result(result))
@@ -93,6 +95,7 @@ def optimize(
 
 @app.command()
 def bench(
+    context: typer.Context,
     model: Model,
     against: Annotated[
         str, typer.Option(help="Arms, comma-separated: ort,ort-graph,sequential,schedule-ort.")
@@ -115,11 +118,12 @@ def bench(
     """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
     from onnxsched.benchmark import bench as run
 
-    render.require_json_target(json_to, model)
+    render.require_json_target(json_to, model, original, *(custom_ops or []))
     for option, value in (("--warmup", warmup), ("--duration", duration)):
         if not 0 <= value < 1e6:
             raise UsageError(f"{option} {value} is no time that can be measured for.")
     if throughput:
+        _require_throughput_alone(context)
         _bench_throughput(model, duration, custom_ops, json_to)
         return
     if fail_under is not None and not fail_under >= 0:
@@ -142,6 +146,15 @@ def bench(
             f"'{model}' is {reached:.2f} times as fast as {result.rival}, below the "
             f"{fail_under:g} that --fail-under asks for."
         )
+
+
+def _require_throughput_alone(context: typer.Context) -> None:
+    """Refuse options that would have no effect, also where they give what is the default."""
+    for name in ("against", "original", "warmup", "iterations", "fail_under"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--throughput and {option} contradict each other; give one.")
 
 
 def _bench_throughput(
@@ -203,6 +216,7 @@ def verify(
     from onnxsched.comparison import Tolerances
     from onnxsched.verify import verify as run
 
+    render.require_json_target(json_to, actual, expected, *(custom_ops or []))
     relative, relative_of = _tolerances("--rtol", rtol or [])
     absolute, absolute_of = _tolerances("--atol", atol or [])
     tolerances = Tolerances(

@@ -10,7 +10,6 @@ import typer
 
 from onnxsched.cli import render
 from onnxsched.cli.app import Json, Model, Output, app
-from onnxsched_runtime.errors import UsageError
 
 _Found = TypeVar("_Found")
 
@@ -27,8 +26,8 @@ def inspect(
     from onnxsched.inspection import inspect_model
     from onnxsched.schedule_file import placements_to_json
 
-    if schedule is not None and schedule.absolute() == model.absolute():
-        raise UsageError(f"--schedule {schedule} is the model's own file; give another.")
+    render.require_target("--schedule", schedule, model)
+    render.require_json_target(json_to, model, schedule)
     found = inspect_model(model)
     if schedule is not None:
         render.write_json(schedule, placements_to_json(found.annotation.placements))
@@ -75,5 +74,6 @@ def doctor(json_to: Json = None) -> None:
     """Say what this machine has, and whether models can be scheduled on its GPU."""
     from onnxsched.doctor import diagnose
 
+    render.require_json_target(json_to)
     found = diagnose()
     render.emit(json_to, found.to_json(), lambda: render.diagnosis(found))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,19 +47,41 @@ def progress() -> Iterator[Progress]:
         )
 
 
-def require_json_target(target: str | None, *others: Path) -> None:
-    """Check before the work starts that JSON has a place to go to.
+def require_json_target(target: str | None, *others: Path | None) -> None:
+    """Check before the work starts that JSON has a place to go to; `-` always is one.
 
     Raises:
-        UsageError: Its folder is not there, or it is a file that is read or written otherwise.
+        UsageError: As `require_target` says.
     """
-    if target in (None, "-"):
+    if target != "-":
+        require_target("--json", target, *others)
+
+
+def require_target(option: str, target: str | Path | None, *others: Path | None) -> None:
+    """Check before the work starts that a file can be written, and takes the place of no other.
+
+    Links are followed, as they are when it is written.
+
+    Args:
+        option: What it is given with.
+        target: The file; None is fine.
+        others: What the command reads or writes besides.
+
+    Raises:
+        UsageError: Its folder is not there, it is a folder itself, or one of the others.
+    """
+    if target is None:
         return
-    path = Path(str(target))
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder '{path.parent}' for --json; make it first.")
-    if any(path.absolute() == other.absolute() for other in others):
-        raise UsageError(f"--json {path} is the model's own file; give another.")
+    path = os.path.realpath(target)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise UsageError(f"There is no folder '{folder}' for {option}; make it first.")
+    if os.path.isdir(path):
+        raise UsageError(f"{option} '{target}' is a folder; give the path of a file to write.")
+    if any(path == os.path.realpath(other) for other in others if other is not None):
+        raise UsageError(
+            f"{option} '{target}' is a file that this command reads or writes, too; give another."
+        )
 
 
 def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None]) -> None:
@@ -67,7 +91,7 @@ def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None
         OnnxschedError: The file can't be written.
     """
     if target == "-":
-        print(json.dumps(content, indent=1))
+        print(_json(content))
         return
     if target is not None:
         write_json(target, content)
@@ -83,7 +107,20 @@ def write_json(target: str | Path, content: Mapping[str, Any]) -> None:
     from onnxsched_runtime.model import written_whole
 
     with written_whole(target) as draft:
-        draft.write_text(json.dumps(content, indent=1) + "\n")
+        draft.write_text(_json(content) + "\n")
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for infinity and NaN, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -235,7 +272,8 @@ def run_outputs(outputs: Mapping[str, Any]) -> None:
         array = np.asarray(value)
         spread = ""
         if array.size and np.issubdtype(array.dtype, np.number):
-            spread = f"  min {array.min():.6g}  mean {array.mean():.6g}  max {array.max():.6g}"
+            with np.errstate(all="ignore"):  # infinities of both signs have no mean
+                spread = f"  min {array.min():.6g}  mean {array.mean():.6g}  max {array.max():.6g}"
         print(f"{name}  {array.dtype.name}{list(array.shape)}{spread}")
 
 

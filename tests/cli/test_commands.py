@@ -202,6 +202,15 @@ def test_run_draws_inputs_and_shows_outputs(call: Any) -> None:
     assert call("run", "out.onnx", "--seed", "1") != first
 
 
+def test_run_shows_infinities(folder: Path, call: Any) -> None:
+    saved(parsed("(float[2] x) => (float[2] y) { y = Log(x) }"), folder, "log.onnx")
+    call("optimize", "log.onnx", "-o", "new.onnx", "--device", "cpu", "--no-cache")
+    np.save("x.npy", np.array([0, np.inf], np.float32))
+    assert call("run", "new.onnx", "--input", "x=x.npy") == (
+        "y  float32[2]  min -inf  mean nan  max inf\n"
+    )
+
+
 def test_run_reads_and_writes_arrays(folder: Path, call: Any) -> None:
     feeds = feeds_for(build("tiny"), seed=3)
     np.save("input.npy", feeds["input"])
@@ -258,6 +267,20 @@ def test_verify_takes_tolerances_by_name_and_writes_json(call: Any) -> None:
     text = call("verify", "out.onnx", "tiny.onnx", *relative, *absolute, "--json", "-")
     (entry,) = json.loads(text)["outputs"]
     assert (entry["output"], entry["is_within"]) == ("logits", True)
+
+
+def test_numbers_that_json_does_not_have_are_null(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(parsed("(float[2] x) => (int64[2] y) { y = Cast<to=7>(x) }"), folder, "cast.onnx")
+    saved(parsed("(float[2] x) => (int64[2] y) { z = Shape(x)  y = Add(z, z) }"), folder, "b.onnx")
+    arguments = ["verify", "cast.onnx", "b.onnx", "--device", "cpu", "--json"]
+    assert run([*arguments, "-"]) == 3
+    printed = capsys.readouterr().out
+    assert run([*arguments, "result.json"]) == 3
+    assert printed == (folder / "result.json").read_text()
+    (entry,) = json.loads(printed, parse_constant=pytest.fail)["outputs"]
+    assert (entry["max_absolute"], entry["relative"]) == (None, None)
 
 
 def test_inspect_shows_streams(call: Any) -> None:

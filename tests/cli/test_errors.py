@@ -51,6 +51,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '{"schema_version": 1, "operators": [{"name": "a", "device": "cuda:9", "stream": 0}]}'
     )
     (folder / "file").touch()
+    (folder / "folder").mkdir()
+    (folder / "link.onnx").symlink_to("out.onnx")
     return folder
 
 
@@ -58,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the workplace, which every command runs in."""
     copy = tmp_path / "work"
-    shutil.copytree(prepared, copy)
+    shutil.copytree(prepared, copy, symlinks=True)
     monkeypatch.chdir(copy)
     return copy
 
@@ -105,7 +107,19 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ((*OPTIMIZE, "--schedule", "partial.json"), "not place operator 'branch1"),
         ((*OPTIMIZE, "--schedule", "partial.json", "--policy", "heft"), "--policy contradict"),
         ((*OPTIMIZE, "--schedule", "partial.json", "--streams", "2"), "--streams contradict"),
-        (("inspect", "out.onnx", "--schedule", "out.onnx"), "is the model's own file"),
+        (("inspect", "out.onnx", "--schedule", "none/s.json"), "There is no folder"),
+        (("inspect", "out.onnx", "--schedule", "folder"), "--schedule 'folder' is a folder"),
+        (("inspect", "out.onnx", "--json", "none/result.json"), "There is no folder"),
+        (("inspect", "out.onnx", "--json", "file/result.json"), "There is no folder"),
+        (("inspect", "out.onnx", "--json", f"{'n' * 300}/result.json"), "There is no folder"),
+        (("inspect", "out.onnx", "--json", "folder"), "--json 'folder' is a folder"),
+        (("inspect", "out.onnx", "--json", ""), "--json '' is a folder"),
+        (("verify", "out.onnx", "tiny.onnx", "--json", "none/r.json"), "There is no folder"),
+        (("verify", "out.onnx", "tiny.onnx", "--json", "folder"), "is a folder"),
+        (("bench", "out.onnx", "--json", "folder"), "is a folder"),
+        ((*OPTIMIZE, "--json", "folder"), "is a folder"),
+        (("doctor", "--json", "none/result.json"), "There is no folder"),
+        (("doctor", "--json", "folder"), "is a folder"),
         ((*OPTIMIZE, "--shape", "input"), "--shape input can't be read"),
         ((*OPTIMIZE, "--shape", "input:1x3"), "2 dimensions, it has 4"),
         ((*OPTIMIZE, "--shape", "z:1x3"), "names 'z', which is no input"),
@@ -118,7 +132,12 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (("bench", "none.onnx"), "There is no file 'none.onnx'"),
         (("bench", "out.onnx", "--against", "ort,magic"), "no arm 'magic'"),
         (("bench", "out.onnx", "--original", "none.onnx"), "There is no file 'none.onnx'"),
-        (("bench", "out.onnx", "--original", "other.onnx"), "no input"),
+        (("bench", "out.onnx", "--original", "other.onnx"), "'other.onnx' has other inputs"),
+        (("bench", "out.onnx", "--throughput", "--against", "ort"), "and --against contradict"),
+        (("bench", "out.onnx", "--throughput", "--original", "tiny.onnx"), "and --original"),
+        (("bench", "out.onnx", "--throughput", "--warmup", "200"), "and --warmup contradict"),
+        (("bench", "out.onnx", "--throughput", "--iterations", "100"), "and --iterations"),
+        (("bench", "out.onnx", "--throughput", "--fail-under", "9"), "and --fail-under"),
         (("run", "none.onnx"), "There is no file 'none.onnx'"),
         (("run", "out.onnx", "--input", "input"), "--input input can't be read"),
         (("run", "out.onnx", "--input", "input=none.npy"), "no file 'none.npy' for input 'input'"),
@@ -136,6 +155,8 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (("verify", "out.onnx", "tiny.onnx", "--rtol", "small"), "--rtol small can't be read"),
         (("verify", "out.onnx", "tiny.onnx", "--atol", "y:-1"), "--atol y:-1 can't be read"),
         (("verify", "out.onnx", "tiny.onnx", "--atol", "nan"), "--atol nan can't be read"),
+        (("verify", "out.onnx", "tiny.onnx", "--rtol", "nope:0.5"), "--rtol names 'nope', which"),
+        (("verify", "out.onnx", "tiny.onnx", "--atol", "typo:1"), "the outputs are ['logits']"),
         (("inspect", "none.onnx"), "There is no file 'none.onnx'"),
         (("strip", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
         (("restore", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
@@ -145,6 +166,36 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...], message: str, fail: Any) -
     code, text = fail(*arguments)
     assert code == 2
     assert message in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "out.onnx", "--json", "out.onnx"),
+        ("inspect", "out.onnx", "--json", "link.onnx"),
+        ("inspect", "link.onnx", "--json", "out.onnx"),
+        ("inspect", "out.onnx", "--schedule", "out.onnx"),
+        ("inspect", "out.onnx", "--schedule", "folder/../out.onnx"),
+        ("inspect", "out.onnx", "--schedule", "a.json", "--json", "folder/../a.json"),
+        ("verify", "out.onnx", "tiny.onnx", "--json", "out.onnx"),
+        ("verify", "out.onnx", "tiny.onnx", "--json", "./tiny.onnx"),
+        ("bench", "out.onnx", "--json", "out.onnx"),
+        ("bench", "out.onnx", "--original", "tiny.onnx", "--json", "tiny.onnx"),
+        ("bench", "out.onnx", "--custom-ops", "file", "--json", "file"),
+        (*OPTIMIZE, "--json", "folder/../tiny.onnx"),
+        (*OPTIMIZE, "--json", "folder/../new.onnx"),
+        (*OPTIMIZE, "--schedule", "partial.json", "--json", "partial.json"),
+        (*OPTIMIZE, "--schedule", "partial.json", "-o", "folder/../partial.json"),
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_a_command_needs_is_not_overwritten(
+    arguments: tuple[str, ...], fail: Any
+) -> None:
+    code, text = fail(*arguments)
+    assert code == 2
+    assert f"{arguments[-2]} '{arguments[-1]}'".replace("-o ", "--output ") in text
+    assert "is a file that this command reads or writes, too; give another" in text
 
 
 @pytest.mark.parametrize(
@@ -245,20 +296,16 @@ def test_a_schedule_that_is_too_slow_is_6(
         ("strip", "out.onnx", "-o", "none/new.onnx"),
         ("restore", "out.onnx", "-o", "file/new.onnx"),
         ("run", "out.onnx", "--output-dir", "file/deep"),
-        ("inspect", "out.onnx", "--json", "none/result.json"),
-        ("inspect", "out.onnx", "--schedule", "none/s.json"),
-        ("inspect", "out.onnx", "--schedule", "folder"),
-        ("inspect", "out.onnx", "--json", "file/result.json"),
-        ("inspect", "out.onnx", "--json", "folder"),
+        ("inspect", "out.onnx", "--json", "pipe"),
+        ("inspect", "out.onnx", "--schedule", "pipe"),
+        ("inspect", "out.onnx", "--json", "n" * 300),
     ],
 )
 def test_what_cannot_be_written_is_1(arguments: tuple[str, ...], folder: Path, fail: Any) -> None:
     os.mkfifo(folder / "pipe")
-    (folder / "folder").mkdir()
     code, text = fail(*arguments)
     assert code == 1
     assert "can't be written" in text
-    assert list((folder / "folder").iterdir()) == []
 
 
 def test_a_full_disk_is_1_and_leaves_the_old_file(

@@ -43,6 +43,13 @@ def test_every_load_is_measured(path: Path) -> None:
     assert content["loads"][0]["latency"]["count"] > 0
 
 
+def test_everyone_is_served_once_where_there_is_no_time(path: Path) -> None:
+    result = measure_throughput(path, duration_s=0.0)
+    assert [load.latency.count for load in result.loads] == [
+        load.in_flight for load in result.loads
+    ]
+
+
 def test_requests_are_served_at_the_same_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Session.run
     inside: set[int] = set()
