@@ -9,6 +9,7 @@ from typing import Any
 
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Placement
+from onnxsched_runtime.errors import AnnotationError
 from onnxsched_runtime.model import read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
@@ -92,7 +93,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
     plan = plan_model(model, annotation.placements, annotation.host_reasons)
     segment_of = {name: i for i, segment in enumerate(plan.segments) for name in segment.nodes}
     op_types = {node.name: node.op_type for node in model.graph.node}
-    measured = annotation.details.get("operators", {})
+    measured = _measured(annotation)
     nodes = []
     for order, (name, placement) in enumerate(annotation.placements.items()):
         duration_us, bound = measured.get(name, (None, None))
@@ -110,3 +111,20 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
             )
         )
     return Inspection(annotation, plan, tuple(nodes))
+
+
+def _measured(annotation: Annotation) -> dict[str, tuple[float | None, str | None]]:
+    """Of each node that was measured, how long it takes and what bounds it.
+
+    Raises:
+        AnnotationError: Someone has written something else there.
+    """
+    try:
+        return {
+            name: (None if duration_us is None else float(duration_us), bound)
+            for name, (duration_us, bound) in annotation.details.get("operators", {}).items()
+        }
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise AnnotationError(
+            f"The model's schedule is damaged ({error!r}); run `onnxsched optimize` again."
+        ) from error

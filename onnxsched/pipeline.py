@@ -201,10 +201,12 @@ def _check_arguments(
         option = "--streams" if policy == "auto" else "--policy"
         raise UsageError(f"--schedule and {option} contradict each other; give one.")
     folder = Path(target).absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"There is no folder '{folder}' to write to; make it first.")
-    if Path(target).is_dir():
+    if os.path.isdir(target):
         raise UsageError(f"'{target}' is a folder; give the path of a file to write.")
+    if schedule is not None and os.path.realpath(schedule) == os.path.realpath(target):
+        raise UsageError(f"--schedule {schedule} is the file to write to; give another.")
 
 
 def _machine(device: str, streams: int | None, given: ScheduleFile | None) -> Machine:

@@ -89,7 +89,7 @@ def read_schedule_file(path: str | os.PathLike[str]) -> ScheduleFile:
     Raises:
         UsageError: It is not there, or no schedule.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"There is no file '{path}' to read a schedule from.")
     try:
         content = json.loads(Path(path).read_bytes())

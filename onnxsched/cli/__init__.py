@@ -5,9 +5,11 @@ stdout is the result, stderr the progress. Exit codes are those of `onnxsched_ru
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
+from types import TracebackType
 from typing import Any
 
 import typer
@@ -27,15 +29,26 @@ def main() -> None:
     CUDA apart module by module only costs time.
     """
     gc.set_threshold(100_000, 50, 50)  # collecting while torch is imported costs 0.2 s
+    _prepare_streams()
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        code = 1
     except OSError as error:
-        code = _fail(f"The result can't be written to stdout ({error.strerror}).", 1)
-    sys.stderr.flush()
+        code = code or _unwritten(error)  # one sentence, the first
+    with contextlib.suppress(OSError):  # a full disk leaves the exit code to tell
+        sys.stderr.flush()
     os._exit(code)
+
+
+def _prepare_streams() -> None:
+    """Let both streams take whatever is printed, if the caller closed them or they speak ASCII."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(arguments: list[str]) -> int:
@@ -54,14 +67,48 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        text = " ".join(str(error).split())[:300] or "no message"
-        return _fail(f"Unforeseen {type(error).__name__}: {text}; please report it.", 1)
+        return _unforeseen(error)
     if code == 130:
         return _fail("Interrupted; nothing was written.", 130)
     return code if isinstance(code, int) else 0
 
 
+def _unforeseen(error: Exception) -> int:
+    if _is_interruption(error):
+        return _fail("Interrupted; nothing was written.", 130)
+    if isinstance(error, OSError) and _is_of_printing(error.__traceback__):
+        return _unwritten(error)
+    text = " ".join(str(error).split())[:300] or "no message"
+    return _fail(f"Unforeseen {type(error).__name__}: {text}; please report it.", 1)
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Whether Ctrl-C is what an error comes from: C extensions wrap it while they are imported."""
+    reasons: list[BaseException] = [error]
+    for reason in reasons:
+        further = (reason.__cause__, reason.__context__)
+        reasons += [e for e in further if e is not None and e not in reasons]
+    return any(isinstance(reason, KeyboardInterrupt) for reason in reasons)
+
+
+def _is_of_printing(traceback: TracebackType | None) -> bool:
+    """Whether it was stdout that failed: unbuffered, it does so where something is printed."""
+    module = ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return module.startswith(("onnxsched.cli", "typer.", "click."))
+
+
+def _unwritten(error: OSError) -> int:
+    """The exit code where stdout takes no more; a reader that has left is told nothing."""
+    if isinstance(error, BrokenPipeError):
+        return 1
+    return _fail(f"The result can't be written to stdout ({error.strerror}).", 1)
+
+
 def _fail(message: str, code: int) -> int:
     if message:
-        print(f"onnxsched: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit code says it, too
+            print(f"onnxsched: {message}", file=sys.stderr)
     return code

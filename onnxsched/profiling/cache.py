@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ class MeasurementCache:
             content = entry["content"]
             if entry["digest"] == self._digest(key, content):
                 return content
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         return None
 
@@ -72,9 +73,8 @@ class MeasurementCache:
 
 def environment_key(environment: Mapping[str, Any], libraries: Sequence[str] = ()) -> str:
     """A stable text of an environment and of the content of custom operator libraries."""
-    digests = [
-        hashlib.sha256(Path(library).read_bytes()).hexdigest()
-        for library in libraries
-        if Path(library).is_file()
-    ]
+    digests = []
+    for library in libraries:
+        with contextlib.suppress(OSError):  # whoever loads it says what is wrong with it
+            digests.append(hashlib.sha256(Path(library).read_bytes()).hexdigest())
     return json.dumps([environment, digests], sort_keys=True)

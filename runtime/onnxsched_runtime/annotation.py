@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
+from onnx import TensorProto
 
 from onnxsched_runtime.convolution import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
@@ -26,7 +28,10 @@ SCHEMA = "1"
 _DEVICE, _STREAM, _ORDER = "onnxsched.device", "onnxsched.stream", "onnxsched.order"
 _NODE_KEYS = {_DEVICE, _STREAM, _ORDER}
 _SCHEMA_KEY, _SCHEDULE_KEY = "onnxsched.schema", "onnxsched.schedule"
-_DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UsageError)
+_DAMAGE = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    UsageError,
+)  # fmt: skip
 """What reading a damaged schedule can raise."""
 
 
@@ -177,10 +182,12 @@ def _names_each_node(model: onnx.ModelProto, annotation: Annotation) -> bool:
 
 def _parse(content: Mapping[str, Any]) -> Annotation:
     own = {"fingerprint", "nodes", "tensors", "host_reasons", "variant", "kernels"}
+    for shape in content.get("bound_shapes", {}).values():
+        _shape(shape)
     return Annotation(
-        placements={n: Placement(Device.parse(d), int(s)) for n, d, s in content["nodes"]},
+        placements={n: Placement(Device.parse(d), _size(s)) for n, d, s in content["nodes"]},
         tensors={
-            name: TensorType(int(element), None if shape is None else tuple(map(int, shape)))
+            name: TensorType(_element_type(element), None if shape is None else _shape(shape))
             for name, (element, shape) in content["tensors"].items()
         },
         host_reasons={name: str(reason) for name, reason in content["host_reasons"].items()},
@@ -188,6 +195,27 @@ def _parse(content: Mapping[str, Any]) -> Annotation:
         kernels=kernels_from_json(content.get("kernels", [])),
         details={key: value for key, value in content.items() if key not in own},
     )
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no number from 0")
+    return value
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, list):
+        raise ValueError(f"{sizes!r} is no shape")
+    shape = tuple(map(_size, sizes))
+    if math.prod(size or 1 for size in shape) >= 2**60:
+        raise ValueError(f"{sizes!r} is larger than any memory")
+    return shape
+
+
+def _element_type(number: Any) -> int:
+    if not _size(number) or number not in TensorProto.DataType.values():
+        raise ValueError(f"{number!r} is no element type")
+    return _size(number)
 
 
 def _with_node_keys(model: onnx.ModelProto, annotation: Annotation) -> Annotation:
@@ -200,7 +228,9 @@ def _with_node_keys(model: onnx.ModelProto, annotation: Annotation) -> Annotatio
             return annotation
         try:
             order[node.name] = int(keys[_ORDER])
-            placements[node.name] = Placement(Device.parse(keys[_DEVICE]), int(keys[_STREAM]))
+            placements[node.name] = Placement(
+                Device.parse(keys[_DEVICE]), _size(int(keys[_STREAM]))
+            )
         except (ValueError, UsageError) as error:
             raise AnnotationError(
                 f"Node '{node.name}' carries a damaged schedule ({error}); run `onnxsched "

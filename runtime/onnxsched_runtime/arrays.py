@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import tokenize
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,12 @@ import numpy as np
 
 from onnxsched_runtime.errors import OnnxschedError, UsageError
 
+_DAMAGE = (
+    OSError, ValueError, EOFError, ArithmeticError, TypeError, SyntaxError, RecursionError,
+    tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
+"""What numpy can raise of a file that is none of its own."""
+
 
 def read_array(name: str, file: Path) -> np.ndarray:
     """Read the value of input `name` from a `.npy` file.
@@ -20,11 +28,12 @@ def read_array(name: str, file: Path) -> np.ndarray:
     Raises:
         UsageError: There is no such file, or it is no array.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UsageError(f"There is no file '{file}' for input '{name}'.")
     try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with file.open("rb") as stream:
+            array = np.load(stream, allow_pickle=False)
+    except _DAMAGE as error:
         raise UsageError(f"'{file}' is no .npy file; save input '{name}' with numpy.") from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"'{file}' holds several arrays; give one .npy file an input.")
@@ -46,6 +55,10 @@ def write_arrays(outputs: Mapping[str, Any], folder: Path) -> None:
             files |= {f"{stem}.{number}.npy": element for number, element in enumerate(value)}
         else:
             files[f"{stem}.npy"] = value
+    if taken := [file for file in files if os.path.isdir(folder / file)]:
+        raise OnnxschedError(
+            f"The outputs can't be written to '{folder}' ('{taken[0]}' is a folder there)."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".onnxsched-", dir=folder) as scratch:

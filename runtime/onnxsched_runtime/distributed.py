@@ -36,9 +36,9 @@ _voice = threading.Lock()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as one process of several; returns the exit code."""
-    options = _parsed(arguments)
     result = None
     try:
+        options = _parsed(arguments)
         group = joined_process_group(options.timeout)
         with load(options.model, process_group=group, timeout_s=options.timeout) as session:
             executor = session.executor
@@ -51,12 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_process_group()
         if result is not None:
             _report(result, options.json)
+            print(end="", flush=True)  # stdout may be full, or closed
     except OnnxschedError as error:
         _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         _say("Interrupted.")
         return 130
+    except Exception as error:
+        text = " ".join(str(error).split())[:300] or "no message"
+        _say(f"Unforeseen {type(error).__name__}: {text}; please report it.")
+        return 1
     return 0
 
 
@@ -78,7 +83,24 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--timeout", type=float, default=20.0, metavar="SECONDS",
         help="how long a process may be silent, or take for one step (%(default)s)",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse before anything runs what can't end well."""
+    if not 0 < options.timeout < 1e6:
+        raise UsageError(f"--timeout {options.timeout} is no time that can be waited for.")
+    if options.bench < 0:
+        raise UsageError(f"--bench {options.bench} is too few; give at least 0.")
+    is_writer = os.environ.get("RANK", "0") == "0"  # others may be on hosts without the folder
+    if is_writer and options.json not in (None, "-"):
+        folder = Path(options.json).absolute().parent
+        if not os.path.isdir(folder):
+            raise UsageError(f"There is no folder '{folder}' for --json; make it first.")
+        if os.path.isdir(options.json):
+            raise UsageError(f"--json {options.json} is a folder; give the path of a file.")
 
 
 def _run(session: Session, options: argparse.Namespace) -> dict[str, Any]:
@@ -181,6 +203,5 @@ def _say(sentence: str) -> None:
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stdout.flush()
     if exit_code:  # else a launcher's SIGTERM, or a thread that is stuck, might have its way
         os._exit(exit_code)

@@ -55,7 +55,16 @@ def test_only_the_value_lies_in_the_folder(cache: MeasurementCache) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"content": 1}', b'{"digest": "x"}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"content": 1}',
+        b'{"digest": "x"}',
+        b"[" * 200_000,
+    ],
 )
 def test_a_damaged_file_counts_as_none(cache: MeasurementCache, damage: bytes) -> None:
     cache.write("key", CONTENT)
@@ -114,3 +123,10 @@ def test_the_default_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.Mon
 def test_environments_are_compared_as_a_whole() -> None:
     assert environment_key({"a": 1, "b": 2}) == environment_key({"b": 2, "a": 1})
     assert environment_key({"a": 1, "b": 2}) != environment_key({"a": 1, "b": 3})
+
+
+def test_libraries_that_cannot_be_read_do_not_count(tmp_path: Path) -> None:
+    (library := tmp_path / "ops.so").write_bytes(b"code")
+    none = environment_key({})
+    assert environment_key({}, [str(library)]) != none
+    assert environment_key({}, [str(tmp_path), "n" * 300, str(tmp_path / "none.so")]) == none

@@ -15,6 +15,7 @@ from hypothesis.strategies import DrawFn
 
 from onnxsched.graph import OperatorGraph, Weight
 from onnxsched.machine import Machine
+from onnxsched.pipeline import optimize
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.schedule_file import (
     LARGEST_STREAM,
@@ -163,8 +164,24 @@ def test_what_is_no_json_is_refused_in_a_sentence(text: bytes, tmp_path: Path) -
     with pytest.raises(UsageError, match="is no schedule: ") as caught:
         read_schedule_file(path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="There is no file"):
-        read_schedule_file(tmp_path)
+    for missing in (tmp_path, tmp_path / ("n" * 300)):
+        with pytest.raises(UsageError, match="There is no file"):
+            read_schedule_file(missing)
+
+
+@pytest.mark.parametrize("target", ["s.json", "folder/../s.json", "link.json"])
+def test_the_model_is_not_written_over_its_schedule(target: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "s.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("s.json")
+    with pytest.raises(UsageError, match="is the file to write to; give another"):
+        optimize("none.onnx", tmp_path / target, schedule=tmp_path / "s.json")
+    assert (tmp_path / "s.json").read_text() == "{}"
+
+
+def test_a_folder_that_no_name_fits_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no folder"):
+        optimize("none.onnx", tmp_path / ("n" * 300) / "out.onnx")
 
 
 def test_fields_that_others_add_are_ignored() -> None:

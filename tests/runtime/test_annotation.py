@@ -264,7 +264,9 @@ def test_another_schema_version_is_named() -> None:
     assert message.endswith("run `onnxsched optimize` again.")
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '"nodes"', '{"nodes":[]}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "{}", '"nodes"', '{"nodes":[]}', "[" * 100_000]
+)
 def test_damaged_json_is_refused(text: str) -> None:
     model = annotated(diamond())
     _schedule(model).value = text
@@ -355,6 +357,28 @@ def test_damaged_kernels_are_refused(damaged: Any) -> None:
     _assert_refused("kernels", damaged)
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        [99, [1]], [0, [1]], [-1, None], [1.0, [1]], [1, [-1, 2]], [1, [10**20]], [1, [1.5]],
+        [1, "12"], [1, [2**62, 4]], [1, [2**62, 4, 0]],
+    ],
+)  # fmt: skip
+def test_a_damaged_tensor_type_is_refused(damaged: Any) -> None:
+    _assert_refused("tensors", {"x": damaged})
+
+
+@pytest.mark.parametrize("stream", [-1, 2**63, 1.5, True, None, "x"])
+def test_a_damaged_stream_is_refused(stream: Any) -> None:
+    names = [node.name for node in diamond().graph.node]
+    _assert_refused("nodes", [[name, "cpu:0", stream] for name in names])
+
+
+@pytest.mark.parametrize("damaged", [None, [], {"x": None}, {"x": [1.5]}, {"x": [-1]}, {"x": 2}])
+def test_damaged_shapes_are_refused(damaged: Any) -> None:
+    _assert_refused("bound_shapes", damaged)
+
+
 def test_on_the_cpu_the_variant_is_ignored() -> None:
     model = MODELS["fork_join"]()
     annotation = annotation_of(model)
@@ -384,7 +408,15 @@ def test_a_schedule_of_another_graph_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("stream", "two"), ("order", ""), ("device", "tpu:0"), ("stream", "1.5")]
+    ("key", "value"),
+    [
+        ("stream", "two"),
+        ("order", ""),
+        ("device", "tpu:0"),
+        ("stream", "1.5"),
+        ("stream", "-1"),
+        ("stream", str(2**63)),
+    ],
 )
 def test_a_damaged_node_key_is_refused_by_the_name_of_the_node(key: str, value: str) -> None:
     model = annotated(diamond())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from onnxsched_runtime import distributed
 from onnxsched_runtime.annotation import write_annotation
 from support.models import MODELS, annotation_of, assert_same, feeds_for, fork_join, reference
 from support.ranks import Ended, environment, run_ranks
@@ -67,6 +70,59 @@ def test_torchrun_runs_and_times_a_schedule(path: Path, tmp_path: Path) -> None:
     assert len(result["latency_us"]) == 20
     assert result["outputs"] == {"y": "float32[1, 8, 6, 6]"}
     assert_same([np.load(tmp_path / "outputs" / "y.npy")], reference(model, {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        *((("--timeout", seconds), "is no time") for seconds in ("inf", "1e30", "-1", "0", "nan")),
+        (("--bench", "-20"), "--bench -20 is too few"),
+        (("--json", "none/result.json"), "There is no folder"),
+        (("--json", "."), "--json . is a folder"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_first(
+    options: tuple[str, str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(distributed, "_voice", threading.Lock())
+    monkeypatch.setattr(distributed, "joined_process_group", pytest.fail)
+    assert distributed.main(["none.onnx", *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_only_the_first_rank_needs_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    distributed._parsed(["none.onnx", "--json", "none/result.json"])
+
+
+def test_what_is_unforeseen_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def joined(timeout_s: float) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(distributed, "_voice", threading.Lock())
+    monkeypatch.setattr(distributed, "joined_process_group", joined)
+    assert distributed.main(["none.onnx"]) == 1
+    assert capsys.readouterr().err == (
+        "onnxsched: Unforeseen KeyError: 'planted'; please report it.\n"
+    )
+
+
+def test_a_master_that_is_not_there_is_one_sentence(path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+        found = subprocess.run(
+            [sys.executable, "-m", "onnxsched_runtime.distributed", str(path), "--timeout", "1"],
+            env=environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert (found.returncode, found.stderr.count("\n")) == (1, 1)
+    assert found.stderr.startswith("onnxsched: Rank 1 can't join the others (")
 
 
 def test_all_end_when_one_is_killed(path: Path) -> None:

@@ -46,7 +46,8 @@ def joined_process_group(timeout_s: float) -> Any:
             f"{missing[0]} is not set; start with `torchrun --nproc-per-node N -m "
             "onnxsched_runtime.distributed MODEL`."
         )
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each lost connection
+    # It warns of each lost connection, and shows its stack where nobody is at the address.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     distributed = torch_module().distributed
     try:
         distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))

@@ -1,0 +1,181 @@
+"""Streams that are closed, full or speak ASCII, Ctrl-C, and files that are not what they seem."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import onnxsched
+from onnxsched import cli
+from onnxsched.inspection import inspect_model
+from onnxsched_runtime.annotation import write_annotation
+from onnxsched_runtime.arrays import read_array, write_arrays
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import AnnotationError, OnnxschedError, UsageError
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
+from support.models import annotated, annotation_of, diamond, model_of
+from support.optimizing import saved
+
+ROOT = Path(onnxsched.__file__).parent.parent
+FULL = "onnxsched: The result can't be written to stdout (No space left on device).\n"
+MISSING = "onnxsched: There is no file 'nope'; give the path of an ONNX model.\n"
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the commands run: with one annotated model."""
+    saved(annotated(diamond()), tmp_path, "s.onnx")
+    return tmp_path
+
+
+def shell(arguments: str, folder: Path, **variables: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line with its redirections."""
+    found = subprocess.run(
+        f"'{sys.executable}' -m onnxsched {arguments}", shell=True, cwd=folder,
+        env={
+            **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime")]),
+            "CUDA_VISIBLE_DEVICES": "", **variables,
+        },
+        capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    return found.returncode, found.stdout, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code"), [("s.onnx >&-", 0), ("nope 2>&-", 2), ("nope <&- >&- 2>&-", 2)]
+)
+def test_closed_streams_are_no_error(redirected: str, code: int, folder: Path) -> None:
+    assert shell(f"inspect {redirected}", folder) == (code, "", "")
+
+
+@needs_full
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("command", "ended"),
+    [
+        ("inspect nope 2>/dev/full", (2, "", "")),
+        ("inspect nope >/dev/full", (2, "", MISSING)),
+        ("inspect s.onnx >/dev/full", (1, "", FULL)),
+        ("strip s.onnx -o new.onnx >/dev/full", (1, "", FULL)),
+        ("--help >/dev/full", (1, "", FULL)),
+        ("--help >/dev/full 2>/dev/full", (1, "", "")),
+    ],
+)
+def test_full_streams_end_in_one_sentence(
+    command: str, ended: tuple[int, str, str], unbuffered: str, folder: Path
+) -> None:
+    assert shell(command, folder, PYTHONUNBUFFERED=unbuffered) == ended
+
+
+def test_another_files_error_is_not_taken_for_stdouts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "app", failing)
+    assert cli.run(["doctor"]) == 1
+    assert capsys.readouterr().err.startswith("onnxsched: Unforeseen OSError: ")
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(folder: Path) -> None:
+    model = diamond()
+    model.graph.node[0].name = "né"
+    write_annotation(model, replace(annotation_of(model), host_reasons={"né": "über"}))
+    saved(model, folder, "u.onnx")
+    code, stdout, stderr = shell("inspect u.onnx", folder, PYTHONIOENCODING="ascii")
+    assert (code, stderr) == (0, "")
+    assert r"n\xe9: \xfcber" in stdout
+
+
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
+def test_an_interrupt_that_an_extension_wraps_is_130(
+    link: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def importing(*_: Any, **__: Any) -> None:
+        error = ImportError("initialization failed")
+        setattr(error, link, KeyboardInterrupt())
+        raise error
+
+    monkeypatch.setattr(cli, "app", importing)
+    assert cli.run(["doctor"]) == 130
+    assert capsys.readouterr().err == "onnxsched: Interrupted; nothing was written.\n"
+
+
+def test_a_circle_of_reasons_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = RuntimeError("one"), RuntimeError("other")
+    one.__cause__, other.__context__ = other, one
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise one
+
+    monkeypatch.setattr(cli, "app", failing)
+    assert cli.run(["doctor"]) == 1
+    assert "Unforeseen RuntimeError: one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x03\x04 no archive",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (2,".ljust(200),
+        b"\x80\x04pickled",
+        b"",
+    ],
+)
+def test_an_input_that_is_no_array_is_wrong_usage(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "input.npy"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"is no \.npy file; save input 'x' with numpy"):
+        read_array("x", file)
+
+
+def test_an_input_with_a_name_no_file_can_have_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no file"):
+        read_array("x", tmp_path / ("n" * 300))
+
+
+def test_outputs_are_all_written_or_none(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(1))
+    (tmp_path / "b.npy").mkdir()
+    with pytest.raises(OnnxschedError, match=r"\('b\.npy' is a folder there\)"):
+        write_arrays({"a": np.ones(1), "b": np.ones(1)}, tmp_path)
+    assert np.load(tmp_path / "a.npy") == [0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npy", "b.npy"]
+
+
+@pytest.mark.parametrize("damage", [[], None, {"n": None}, {"n": ["x", None]}, {"n": [1]}])
+def test_damaged_times_are_refused_by_inspect(damage: Any, tmp_path: Path) -> None:
+    model = diamond()
+    write_annotation(model, replace(annotation_of(model), details={"operators": damage}))
+    with pytest.raises(AnnotationError, match=r"damaged \(.*\); run `onnxsched optimize` again"):
+        inspect_model(saved(model, tmp_path))
+
+
+def test_onnxruntime_says_nothing_beside_our_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of("(float[4] x, int64[1] s) => (float[n] y) { y = Reshape(x, s) }")
+    with (
+        OrtSession(saved(model, tmp_path), SessionSettings(Device("cpu"))) as session,
+        pytest.raises(OnnxschedError, match=r"^ONNX Runtime failed: "),
+    ):
+        session.run({"x": np.zeros(4, np.float32), "s": np.array([3])})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_onnxruntime_keeps_no_count_of_its_users(folder: Path) -> None:
+    code, _, stderr = shell("run s.onnx", folder, HOME="/proc/none", XDG_CACHE_HOME="/proc/none")
+    assert (code, stderr) == (0, "")
