@@ -81,13 +81,13 @@ def find_bands(model: Model, count: int) -> dict[str, BandRegion]:
 
 
 def region_of(view: GraphView, groups: Sequence[Sequence[str]], count: int) -> BandRegion:
-    """What cutting groups of operators into bands costs. O(nodes * count).
+    """What cutting groups of operators into bands costs; see `plan_bands` for what that takes.
 
     Raises:
         ValueError: An operator can't be cut, or an image has too few rows.
     """
     plan = plan_bands(view, groups, count)
-    nodes = [node for node in view.model.proto.graph.node if node.name in plan.group_of]
+    nodes = view.in_order(plan.group_of)
     work = [(_row_operations(view, node), height_of(view, node.output[0])) for node in nodes]
     made = [sum(rows.count for rows in plan.made[node.output[0]]) for node in nodes]
     outside = [(t, rows) for (_, t), rows in plan.held.items() if t not in plan.made]
