@@ -28,6 +28,7 @@ from onnxsched_runtime.model import (
     name_nodes,
     node_reads,
     read_model,
+    serialized,
     write_model,
 )
 from onnxsched_runtime.session import optimize_file, to_float16
@@ -200,7 +201,7 @@ def _joined_parts(concat: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> list[s
 def _check(model: onnx.ModelProto, path: str | Path) -> None:
     try:
         with _norm_registered():
-            onnx.checker.check_model(model if model.ByteSize() < 2**31 - 1 else str(path))
+            onnx.checker.check_model(serialized(model) or str(path))
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
         raise ModelError(f"'{path}' is no valid ONNX model: {reason}.") from error

@@ -85,7 +85,7 @@ def find_delays(view: GraphView) -> tuple[Delays, tuple[str, ...]]:
     """
     if view.opset < _MIN_OPSET:
         return Delays(view, frozenset()), ()
-    sizes = (w.ByteSize() for w in view.weights.values())
+    sizes = (TensorType(w.data_type, tuple(w.dims)).nbytes for w in view.weights.values())
     room = max(_LEAST_ROOM_NBYTES, _ROOM_SHARE * sum(sizes))
     sums = set()
     for node in view.model.proto.graph.node:

@@ -48,7 +48,7 @@ class OperatorSignatures:
         if weight is None:
             return self._kind(name)
         kind = TensorType(weight.data_type, tuple(weight.dims))
-        if weight.data_type == TensorProto.FLOAT or weight.ByteSize() > _VALUE_NBYTES:
+        if weight.data_type == TensorProto.FLOAT or kind.nbytes > _VALUE_NBYTES:
             return f"weight {kind}"
         unnamed = TensorProto()
         unnamed.CopyFrom(weight)

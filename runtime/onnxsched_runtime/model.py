@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched_runtime.convolution import Kernels
@@ -87,14 +87,27 @@ def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     Raises:
         OnnxschedError: The file can't be written.
     """
+    content = serialized(model)
     with written_whole(path) as draft:
-        if model.ByteSize() < _FILE_NBYTES:
-            draft.write_bytes(model.SerializeToString())
+        if content is not None:
+            draft.write_bytes(content)
         else:
             copy = onnx.ModelProto()
             copy.CopyFrom(model)
             onnx.save(copy, draft, save_as_external_data=True, location=f"{draft.name}.data")
             os.replace(f"{draft}.data", f"{os.path.realpath(path)}.data")
+
+
+def serialized(model: onnx.ModelProto) -> bytes | None:
+    """A model as one file holds it; None above 2 GiB, which protobuf does not write.
+
+    To ask for its size first would take as long again: protobuf serializes it for that.
+    """
+    try:
+        content: bytes = model.SerializeToString()
+    except (EncodeError, ValueError):
+        return None
+    return content if len(content) < _FILE_NBYTES else None
 
 
 def declared_types(
