@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import onnx
@@ -51,11 +51,13 @@ def load(
         timeout_s: How long another process may be silent, or take for one step.
 
     Raises:
-        UsageError: There is no such file, or a device is misspelt.
+        UsageError: There is no such file, or a device or a way to capture is misspelt.
         ModelError: It is no ONNX model, or carries no schedule that fits it.
         DeviceError: A device of the schedule is not on this machine.
         RankError: Another process differs, died, hangs or failed.
     """
+    if capture not in get_args(Capture):
+        raise UsageError(f"There is no capture '{capture}'; there are whole, ort, none.")
     model = read_model(path)
     annotation = moved(read_annotation(model), device_map or {})
     membership = None

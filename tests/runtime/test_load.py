@@ -256,6 +256,12 @@ def test_an_unknown_output_is_refused_by_name(towers: Session) -> None:
         towers.run(["p", "z"], ZEROS)
 
 
+def test_a_way_to_capture_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    path = _saved(annotated(fork_join()), tmp_path)
+    with pytest.raises(UsageError, match="no capture 'all'; there are whole, ort, none"):
+        load(path, capture="all")  # type: ignore[arg-type]
+
+
 def test_a_schedule_for_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     model = fork_join()
     path = _saved(annotated(model, device=GPU), tmp_path)
