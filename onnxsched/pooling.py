@@ -92,6 +92,8 @@ def _agreed(node: onnx.NodeProto, sizes: Sequence[int]) -> dict[str, list[int] |
     pads = [0] * (2 * rank) if auto_pad == b"VALID" else list(given.get("pads") or [0] * 2 * rank)
     if is_same:
         pads = _same_pads(sizes, kernel, strides, auto_pad)
+        if min(pads) < 0:
+            return {}  # an image can't be told to be cropped
     if not is_rounded_up and not (is_same and max(dilations) > 1):
         return {}
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
