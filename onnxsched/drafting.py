@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from onnxsched.loading import Model
 from onnxsched.siblings import GraphView
-from onnxsched_runtime.model import input_values, name_nodes, node_reads
+from onnxsched_runtime.model import input_values, name_nodes, node_reads, unused_name
 from onnxsched_runtime.tensor import TensorType
 
 _CONTRIBUTED = "com.microsoft"
@@ -28,11 +28,10 @@ class Draft:
     """Names of old nodes."""
     changed: dict[str, onnx.NodeProto] = field(default_factory=dict)
     """What takes the place of an old node, by name."""
-    weights: list[onnx.TensorProto] = field(default_factory=list)
+    weights: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    """New weights, by name."""
     tensors: dict[str, TensorType] = field(default_factory=dict)
     """The types of new tensors."""
-    _stored: set[str] = field(default_factory=set)
-    """The names of new weights."""
 
     def nodes(self) -> list[onnx.NodeProto]:
         """All nodes, in topological order where the old ones were."""
@@ -46,8 +45,7 @@ class Draft:
     def store(self, name: str, array: np.ndarray) -> str:
         """Keep a new weight; returns its name."""
         weight = numpy_helper.from_array(np.ascontiguousarray(array), self._fresh(name))
-        self.weights.append(weight)
-        self._stored.add(weight.name)
+        self.weights[weight.name] = weight
         return str(weight.name)
 
     def declare(self, name: str, kind: TensorType) -> str:
@@ -58,10 +56,9 @@ class Draft:
 
     def _fresh(self, name: str) -> str:
         view = self.view
-        taken = (view.model.tensors, view.weights, view.writer, self.tensors, self._stored)
-        while any(name in names for names in taken):
-            name += "_"
-        return name
+        return unused_name(
+            name, view.model.tensors, view.weights, view.writer, self.tensors, self.weights
+        )
 
 
 def assembled(draft: Draft, rewrite: str) -> Model:
@@ -85,7 +82,7 @@ def assembled(draft: Draft, rewrite: str) -> Model:
     graph.name = old.name
     graph.node.extend(nodes)
     graph.initializer.extend(weight for weight in old.initializer if weight.name not in unread)
-    graph.initializer.extend(draft.weights)
+    graph.initializer.extend(draft.weights.values())
     graph.input.extend(value for value in old.input if value.name not in unread)
     graph.output.extend(old.output)
     graph.value_info.extend(value for value in old.value_info if value.name in flowing)

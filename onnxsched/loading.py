@@ -16,7 +16,7 @@ from onnx import helper
 
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
-from onnxsched.pooling import agree_on_pool
+from onnxsched.pooling import agree_on_pool, has_doubtful_pool
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched.simplification import simplify
 from onnxsched_runtime.convolution import Kernels
@@ -26,6 +26,7 @@ from onnxsched_runtime.model import (
     ModelSource,
     input_values,
     name_nodes,
+    new_name,
     node_reads,
     read_model,
     serialized,
@@ -121,7 +122,7 @@ def load_model(
     bind_shapes(baseline, shapes or {})
     _narrow_concats(baseline)
     name_nodes(baseline)
-    while agree_on_pool(baseline, tensor_types(baseline)):
+    while has_doubtful_pool(baseline) and agree_on_pool(baseline, tensor_types(baseline)):
         pass
     declare_types(baseline)
     converted = _in_float16(baseline) if precision == "fp16" else baseline
@@ -286,10 +287,7 @@ def _give_outputs_a_node(model: onnx.ModelProto) -> None:
                 f"Output '{value.name}' is an input passed through, which no operator computes; "
                 "remove it from the model's outputs."
             )
-        constant = f"{value.name}/constant"
-        while constant in taken:
-            constant += "_"
-        taken.add(constant)
+        constant = new_name(f"{value.name}/constant", taken)
         weights[value.name].name = constant
         instead[value.name] = constant
     _read_instead(graph, instead)

@@ -12,6 +12,7 @@ from onnxsched_runtime.model import attributes_of, node_reads
 from onnxsched_runtime.tensor import TensorType
 
 _POOLS = ("MaxPool", "AveragePool")
+_SAME = (b"SAME_UPPER", b"SAME_LOWER")
 _SPATIAL = 2
 """The first axis of an image that windows move along."""
 
@@ -49,6 +50,19 @@ class _Axis:
         return max(self.end, (count - 1) * self.stride + self.span - self.size - self.begin)
 
 
+def has_doubtful_pool(model: onnx.ModelProto) -> bool:
+    """Whether there is a pool that `agree_on_pool` may change: no shapes are needed to tell."""
+    return any(_is_doubtful(node) for node in model.graph.node)
+
+
+def _is_doubtful(node: onnx.NodeProto) -> bool:
+    if node.op_type not in _POOLS or node.domain not in ("", "ai.onnx"):
+        return False
+    given = attributes_of(node)
+    is_same = given.get("auto_pad") in _SAME
+    return bool(given.get("ceil_mode")) or (is_same and max(given.get("dilations") or [1]) > 1)
+
+
 def agree_on_pool(model: onnx.ModelProto, tensors: Mapping[str, TensorType]) -> bool:
     """Write the first pool that onnx and ORT disagree on so that they agree, in place.
 
@@ -64,7 +78,7 @@ def agree_on_pool(model: onnx.ModelProto, tensors: Mapping[str, TensorType]) -> 
         Whether there was one.
     """
     for node in model.graph.node:
-        if node.op_type not in _POOLS or node.domain not in ("", "ai.onnx"):
+        if not _is_doubtful(node):
             continue
         shape = tensors[node.input[0]].shape if node.input[0] in tensors else None
         if shape is None or len(shape) <= _SPATIAL or 0 in shape:
@@ -88,14 +102,12 @@ def _agreed(node: onnx.NodeProto, sizes: Sequence[int]) -> dict[str, list[int] |
     strides, dilations = given.get("strides") or ones, given.get("dilations") or ones
     auto_pad = given.get("auto_pad", b"NOTSET")
     is_rounded_up = bool(given.get("ceil_mode"))
-    is_same = auto_pad in (b"SAME_UPPER", b"SAME_LOWER")
+    is_same = auto_pad in _SAME
     pads = [0] * (2 * rank) if auto_pad == b"VALID" else list(given.get("pads") or [0] * 2 * rank)
     if is_same:
         pads = _same_pads(sizes, kernel, strides, auto_pad)
         if min(pads) < 0:
             return {}  # an image can't be told to be cropped
-    if not is_rounded_up and not (is_same and max(dilations) > 1):
-        return {}
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     edges = zip(sizes, spans, strides, pads[:rank], pads[rank:], strict=True)
     axes = [_Axis(*edge) for edge in edges]

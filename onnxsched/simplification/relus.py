@@ -13,7 +13,7 @@ from onnxsched.simplification.replacing import (
     is_standard,
     renamed,
 )
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import new_name, node_reads
 from onnxsched_runtime.pools import may_see_padding_alone
 
 _KEEPS_SIGN = {
@@ -86,13 +86,6 @@ def _names(graph: onnx.GraphProto) -> set[str]:
     return {value.name for value in values} | {t for node in graph.node for t in node.output}
 
 
-def _fresh(stem: str, taken: set[str]) -> str:
-    while stem in taken:
-        stem += "_"
-    taken.add(stem)
-    return stem
-
-
 def _moved(
     graph: onnx.GraphProto,
     concat: onnx.NodeProto,
@@ -105,8 +98,8 @@ def _moved(
     result = concat.output[0]
     after = onnx.NodeProto()
     after.CopyFrom(before[0])
-    after.name = _fresh(f"{concat.name}/{before[0].op_type}", taken)
-    after.input[:], after.output[:] = [_fresh(f"{result}/joined", taken)], [result]
+    after.name = new_name(f"{concat.name}/{before[0].op_type}", taken)
+    after.input[:], after.output[:] = [new_name(f"{result}/joined", taken)], [result]
     if result in declared:
         joined = onnx.ValueInfoProto()
         joined.CopyFrom(declared[result])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched_runtime.model import captured_reads, node_reads
+from onnxsched_runtime.model import captured_reads, node_reads, unused_name
 from onnxsched_runtime.tensor import TensorType
 
 _T = TypeVar("_T")
@@ -71,11 +71,7 @@ class GraphIndex:
 
     def unused(self, stem: str) -> str:
         """A name that no tensor and no node has yet."""
-        taken: tuple[Container[str], ...] = (self.tensors, self.writers, self.weights, self.names)
-        name = stem
-        while any(name in names for names in taken):
-            name += "_"
-        return name
+        return unused_name(stem, self.tensors, self.writers, self.weights, self.names)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource, attributes_of, node_reads
+from onnxsched_runtime.model import (
+    FUSED_DOMAIN,
+    ModelSource,
+    attributes_of,
+    node_reads,
+    unused_name,
+)
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.pools import may_see_padding_alone
 from onnxsched_runtime.tensor import TensorType
@@ -167,9 +173,7 @@ class _Draft:
             or self._source.is_weight(changed[0])
         ):
             return
-        name = f"{result}/rectified"
-        while name in self._source.tensors or name in self._declared:
-            name += "_"
+        name = unused_name(f"{result}/rectified", self._source.tensors, self._declared)
         self._declared[name] = self._source.kind_of(changed[0])
         own = {changed[0]: name, joined: result}
         self.nodes[concat.name] = _renamed(self.nodes[concat.name], own)

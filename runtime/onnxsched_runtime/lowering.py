@@ -27,6 +27,7 @@ from onnxsched_runtime.model import (
     declared_types,
     input_values,
     name_nodes,
+    new_name,
     node_reads,
     read_model,
 )
@@ -88,18 +89,10 @@ def show_idle_transposes_as_views(
         shape = _shape_of_idle_transpose(node, tensors)
         if shape is None:
             continue
-        name = _new_name(f"{node.name}/shape", taken)
+        name = new_name(f"{node.name}/shape", taken)
         weight = helper.make_tensor(name, TensorProto.INT64, [len(shape)], shape)
         model.graph.initializer.append(weight)
         node.CopyFrom(helper.make_node("Reshape", [node.input[0], name], node.output, node.name))
-
-
-def _new_name(wanted: str, taken: set[str]) -> str:
-    """A name that nothing has yet, like the one that is wanted; it is taken then."""
-    while wanted in taken:
-        wanted += "_"
-    taken.add(wanted)
-    return wanted
 
 
 def _shape_of_idle_transpose(
@@ -133,7 +126,7 @@ def gather_as_transposed(model: onnx.ModelProto) -> None:
             continue
         array = numpy_helper.to_array(weights[places])
         moved = np.ascontiguousarray(array.transpose(permutation(node, array.ndim)))
-        name = _new_name(f"{node.output[0]}/places", taken)
+        name = new_name(f"{node.output[0]}/places", taken)
         graph.initializer.append(numpy_helper.from_array(moved, name))
         gather.input[1], gather.output[0] = name, node.output[0]
         graph.node.remove(node)
