@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onnxsched_runtime.annotation import Annotation, read_annotation
+from onnxsched_runtime.annotation import Annotation, damaged, read_annotation
 from onnxsched_runtime.device import Placement
-from onnxsched_runtime.errors import AnnotationError
 from onnxsched_runtime.model import read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
@@ -125,6 +124,4 @@ def _measured(annotation: Annotation) -> dict[str, tuple[float | None, str | Non
             for name, (duration_us, bound) in annotation.details.get("operators", {}).items()
         }
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise AnnotationError(
-            f"The model's schedule is damaged ({error!r}); run `onnxsched optimize` again."
-        ) from error
+        raise damaged(error) from error

@@ -16,7 +16,7 @@ import typer
 
 from onnxsched.cli import commands, files  # noqa: F401 - each adds its commands
 from onnxsched.cli.app import app
-from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.errors import OnnxschedError, unforeseen
 
 _UsageMistake: Any = typer.BadParameter.__mro__[2]
 """click's base exception, which typer may bring under its own name."""
@@ -78,8 +78,7 @@ def _unforeseen(error: Exception) -> int:
         return _fail("Interrupted; nothing was written.", 130)
     if isinstance(error, OSError) and _is_of_printing(error.__traceback__):
         return _unwritten(error)
-    text = " ".join(str(error).split())[:300] or "no message"
-    return _fail(f"Unforeseen {type(error).__name__}: {text}; please report it.", 1)
+    return _fail(unforeseen(error), 1)
 
 
 def _is_interruption(error: BaseException) -> bool:

@@ -109,9 +109,7 @@ def read_annotation(model: onnx.ModelProto) -> Annotation:
         annotation = _parse(content)
         expected = content["fingerprint"]
     except _DAMAGE as error:
-        raise AnnotationError(
-            f"The model's schedule is damaged ({error!r}); run `onnxsched optimize` again."
-        ) from error
+        raise damaged(error) from error
     if expected != fingerprint(model):
         raise AnnotationError(
             "The model's schedule was made for another graph (nodes or edges have changed since);"
@@ -194,6 +192,13 @@ def _parse(content: Mapping[str, Any]) -> Annotation:
         variant=Variant.from_json(content.get("variant", {})),
         kernels=kernels_from_json(content.get("kernels", [])),
         details={key: value for key, value in content.items() if key not in own},
+    )
+
+
+def damaged(error: Exception) -> AnnotationError:
+    """What to say of a schedule that someone has written something else into."""
+    return AnnotationError(
+        f"The model's schedule is damaged ({error!r}); run `onnxsched optimize` again."
     )
 
 

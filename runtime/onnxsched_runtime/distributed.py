@@ -21,7 +21,7 @@ import numpy as np
 
 from onnxsched_runtime.arguments import zeros
 from onnxsched_runtime.arrays import read_array, write_arrays
-from onnxsched_runtime.errors import OnnxschedError, UsageError
+from onnxsched_runtime.errors import OnnxschedError, UsageError, unforeseen
 from onnxsched_runtime.executors.ranks import RankExecutor
 from onnxsched_runtime.group import joined_process_group, leave_process_group
 from onnxsched_runtime.load import Session, load
@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("Interrupted.")
         return 130
     except Exception as error:
-        text = " ".join(str(error).split())[:300] or "no message"
-        _say(f"Unforeseen {type(error).__name__}: {text}; please report it.")
+        _say(unforeseen(error))
         return 1
     return 0
 

@@ -18,6 +18,12 @@ A message is one sentence: what, where, and what to do.
 from __future__ import annotations
 
 
+def unforeseen(error: Exception) -> str:
+    """What to say of an error that nobody raises on purpose."""
+    text = " ".join(str(error).split())[:300] or "no message"
+    return f"Unforeseen {type(error).__name__}: {text}; please report it."
+
+
 class OnnxschedError(Exception):
     """Base of every error this project raises on purpose."""
 

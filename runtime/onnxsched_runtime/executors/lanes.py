@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import ALIGNMENT_NBYTES, Touched, packed
@@ -67,11 +68,11 @@ class LaneRunner(PlanRunner):
     def _touched(self) -> Touched:
         return touched_places(self._source, self.plan, self._session_lanes)
 
-    @property
+    @cached_property
     def _all_lanes(self) -> list[Lane]:
         return [lane for plan in self._lanes.values() for lane in plan.lanes]
 
-    @property
+    @cached_property
     def _session_lanes(self) -> list[Lane]:
         """What sessions run: neither copies nor fused convolutions."""
         lanes = self._all_lanes
