@@ -8,13 +8,13 @@ that nothing else is copied to, so that it is found in what was captured, and le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxsched_runtime.device import Placement
+from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.model import ModelPart, ModelSource, node_reads
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
 from onnxsched_runtime.tensor import TensorType
@@ -38,7 +38,9 @@ class Lane:
     inputs: tuple[str, ...]
     """Tensors from other lanes, other pieces or the caller."""
     outputs: tuple[str, ...]
-    """Tensors that others read."""
+    """Tensors that others read; where the run outlives its session, all that it writes."""
+    outlives: bool = False
+    """Whether its run may do without its session once it is captured; see `outliving`."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -131,10 +133,10 @@ def _behind(point: Point) -> Point:
     return Point(point.chain, point.boundary + 1)
 
 
-def lane_tensors(plan: ExecutionPlan) -> frozenset[str]:
-    """What lies between lanes: the tensors that need fixed addresses."""
-    lanes = [lane for p in plan.pieces if p.captured for lane in lanes_of(plan, p).lanes]
-    return frozenset(t for lane in lanes for t in (*lane.inputs, *lane.outputs))
+def lane_tensors(plan: ExecutionPlan, lanes: Iterable[Lane]) -> dict[str, Device]:
+    """The tensors that need fixed addresses, and on which device."""
+    written = {t: lane.placement.device for lane in lanes for t in lane.outputs}
+    return written | {t: plan.device_of[t] for lane in lanes for t in lane.inputs}
 
 
 def _lane(

@@ -322,10 +322,19 @@ class ModelSource:
         if name not in self._arrays:
             weight = self._weights[name]
             nbytes = TensorType(weight.data_type, tuple(weight.dims)).nbytes
-            if nbytes <= _INLINE_NBYTES or weight.data_type not in _NUMPY_TYPES:
+            if nbytes <= _INLINE_NBYTES or not self.is_array(name):
                 return None
             self._arrays[name] = np.ascontiguousarray(numpy_helper.to_array(weight))
         return self._arrays[name]
+
+    def array(self, name: str) -> np.ndarray:
+        """A weight that `is_array`."""
+        large = self.large_weight(name)
+        return numpy_helper.to_array(self._weights[name]) if large is None else large
+
+    def is_array(self, name: str) -> bool:
+        """Whether a weight is of a type that numpy has, too."""
+        return self._weights[name].data_type in _NUMPY_TYPES
 
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:

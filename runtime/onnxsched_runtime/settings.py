@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxsched_runtime.device import Device
+from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 
@@ -37,6 +38,11 @@ class BufferView:
     device: Device
     element_type: int
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return TensorType(self.element_type, self.shape).nbytes
 
 
 def cuda_options(settings: SessionSettings) -> dict[str, str]:

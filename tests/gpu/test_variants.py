@@ -167,7 +167,7 @@ def test_biases_that_wait_are_kernels_less(zoo: Zoo) -> None:
 def _kernel_count(session: Session) -> int:
     executor = session.executor
     assert isinstance(executor, StreamExecutor)
-    return sum(graph.node_kinds["KERNEL"] for graph in executor._graphs)
+    return sum(graph.node_kinds["KERNEL"] for graph in executor._graphs.values())
 
 
 @pytest.mark.alone

@@ -79,6 +79,23 @@ def test_a_model_without_host_operators_is_one_launch(
         assert graphs.launches == 1
 
 
+def test_one_graph_is_there_however_it_is_run(graphs: type[fake_cuda.FakeGraph]) -> None:
+    model = models.fork_join()
+    feeds = models.feeds_for(model)
+    with opened(model) as session:
+        executor = executor_of(session)
+        assert graphs.open_count == 1
+        first = session.run(None, feeds)
+        assert graphs.open_count == 1, "the one with copies is made instead"
+        for name, array in feeds.items():
+            executor._runner.buffers[name].fill(array, executor.main_stream)
+        executor.launch()
+        assert (executor.graph_count, graphs.open_count) == (1, 2)
+        models.assert_same(session.run(None, feeds), first)
+        assert graphs.open_count == 2
+    assert graphs.open_count == 0
+
+
 def test_host_operators_run_between_graphs(graphs: type[fake_cuda.FakeGraph]) -> None:
     model = models.branch()
     with opened(model) as session:

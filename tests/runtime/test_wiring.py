@@ -100,7 +100,9 @@ def test_lanes_hold_every_segment_and_name_what_flows_between_them(problem: Prob
         assert inner & outer <= set(lane.outputs) <= inner
         read = {t for i in lane.segments for t in plan.segments[i].inputs}
         assert set(lane.inputs) == read - inner
-    assert lane_tensors(plan) <= plan.device_tensors
+    homes = lane_tensors(plan, lanes)
+    assert homes == {tensor: plan.device_of[tensor] for tensor in homes}
+    assert homes.keys() == {t for lane in lanes for t in (*lane.inputs, *lane.outputs)}
 
 
 def test_nodes_come_in_launch_order() -> None:

@@ -100,6 +100,10 @@ class FakeChain:
             nodes += [ChainNode((len(nodes) - 1,), mark, False), ChainNode((len(nodes),))]
         self.nodes = tuple(nodes)
 
+    def reaches_only(self, places: Iterable[tuple[int, int]]) -> bool:
+        """A run of these needs its session."""
+        return False
+
     @classmethod
     def capture(
         cls, stream: FakeStream, issue: Callable[[], None], marks: Mapping[int, int] | None = None
@@ -169,9 +173,11 @@ class FakeGraph:
 
     refusals = 0
     launches = 0
+    open_count = 0
 
     def __init__(self, issue: Callable[[], None]) -> None:
         self._issue = issue
+        FakeGraph.open_count += 1
 
     @classmethod
     def capture(cls, main: FakeStream, issue: Callable[[], None]) -> FakeGraph:
@@ -211,7 +217,7 @@ class FakeGraph:
         self._issue()
 
     def close(self) -> None:
-        pass
+        FakeGraph.open_count -= 1
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
@@ -246,6 +252,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "keep_blas_workspace", lambda kind: None)
     monkeypatch.setattr(FakeGraph, "refusals", 0)
     monkeypatch.setattr(FakeGraph, "launches", 0)
+    monkeypatch.setattr(FakeGraph, "open_count", 0)
     return FakeGraph
 
 

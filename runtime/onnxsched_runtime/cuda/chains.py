@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,6 +23,8 @@ from onnxsched_runtime.wiring import ChainNode
 
 _ALIGNMENT_NBYTES = 512
 """Of workspaces: what `cudaMallocAsync` gives."""
+_LEAST_ADDRESS, _LEAST_NO_ADDRESS = 1 << 32, 1 << 57
+"""No GPU has memory below or above, which most arguments show to be numbers."""
 _WORK = {"KERNEL", "MEMCPY", "MEMSET"}
 _IDLE = {"EMPTY", "MEM_ALLOC", "MEM_FREE"}
 
@@ -125,6 +128,54 @@ class Chain:
                 live.pop(int(check_driver(driver().cuGraphMemFreeNodeGetParams(native))), None)
         return tuple(placed)
 
+    def reaches_only(self, places: Iterable[tuple[int, int]]) -> bool:
+        """Whether all memory that its nodes are given is its own or lies in these places.
+
+        What a node is given counts as an address where CUDA knows memory there.
+        O(words x log places).
+
+        Args:
+            places: Starts and sizes in bytes.
+        """
+        own = [(a.address, a.nbytes) for a in self._allocations]
+        known = _joined((start, start + nbytes) for start, nbytes in (*places, *own))
+        starts = [start for start, _ in known]
+
+        def is_known(address: int) -> bool:
+            position = bisect_right(starts, address) - 1
+            return position >= 0 and address < known[position][1]
+
+        return all(
+            word is not None and (is_known(word) or not _is_memory(word))
+            for index in range(len(self._nodes))
+            for word in self._given(index)
+        )
+
+    def _given(self, index: int) -> Iterator[int | None]:
+        """What a node is given, addresses among it; None for what is hidden or a host's."""
+        api = driver()
+        node, kind = api.CUgraphNode(int(self._nodes[index])), self._kinds[index]
+        if kind == "KERNEL":
+            kernel = check_driver(api.cuGraphKernelNodeGetParams(node))
+            if not int(kernel.kernelParams):
+                yield None
+                return
+            for argument in _arguments(kernel):
+                yield from (word.value for word in _words(argument))
+        elif kind == "MEMCPY":
+            copy = check_driver(api.cuGraphMemcpyNodeGetParams(node))
+            for where, address in (
+                (copy.srcMemoryType, copy.srcDevice),
+                (copy.dstMemoryType, copy.dstDevice),
+            ):
+                is_known = where in (
+                    api.CUmemorytype.CU_MEMORYTYPE_DEVICE,
+                    api.CUmemorytype.CU_MEMORYTYPE_UNIFIED,
+                )
+                yield int(address) if is_known else None
+        elif kind == "MEMSET":
+            yield int(check_driver(api.cuGraphMemsetNodeGetParams(node)).dst)
+
     def copy_into(self, graph: Any, index: int, after: list[Any], workspace: int) -> Any:
         """Copy a node into another graph, behind other nodes of it; returns the copy."""
         api = driver()
@@ -183,20 +234,51 @@ def _moved_arguments(kernel: Any, moved: Sequence[tuple[int, int, int]]) -> Any:
     """
     if not int(kernel.kernelParams):
         raise CaptureError("A captured kernel hides its arguments, so its memory can't be moved.")
+    arguments = _arguments(kernel)
+    for word in (word for argument in arguments for word in _words(argument)):
+        word.value = _moved(word.value, moved)
+    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    kernel.kernelParams = ctypes.addressof(pointers)
+    return arguments, pointers
+
+
+def _arguments(kernel: Any) -> list[ctypes.Array[ctypes.c_char]]:
+    """Copies of the arguments of a kernel that does not hide them."""
     sizes: list[int] = []
     while (size := _argument_nbytes(kernel, len(sizes))) is not None:
         sizes.append(size)
     given = (ctypes.c_void_p * len(sizes)).from_address(int(kernel.kernelParams))
-    arguments = []
-    for address, size in zip(given, sizes, strict=True):
-        argument = ctypes.create_string_buffer(ctypes.string_at(address, size), size)
-        for offset in range(0, size - 7, 8):
-            word = ctypes.c_uint64.from_buffer(argument, offset)
-            word.value = _moved(word.value, moved)
-        arguments.append(argument)
-    pointers = (ctypes.c_void_p * len(sizes))(*map(ctypes.addressof, arguments))
-    kernel.kernelParams = ctypes.addressof(pointers)
-    return arguments, pointers
+    return [
+        ctypes.create_string_buffer(ctypes.string_at(address, size), size)
+        for address, size in zip(given, sizes, strict=True)
+    ]
+
+
+def _words(argument: ctypes.Array[ctypes.c_char]) -> list[ctypes.c_uint64]:
+    """Wherever an address may lie in an argument."""
+    offsets = range(0, len(argument) - 7, 8)
+    return [ctypes.c_uint64.from_buffer(argument, offset) for offset in offsets]
+
+
+def _joined(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Intervals, sorted, those that meet made one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(intervals):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _is_memory(word: int) -> bool:
+    """Whether CUDA knows memory at an address."""
+    if not _LEAST_ADDRESS <= word < _LEAST_NO_ADDRESS:
+        return False
+    runtime = cudart()
+    error, found = runtime.cudaPointerGetAttributes(word)
+    is_unknown = found is None or found.type == runtime.cudaMemoryType.cudaMemoryTypeUnregistered
+    return not (int(error) or is_unknown)
 
 
 def _argument_nbytes(kernel: Any, index: int) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -10,7 +10,7 @@ from functools import cached_property
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import ALIGNMENT_NBYTES, Touched, packed
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, FusedRun, PlanRunner, view
+from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, PlanRunner, view
 from onnxsched_runtime.lanes import (
     MARK,
     MARK_SOURCE,
@@ -24,8 +24,9 @@ from onnxsched_runtime.lanes import (
     written_instead,
 )
 from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.outliving import outliving, weights_to_place
 from onnxsched_runtime.plan import ExecutionPlan, Piece
-from onnxsched_runtime.session import BoundRun, OrtSession
+from onnxsched_runtime.settings import BufferView
 from onnxsched_runtime.wiring import Point, wire
 
 
@@ -33,13 +34,13 @@ class LaneRunner(PlanRunner):
     """Captures each stream of a piece as one run of one session, and wires the runs together.
 
     Nothing runs at the same time until the graph does, so all sessions of a device launch on one
-    stream.
+    stream. A session whose captured run needs it no longer is closed before the next is opened.
     """
 
     def __init__(
         self, source: ModelSource, plan: ExecutionPlan, custom_ops: tuple[str, ...] = ()
     ) -> None:
-        """Create buffers and sessions; nothing runs yet.
+        """Create buffers and upload weights; nothing runs yet.
 
         Args:
             source: The model that sessions are cut out of, lowered where that can be.
@@ -47,15 +48,26 @@ class LaneRunner(PlanRunner):
             custom_ops: Libraries of custom operators.
         """
         self._chains: dict[Lane, cuda.Chain] = {}
-        self._lanes: dict[Piece, LanePlan] = {
-            p: lanes_of(plan, p) for p in plan.pieces if p.captured
-        }
-        self._opened: dict[Lane, OrtSession] = {}
-        self._runs: dict[Lane, BoundRun | CopyRun | FusedRun] = {}
+        self._final: dict[Lane, Lane] = {}
+        """Each lane as it is run."""
         self._marks: dict[Device, list[cuda.Buffer]] = {}
         self._shared: dict[Lane, tuple[str, ...]] = {}
         self._workspaces: dict[Lane, cuda.DeviceMemory] = {}
-        super().__init__(source, plan, lane_tensors(plan), custom_ops)
+        super().__init__(source, plan, custom_ops)
+
+    @cached_property
+    def _lanes(self) -> dict[Piece, LanePlan]:
+        return {p: self._planned(p) for p in self.plan.pieces if p.captured}
+
+    def _planned(self, piece: Piece) -> LanePlan:
+        """The lanes of a piece, those that can outlive their sessions prepared for it."""
+        found = lanes_of(self.plan, piece)
+        for lane in found.lanes:
+            if lane not in self._final:
+                is_run = not self._is_copy(lane) and not self._is_fused(lane)
+                final = outliving(self._source, self.plan, lane) if is_run else lane
+                self._final[lane] = final
+        return replace(found, lanes=tuple(self._final[lane] for lane in found.lanes))
 
     def _open_streams(self, placements: Sequence[Placement]) -> None:
         opened: dict[Device, cuda.Stream] = {}
@@ -64,6 +76,13 @@ class LaneRunner(PlanRunner):
                 stream = self._resources.enter_context(cuda.graph_stream(placement.device))
                 opened[placement.device] = stream
             self.streams[placement] = opened[placement.device]
+
+    @cached_property
+    def _homes(self) -> dict[str, Device]:
+        return lane_tensors(self.plan, self._all_lanes)
+
+    def _tensors(self) -> dict[str, Device]:
+        return self._homes
 
     def _touched(self) -> Touched:
         return touched_places(self._source, self.plan, self._session_lanes)
@@ -79,18 +98,15 @@ class LaneRunner(PlanRunner):
         return [lane for lane in lanes if not self._is_copy(lane) and not self._is_fused(lane)]
 
     def _open_runs(self) -> None:
+        """Upload what sessions read from places of ours; they are opened one after another."""
         self._shared = shared_weights(self._source, self.plan, self._session_lanes)
         for lane in self._session_lanes:
+            if lane.outlives:
+                self._shared[lane] = weights_to_place(self._source, self.plan, lane)
             for name in self._shared[lane]:
-                self._open_weight(name, lane.placement.device)
-            self._opened[lane] = self._session(
-                lane.placement,
-                marked_part(self._source, self.plan, lane, self._shared[lane]),
-                on_device=True,
-                keeps_nodes=self._source.is_lowered or bool(lane.marks),
-            )
+                device = lane.placement.device
+                self._upload(name, self._source.array(name), device, self._weights)
             self._open_marks(lane)
-        self._runs = {lane: self._bound(lane, self.buffers) for lane in self._all_lanes}
 
     def _is_copy(self, lane: Lane) -> bool:
         """Whether it is a copy, which has a stream of its own."""
@@ -98,12 +114,6 @@ class LaneRunner(PlanRunner):
 
     def _is_fused(self, lane: Lane) -> bool:
         return self.plan.segments[lane.segments[0]].is_fused
-
-    def _open_weight(self, name: str, device: Device) -> None:
-        """Upload a weight once, for all sessions of a device."""
-        array = self._source.large_weight(name)
-        if array is not None:
-            self._upload(name, array, device, self._weights)
 
     def _open_marks(self, lane: Lane) -> None:
         """What the marks of a lane copy from, and what each copies to, once for all lanes."""
@@ -117,12 +127,66 @@ class LaneRunner(PlanRunner):
             for number in range(len(missing))
         ]
 
-    def _bound(self, lane: Lane, buffers: dict[str, cuda.Buffer]) -> BoundRun | CopyRun | FusedRun:
-        if self._is_copy(lane):
+    def prepare(self, piece: Piece) -> None:
+        """Run each lane by itself, on memory that nothing shares, and capture it.
+
+        What others have not computed yet is zero, which is a valid index; in the arena it would
+        be whatever lay there before.
+
+        Raises:
+            CaptureError: CUDA or ORT refuse, with the reason.
+        """
+        if not piece.captured:
+            return
+        with ExitStack() as scratch:
+            buffers: dict[str, cuda.Buffer] = {}
+            for device in self.plan.devices:
+                nbytes = {
+                    name: buffer.kind.nbytes
+                    for name, buffer in self.buffers.items()
+                    if self._homes[name] == device
+                }
+                buffers |= self._buffers_in(packed(nbytes), device, scratch)
+            for lane in self._lanes[piece].lanes:
+                if self._is_copy(lane):
+                    self._capture_copy(lane, buffers)
+                elif self._is_fused(lane):
+                    self._capture_fused(lane, buffers)
+                else:
+                    self._capture_session(lane, buffers)
+
+    def _capture_copy(self, lane: Lane, scratch: Mapping[str, cuda.Buffer]) -> None:
+        def run(buffers: Mapping[str, cuda.Buffer]) -> CopyRun:
             source, target = (buffers[name] for name in (*lane.inputs, *lane.outputs))
             return CopyRun(source, target, self.streams[lane.placement])
-        if self._is_fused(lane):
-            return self._fused_run(lane.segments[0], buffers)
+
+        self._warm_up(lane, run(scratch).launch)
+        self._capture_run(lane, run(self.buffers).launch)
+
+    def _capture_fused(self, lane: Lane, scratch: Mapping[str, cuda.Buffer]) -> None:
+        (index,) = lane.segments
+        self._warm_up(lane, self._fused_run(index, scratch).launch)
+        self._capture_run(lane, self._fused_run(index, self.buffers).launch)
+
+    def _capture_session(self, lane: Lane, scratch: Mapping[str, cuda.Buffer]) -> None:
+        """Capture what a session runs; it is closed where the capture needs nothing of it."""
+        session = self._session(
+            lane.placement,
+            marked_part(self._source, self.plan, lane, self._shared[lane]),
+            on_device=True,
+            keeps_nodes=self._source.is_lowered or bool(lane.marks),
+        )
+        self._warm_up(lane, session.bind(*self._views(lane, scratch)).launch)
+        views = self._views(lane, self.buffers)
+        chain = self._capture_run(lane, session.bind(*views).launch)
+        places = [(v.pointer, v.nbytes) for group in views for v in group.values()]
+        if lane.outlives and chain.reaches_only(places):
+            session.close()
+
+    def _views(
+        self, lane: Lane, buffers: Mapping[str, cuda.Buffer]
+    ) -> tuple[dict[str, BufferView], dict[str, BufferView]]:
+        """What a lane's session reads and writes, by the names that it has there."""
         inputs = {self.plan.original(name): view(buffers[name]) for name in lane.inputs}
         device = lane.placement.device
         inputs |= {name: view(self._weights[device, name]) for name in self._shared[lane]}
@@ -134,37 +198,27 @@ class LaneRunner(PlanRunner):
         for number, mark in enumerate(lane.marks, 1):
             inputs[MARK_SOURCE] = view(marks[0])
             outputs[mark] = view(marks[number])
-        return self._opened[lane].bind(inputs, outputs)
+        return inputs, outputs
 
-    def prepare(self, piece: Piece) -> None:
-        """Run each lane by itself, on memory that nothing shares.
+    def _warm_up(self, lane: Lane, launch: Callable[[], None]) -> None:
+        for _ in range(WARM_UP_COUNT):
+            launch()
+        self.streams[lane.placement].synchronize()
 
-        What others have not computed yet is zero, which is a valid index; in the arena it would
-        be whatever lay there before.
-        """
-        if not piece.captured:
-            return
-        with ExitStack() as scratch:
-            buffers: dict[str, cuda.Buffer] = {}
-            for device in self.plan.devices:
-                nbytes = {
-                    name: buffer.kind.nbytes
-                    for name, buffer in self.buffers.items()
-                    if self.plan.device_of[name] == device
-                }
-                buffers |= self._buffers_in(packed(nbytes), device, scratch)
-            for lane in self._lanes[piece].lanes:
-                run = self._bound(lane, buffers)
-                for _ in range(WARM_UP_COUNT):
-                    run.launch()
-                self.streams[lane.placement].synchronize()
+    def _capture_run(self, lane: Lane, launch: Callable[[], None]) -> cuda.Chain:
+        """Capture what a lane launches."""
+        marks = self._marks.get(lane.placement.device, [])
+        numbers = {marks[n].pointer: n for n in range(1, 1 + len(lane.marks))}
+        chain = cuda.Chain.capture(self.streams[lane.placement], launch, numbers)
+        self._chains[lane] = self._resources.enter_context(chain)
+        return chain
 
     def capture(
         self, piece: Piece, uploads: Sequence[str] = (), fetches: Sequence[str] = ()
     ) -> cuda.Graph:
         """Put a prepared piece together as one CUDA graph.
 
-        Lanes are captured once; putting them together in any order takes milliseconds.
+        Lanes have been captured; putting them together in any order takes milliseconds.
 
         Args:
             piece: What the graph runs: a piece of the plan, or one of the same lanes that orders
@@ -176,7 +230,7 @@ class LaneRunner(PlanRunner):
             CaptureError: CUDA or ORT refuse, with the reason.
         """
         stream = self.streams[piece.main]
-        plan = self._lanes.get(piece) or lanes_of(self.plan, piece)
+        plan = self._lanes.get(piece) or self._planned(piece)
         into, out = len(plan.lanes), len(plan.lanes) + 1  # the chains of copies, after the lanes
         ends = [Point(number, len(lane.segments)) for number, lane in enumerate(plan.lanes)]
         waits = [
@@ -187,7 +241,7 @@ class LaneRunner(PlanRunner):
         positions = [*plan.positions, (-1,), (len(piece.steps),)]
         uploaded, fetched = ([self.buffers[n] for n in names] for names in (uploads, fetches))
         with ExitStack() as owner:
-            chains = [self._chain(lane) for lane in plan.lanes]
+            chains = [self._chains[lane] for lane in plan.lanes]
             chains.append(owner.enter_context(_copies(stream, uploaded, cuda.Buffer.upload)))
             chains.append(owner.enter_context(_copies(stream, fetched, cuda.Buffer.fetch)))
             wired = wire([chain.nodes for chain in chains], positions, waits)
@@ -197,16 +251,6 @@ class LaneRunner(PlanRunner):
             ]
             return cuda.Graph.assemble(chains, wired, [*workspaces, 0, 0])
 
-    def _chain(self, lane: Lane) -> cuda.Chain:
-        """What a lane launches, captured when first asked for."""
-        if lane not in self._chains:
-            marks = self._marks.get(lane.placement.device, [])
-            addresses = {marks[n].pointer: n for n in range(1, 1 + len(lane.marks))}
-            stream = self.streams[lane.placement]
-            chain = cuda.Chain.capture(stream, self._runs[lane].launch, addresses)
-            self._chains[lane] = self._resources.enter_context(chain)
-        return self._chains[lane]
-
     def _workspace(self, lane: Lane, nbytes: int) -> int:
         """Memory for what a run allocates; runs of one lane never overlap."""
         held = self._workspaces.get(lane)
@@ -215,11 +259,6 @@ class LaneRunner(PlanRunner):
             held = self._resources.enter_context(memory)
             self._workspaces[lane] = held
         return held.pointer
-
-    def close(self) -> None:
-        """Free bindings, which hold their sessions, then those and the streams."""
-        self._runs, self._opened = {}, {}
-        super().close()
 
 
 def _copies(

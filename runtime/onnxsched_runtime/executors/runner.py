@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,6 @@ class PlanRunner:
         self,
         source: ModelSource,
         plan: ExecutionPlan,
-        tensors: Collection[str],
         custom_ops: tuple[str, ...],
         graph_capture: bool = False,
     ) -> None:
@@ -40,7 +39,6 @@ class PlanRunner:
         Args:
             source: The model that sessions are cut out of.
             plan: Says what runs where.
-            tensors: What needs a fixed address.
             custom_ops: Libraries of custom operators.
             graph_capture: Let ORT capture each session by itself.
         """
@@ -62,7 +60,7 @@ class PlanRunner:
             used |= {plan.placement_of(step) for piece in plan.pieces for step in piece.steps}
             self._open_streams(sorted(used))
             cuda.enable_peer_access(plan.devices)
-            self._open_buffers(tensors)
+            self._open_buffers()
             for index, segment in enumerate(plan.segments):
                 if segment.host_reason is not None:
                     part = source.extract(segment)
@@ -82,18 +80,22 @@ class PlanRunner:
             made = cuda.graph_stream if is_first else cuda.Stream
             self.streams[placement] = self._resources.enter_context(made(placement.device))
 
-    def _open_buffers(self, tensors: Collection[str]) -> None:
+    def _open_buffers(self) -> None:
         """An arena on each device."""
-        touched = self._touched()
+        tensors, touched = self._tensors(), self._touched()
         for device in self.plan.devices:
             nbytes = {
                 name: self._kind(name).nbytes
-                for name in sorted(tensors)
-                if self.plan.device_of[name] == device
+                for name, home in sorted(tensors.items())
+                if home == device
             }
             arena = plan_arena(self.plan, nbytes, touched)
             check_arena(self.plan, nbytes, arena, touched)
             self.buffers |= self._buffers_in(arena, device, self._resources)
+
+    def _tensors(self) -> Mapping[str, Device]:
+        """What needs a fixed address, and on which device."""
+        raise NotImplementedError
 
     def _touched(self) -> Touched:
         """What uses the places of tensors under other names."""

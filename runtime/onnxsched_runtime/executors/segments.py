@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxsched_runtime import cuda
+from onnxsched_runtime.device import Device
 from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, FusedRun, PlanRunner, view
 from onnxsched_runtime.group import NcclLinks
 from onnxsched_runtime.model import ModelSource
@@ -35,7 +36,10 @@ class SegmentRunner(PlanRunner):
         """
         self._links = links
         self.bound: dict[int, BoundRun | CopyRun | FusedRun] = {}
-        super().__init__(source, plan, plan.device_tensors, custom_ops, graph_capture)
+        super().__init__(source, plan, custom_ops, graph_capture)
+
+    def _tensors(self) -> dict[str, Device]:
+        return {name: self.plan.device_of[name] for name in self.plan.device_tensors}
 
     def _open_runs(self) -> None:
         for index, segment in enumerate(self.plan.segments):

@@ -57,7 +57,8 @@ class StreamExecutor:
         self._plan = plan
         self.capture: Capture = "none"
         self._launch: list[Callable[[], None]] = []
-        self._graphs: list[cuda.Graph] = []
+        self._graphs: dict[int, cuda.Graph] = {}
+        """Those without copies, by the numbers of their pieces."""
         self._with_copies: dict[tuple[str, ...], _GraphRun] = {}
         """Graphs that copy all inputs in and some outputs out, by the names of these."""
         self.refusal: str | None = None
@@ -126,19 +127,20 @@ class StreamExecutor:
 
     def _capture_linked(self, issues: Sequence[Callable[[], None]]) -> None:
         try:
-            for piece, issue in zip(self._plan.pieces, issues, strict=True):
+            for number, (piece, issue) in enumerate(zip(self._plan.pieces, issues, strict=True)):
                 main = self._runner.streams[piece.main]
-                self._graphs.append(cuda.Graph.capture(main, issue))
+                self._graphs[number] = cuda.Graph.capture(main, issue)
         except (OnnxschedError, RuntimeError) as error:
             self.refusal = f"whole: {error}"
             return
-        mains = [self._runner.streams[piece.main] for piece in self._plan.pieces]
-        pairs = zip(self._graphs, mains, strict=True)
-        self._launch = [partial(graph.launch, main) for graph, main in pairs]
+        self._launch = [
+            partial(graph.launch, self._runner.streams[self._plan.pieces[number].main])
+            for number, graph in self._graphs.items()
+        ]
         self.capture = "whole"
 
     def _prepare(self, mode: Capture) -> None:
-        for piece in self._plan.pieces:
+        for number, piece in enumerate(self._plan.pieces):
             self._runner.prepare(piece)
             if not piece.captured:
                 self._launch.append(lambda: None)
@@ -146,10 +148,20 @@ class StreamExecutor:
                 issue = self._runner.issue
                 self._launch.append(lambda piece=piece, issue=issue: issue(piece))  # type: ignore[misc]
             else:
-                graph = self._runner.capture(piece)
-                self._graphs.append(graph)
+                self._piece_graph(number)
                 main = self._runner.streams[piece.main]
-                self._launch.append(lambda graph=graph, main=main: graph.launch(main))  # type: ignore[misc]
+                self._launch.append(partial(self._launch_piece, number, main))
+
+    def _launch_piece(self, number: int, main: cuda.Stream) -> None:
+        self._piece_graph(number).launch(main)
+
+    def _piece_graph(self, number: int) -> cuda.Graph:
+        """The graph of a piece without copies, put together where it is not there."""
+        graph = self._graphs.get(number)
+        if graph is None:
+            assert isinstance(self._runner, LaneRunner)
+            graph = self._graphs[number] = self._runner.capture(self._plan.pieces[number])
+        return graph
 
     @property
     def main_stream(self) -> cuda.Stream:
@@ -159,7 +171,8 @@ class StreamExecutor:
     @property
     def graph_count(self) -> int:
         """How many CUDA graphs of ours a run launches."""
-        return len(self._graphs)
+        is_whole = self.capture == "whole"
+        return sum(piece.captured for piece in self._plan.pieces) if is_whole else 0
 
     def launch(self) -> None:
         """Launch a plan that is one captured piece, on what its input buffers hold."""
@@ -201,11 +214,16 @@ class StreamExecutor:
         return [array.copy() for array in ready.outputs]
 
     def _made_ready(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> _GraphRun:
+        """A graph with the copies, instead of the one without: both would take memory."""
         buffers = self._runner.buffers
         names = [name for name in feeds if name in buffers]
         assert isinstance(self._runner, LaneRunner)
+        (piece,) = self._plan.pieces
+        if (graph := self._graphs.pop(0, None)) is not None:
+            self.main_stream.synchronize()
+            graph.close()
         ready = _GraphRun(
-            self._runner.capture(self._plan.pieces[0], names, list(dict.fromkeys(outputs))),
+            self._runner.capture(piece, names, list(dict.fromkeys(outputs))),
             self.main_stream,
             tuple((name, buffers[name]) for name in names),
             tuple(buffers[name].staging for name in outputs),
@@ -288,9 +306,9 @@ class StreamExecutor:
         """Free the graphs, then what they launch."""
         for device in self._plan.devices:
             cuda.synchronize(device)
-        for graph in (*self._graphs, *(run.graph for run in self._with_copies.values())):
+        for graph in (*self._graphs.values(), *(run.graph for run in self._with_copies.values())):
             graph.close()
-        self._graphs, self._with_copies = [], {}
+        self._graphs, self._with_copies = {}, {}
         self._launch = []
         self._runner.close()
 

@@ -1,0 +1,139 @@
+"""Which lanes may do without their sessions, what they write then, and which sessions end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.executors import runner
+from onnxsched_runtime.executors.streams import StreamExecutor
+from onnxsched_runtime.lanes import Lane, lanes_of, marked_part, written_instead
+from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.outliving import outliving, weights_to_place
+from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.views import is_view
+from support import fake_cuda, models
+
+GPU = Device("cuda")
+
+
+def planned(
+    model: onnx.ModelProto, streams: Iterable[int] = (0,)
+) -> tuple[ModelSource, ExecutionPlan, list[Lane]]:
+    annotation = models.annotation_of(model, tuple(streams), device=GPU)
+    plan = plan_model(model, annotation.placements, annotation.host_reasons)
+    source = ModelSource(model, annotation.tensors)
+    lanes = [lane for p in plan.pieces if p.captured for lane in lanes_of(plan, p).lanes]
+    return source, plan, lanes
+
+
+@settings(deadline=None)
+@given(
+    name=st.sampled_from(sorted(models.MODELS)), streams=st.lists(st.integers(0, 2), min_size=1)
+)
+def test_all_that_an_outliving_lane_writes_has_a_place(name: str, streams: list[int]) -> None:
+    source, plan, lanes = planned(models.MODELS[name](), streams)
+    for lane in lanes:
+        found = outliving(source, plan, lane)
+        assert found.outputs[: len(lane.outputs)] == lane.outputs
+        if not found.outlives:
+            assert found == lane
+            continue
+        nodes = [source.nodes[n] for i in lane.segments for n in plan.segments[i].nodes]
+        written = {t for node in nodes if not is_view(node) for t in node.output if t}
+        instead = written_instead(source, plan, found)
+        assert instead == written_instead(source, plan, lane)
+        assert written == {*found.outputs} - viewed(nodes) | {*instead.values()}
+        assert len(set(found.outputs)) == len(found.outputs)
+
+
+def viewed(nodes: list[onnx.NodeProto]) -> set[str]:
+    """The views that a lane writes."""
+    return {node.output[0] for node in nodes if is_view(node)}
+
+
+def test_a_product_needs_its_session() -> None:
+    model = models.model_of(
+        "(float[2,3] x) => (float[2,3] y) { a = Relu(x)\n b = MatMul(a, w)\n y = Add(b, a) }",
+        w=models.weight(3, 3),
+    )
+    source, plan, (lane,) = planned(model)
+    assert outliving(source, plan, lane) == lane
+
+
+def sliced(starts: str) -> onnx.ModelProto:
+    """A model that reads the start of a slice from a weight or from its caller."""
+    return models.model_of(
+        f"""(float[4] x, int64[1] given) => (float[2] y) {{
+            a = Relu(x)
+            b = Slice(a, {starts}, ends)
+            y = Mul(b, scale)
+        }}""",
+        known=np.array([1]),
+        ends=np.array([3]),
+        scale=models.weight(2),
+    )
+
+
+@pytest.mark.parametrize(("starts", "outlives"), [("known", True), ("given", False)])
+def test_what_the_host_is_told_must_be_known(starts: str, outlives: bool) -> None:
+    model = sliced(starts)
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("b", 1, [2]))
+    source, plan, (lane,) = planned(model)
+    assert outliving(source, plan, lane).outlives == outlives
+
+
+def test_weights_that_kernels_read_flow_in() -> None:
+    source, plan, (lane,) = planned(sliced("known"))
+    lane = outliving(source, plan, lane)
+    assert lane.outputs == ("y", "a", "b")
+    weights = weights_to_place(source, plan, lane)
+    assert weights == ("scale",)
+    part = onnx.ModelProto.FromString(marked_part(source, plan, lane, weights).content)
+    assert [value.name for value in part.graph.input] == ["x", "scale"]
+    assert {weight.name for weight in part.graph.initializer} == {"known", "ends"}
+
+
+@pytest.mark.parametrize(("needs", "left"), [(False, 0), (True, 2)])
+def test_a_session_ends_where_its_capture_needs_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, needs: bool, left: int
+) -> None:
+    fake_cuda.install(monkeypatch)
+    opened: list[OrtSession] = []
+    places: list[tuple[int, int]] = []
+    close = OrtSession.close
+
+    def closed(session: OrtSession) -> None:
+        opened[:] = [other for other in opened if other is not session]
+        close(session)
+
+    def reaches_only(chain: object, known: Iterable[tuple[int, int]]) -> bool:
+        places.extend(known)
+        return not needs
+
+    make = vars(runner)["OrtSession"]
+
+    def made(*arguments: Any) -> OrtSession:
+        assert needs or not opened, "one after another"
+        opened.append(make(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(runner, "OrtSession", made)
+    monkeypatch.setattr(OrtSession, "close", closed)
+    monkeypatch.setattr(fake_cuda.FakeChain, "reaches_only", reaches_only)
+    source, plan, _ = planned(models.diamond(), (0, 1))
+    with StreamExecutor(source, plan) as executor:
+        assert len(opened) == left
+        buffers = executor._runner.buffers
+        assert {"top", "left", "right"} <= buffers.keys()
+        assert {(b.pointer, b.kind.nbytes) for b in buffers.values()} <= {*places}
+    assert not opened
