@@ -15,8 +15,10 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.execution import Executor, open_executor, plan_lowered
 from onnxsched_runtime.executors.streams import Capture
-from onnxsched_runtime.model import ModelSource, input_values, read_model
+from onnxsched_runtime.files import read_model
+from onnxsched_runtime.model import input_values
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.source import ModelSource
 
 ARMS: Mapping[str, str] = {
     "ort": "plain ONNX Runtime: with IOBinding, or on host arrays if part of it runs on the host",

@@ -23,7 +23,7 @@ from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.execution import Executor, lowered_source
 from onnxsched_runtime.executors.streams import StreamExecutor
-from onnxsched_runtime.model import read_model
+from onnxsched_runtime.files import read_model
 
 _ROUND_COUNT = 20
 

@@ -16,9 +16,9 @@ from onnxsched.loading import Model
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.variant import Variant
 
 _RUN_COUNT = 3

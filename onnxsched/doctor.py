@@ -11,9 +11,9 @@ from onnxsched.profiling.roofline import roofline_model
 from onnxsched_runtime import cuda, session
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelSource
 
 
 @dataclass(frozen=True)

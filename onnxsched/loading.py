@@ -22,18 +22,11 @@ from onnxsched.simplification import simplify
 from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
-from onnxsched_runtime.model import (
-    ModelSource,
-    input_values,
-    name_nodes,
-    new_name,
-    node_reads,
-    read_model,
-    serialized,
-    write_model,
-)
+from onnxsched_runtime.files import read_model, serialized, write_model
+from onnxsched_runtime.model import input_values, name_nodes, new_name, node_reads
 from onnxsched_runtime.session import optimize_file, to_float16
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from onnxsched_runtime.views import is_view

@@ -38,8 +38,8 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.files import write_model
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import write_model
 from onnxsched_runtime.variant import Variant
 
 _LEAST_BUDGET_S, _OPERATORS_A_SECOND = 30.0, 12.0

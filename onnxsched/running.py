@@ -10,8 +10,8 @@ from typing import Any
 from onnxsched.inputs import random_inputs
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.arrays import read_array, write_arrays
+from onnxsched_runtime.files import read_model
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import read_model
 
 
 def run_files(

@@ -25,8 +25,8 @@ from onnxsched.summary import Summary, summarize
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.execution import lowered_source
+from onnxsched_runtime.files import read_model
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import read_model
 
 ARMS: Mapping[str, str] = {
     "schedule": "copies of the annotated schedule, each on all of its devices",

@@ -23,7 +23,7 @@ from onnxsched_runtime.errors import DeviceError, OnnxschedError
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.lowering import lower
-from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _NEAR = 1.12

@@ -15,8 +15,9 @@ from onnxsched.inputs import random_inputs
 from onnxsched.shapes import bind_shapes, tensor_types
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.errors import AnnotationError, ModelError, UsageError
+from onnxsched_runtime.files import read_model
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import input_values, read_model
+from onnxsched_runtime.model import input_values
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 

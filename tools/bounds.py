@@ -16,7 +16,7 @@ from onnxsched.simulate import critical_path_us, total_us
 from onnxsched.variants import lowered_model
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.model import read_model
+from onnxsched_runtime.files import read_model
 
 
 def bounds_us(path: Path, device: Device, cache_dir: Path) -> dict[str, float]:

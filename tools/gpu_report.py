@@ -30,7 +30,7 @@ from onnxsched.inputs import random_inputs
 from onnxsched.loading import Precision
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.model import read_model, write_model
+from onnxsched_runtime.files import read_model, write_model
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 from tools.bounds import bounds_us

@@ -24,8 +24,8 @@ from onnxsched_runtime.errors import CaptureError, ModelError, OnnxschedError, U
 from onnxsched_runtime.execution import Executor, open_executor
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.load import load
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from tools.torch_arm import TorchArm, TorchSettings
 

@@ -24,7 +24,7 @@ from typing import Any
 import sample_models
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError, UsageError
-from onnxsched_runtime.model import write_model, written_whole
+from onnxsched_runtime.files import write_model, written_whole
 from tools.peers import ARMS, SCHEDULE_ARMS, is_possible
 from tools.suite_process import WorkerPlace, compile_arms, run_arms
 from tools.suite_table import table

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsched_runtime.errors import OnnxschedError, UsageError
-from onnxsched_runtime.model import written_whole
+from onnxsched_runtime.files import written_whole
 from tools.suite_table import COLUMNS, fastest, grouped, reference_column
 
 _COLORS = (

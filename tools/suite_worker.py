@@ -36,7 +36,7 @@ from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError, OnnxschedError
 from onnxsched_runtime.execution import multiplies_matrices
-from onnxsched_runtime.model import read_model, written_whole
+from onnxsched_runtime.files import read_model, written_whole
 from tools.bounds import bounds_us
 from tools.peers import SCHEDULE_ARMS, Arm, ExecutorArm, open_arm, reference_arm, time_arm_us
 

@@ -61,7 +61,7 @@ def restore(
 
 def _changed(source: Path, target: Path, change: Callable[[Any], _Found]) -> _Found:
     """Write a model changed; returns what the change came to."""
-    from onnxsched_runtime.model import read_model, write_model
+    from onnxsched_runtime.files import read_model, write_model
 
     content = read_model(source)
     found = change(content)

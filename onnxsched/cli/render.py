@@ -104,7 +104,7 @@ def write_json(target: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         OnnxschedError: It can't be written.
     """
-    from onnxsched_runtime.model import written_whole
+    from onnxsched_runtime.files import written_whole
 
     with written_whole(target) as draft:
         draft.write_text(_json(content) + "\n")

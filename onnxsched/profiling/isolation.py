@@ -28,7 +28,7 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.convolution import kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
-from onnxsched_runtime.model import read_model, write_model
+from onnxsched_runtime.files import read_model, write_model
 from onnxsched_runtime.session import load_cuda_libraries
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import Variant

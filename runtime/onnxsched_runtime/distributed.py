@@ -23,9 +23,9 @@ from onnxsched_runtime.arguments import zeros
 from onnxsched_runtime.arrays import read_array, write_arrays
 from onnxsched_runtime.errors import OnnxschedError, UsageError, unforeseen
 from onnxsched_runtime.executors.ranks import RankExecutor
+from onnxsched_runtime.files import written_whole
 from onnxsched_runtime.group import joined_process_group, leave_process_group
 from onnxsched_runtime.load import Session, load
-from onnxsched_runtime.model import written_whole
 
 _GRACE_S = 2.0
 """For a process to end by itself when all must; then it is ended."""

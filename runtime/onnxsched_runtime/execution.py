@@ -17,9 +17,9 @@ from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.lowering import lower, to_lowered
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 
 _PRODUCTS = ("MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum")

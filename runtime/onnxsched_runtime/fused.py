@@ -6,7 +6,8 @@ import numpy as np
 from onnx import NodeProto, numpy_helper
 
 from onnxsched_runtime.convolution import FusedConvolution, FusedNode
-from onnxsched_runtime.model import ModelSource, attributes_of, is_fused
+from onnxsched_runtime.model import attributes_of, is_fused
+from onnxsched_runtime.source import ModelSource
 
 
 def fused_nodes(source: ModelSource) -> dict[str, FusedNode]:

@@ -15,8 +15,9 @@ from itertools import pairwise
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.model import ModelPart, ModelSource, node_reads
+from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Record, Run, Wait
+from onnxsched_runtime.source import ModelPart, ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import is_view
 from onnxsched_runtime.wiring import Point

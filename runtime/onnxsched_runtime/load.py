@@ -19,8 +19,10 @@ from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.execution import Executor, lowered_source, open_executor, plan_lowered
 from onnxsched_runtime.executors.ranks import Membership, RankExecutor, member
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
-from onnxsched_runtime.model import ModelSource, input_values, read_model
+from onnxsched_runtime.files import read_model
+from onnxsched_runtime.model import input_values
 from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.source import ModelSource
 
 
 def load(

@@ -14,8 +14,8 @@ from dataclasses import replace
 from onnx import NodeProto
 
 from onnxsched_runtime.lanes import Lane, written_instead
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.views import VIEWS, is_view
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft", "com.ms.internal.nhwc")

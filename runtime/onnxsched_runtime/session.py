@@ -25,8 +25,8 @@ import onnxruntime
 from onnxsched_runtime import cuda
 from onnxsched_runtime.calling import called
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
-from onnxsched_runtime.model import ModelPart
 from onnxsched_runtime.settings import BufferView, SessionSettings, cuda_options
+from onnxsched_runtime.source import ModelPart
 from onnxsched_runtime.tensor import TensorType
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"

@@ -19,8 +19,8 @@ from onnxsched_runtime.annotation import Annotation, read_annotation, write_anno
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError
 from onnxsched_runtime.executors.streams import StreamExecutor
+from onnxsched_runtime.files import read_model, write_model
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import read_model, write_model
 
 pytestmark = pytest.mark.skipif(cuda.device_count() < 2, reason="needs two GPUs")
 _NAMES = ["googlenet", "deepfm", "bert"]
@@ -97,7 +97,7 @@ import onnxsched
 from onnxsched.inputs import random_inputs
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
-from onnxsched_runtime.model import read_model, write_model
+from onnxsched_runtime.files import read_model, write_model
 
 cuda.enable_peer_access = lambda devices: None
 model = read_model(sys.argv[1])

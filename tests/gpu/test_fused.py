@@ -21,9 +21,9 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.variant import Variant
 from support import models
 from support.fused import FUSES

@@ -24,7 +24,7 @@ from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.cuda import Stream
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.executors.streams import StreamExecutor
-from onnxsched_runtime.model import read_model
+from onnxsched_runtime.files import read_model
 
 _MOVES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
 """Operators that need no kernel: ORT copies, or not even that."""
@@ -167,7 +167,8 @@ def test_a_run_costs_little_beyond_launching_its_graph(
         session.run(None, feeds)
         executor = session.executor
         assert isinstance(executor, StreamExecutor)
-        (ready,) = executor._with_copies.values()
+        assert executor._pieces is not None
+        (ready,) = executor._pieces.with_copies.values()
         buffers, graph, stream = executor._runner.buffers, ready.graph, ready.stream
 
         def bare() -> list[np.ndarray]:

@@ -15,9 +15,10 @@ from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors.streams import StreamExecutor
-from onnxsched_runtime.model import ModelSource, read_model
+from onnxsched_runtime.files import read_model
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelSource
 
 Zoo = Callable[[str], Path]
 Scheduled = Callable[[str], onnxsched.OptimizeResult]

@@ -10,7 +10,7 @@ import pytest
 
 import onnxsched
 import sample_models
-from onnxsched_runtime.model import write_model
+from onnxsched_runtime.files import write_model
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ from onnxsched.variants import possible_variants, race_variants
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.streams import StreamExecutor
+from onnxsched_runtime.files import read_model
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.lowering import lower, origins
-from onnxsched_runtime.model import ModelSource, read_model
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 Zoo = Callable[[str], Path]
@@ -167,7 +168,8 @@ def test_biases_that_wait_are_kernels_less(zoo: Zoo) -> None:
 def _kernel_count(session: Session) -> int:
     executor = session.executor
     assert isinstance(executor, StreamExecutor)
-    return sum(graph.node_kinds["KERNEL"] for graph in executor._graphs.values())
+    assert executor._pieces is not None
+    return sum(graph.node_kinds["KERNEL"] for graph in executor._pieces.plain.values())
 
 
 @pytest.mark.alone

@@ -13,8 +13,8 @@ from onnxsched import throughput
 from onnxsched.throughput import ARMS, COPIES, measure_throughput
 from onnxsched_runtime.annotation import write_annotation
 from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.files import write_model
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import write_model
 from support import models
 
 

@@ -27,8 +27,8 @@ from onnxsched_runtime.execution import lowered_source
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.fusing import fused
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import Variant
 from support import fake_cuda

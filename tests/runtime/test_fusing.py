@@ -14,7 +14,8 @@ from onnx import TensorProto, numpy_helper
 
 from onnxsched_runtime.fused import channels_last, fused_node, fused_nodes, weight_array
 from onnxsched_runtime.fusing import fused
-from onnxsched_runtime.model import ModelSource, is_fused, node_reads
+from onnxsched_runtime.model import is_fused, node_reads
+from onnxsched_runtime.source import ModelSource
 from support.fused import NHWC_DOMAIN, Lowered, evaluated, feeds_for, lowered_models
 
 

@@ -18,9 +18,9 @@ from onnxsched_runtime.lanes import (
     shared_weights,
     written_instead,
 )
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.wiring import Point
 from support import models
 from support.plans import Problem, closure, problems

@@ -28,8 +28,9 @@ from onnxsched_runtime.errors import (
 )
 from onnxsched_runtime.execution import multiplies_matrices
 from onnxsched_runtime.executors.threads import ThreadExecutor
+from onnxsched_runtime.files import write_model
 from onnxsched_runtime.load import Session, load, moved
-from onnxsched_runtime.model import node_reads, write_model
+from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.tensor import TensorType
 from support import models

@@ -25,7 +25,7 @@ from onnxsched_runtime.lowering import (
     to_lowered,
     to_portable,
 )
-from onnxsched_runtime.model import ModelSource
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support import fake_cuda, models

@@ -12,20 +12,15 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from onnxsched_runtime import model as model_module
+from onnxsched_runtime import files
 from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
-from onnxsched_runtime.model import (
-    ModelPart,
-    ModelSource,
-    node_reads,
-    operations_from_model,
-    read_model,
-    write_model,
-)
+from onnxsched_runtime.files import read_model, write_model
+from onnxsched_runtime.model import node_reads, operations_from_model
 from onnxsched_runtime.partition import plan_execution
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelPart, ModelSource
 from support.models import (
     CPU,
     MODELS,
@@ -126,7 +121,7 @@ def test_writing_goes_through_a_link(tmp_path: Path) -> None:
 def test_a_model_above_the_limit_gets_a_file_of_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "_FILE_NBYTES", 1024)
+    monkeypatch.setattr(files, "_FILE_NBYTES", 1024)
     model, path = large_weight(), tmp_path / "model.onnx"
     write_model(model, path)
     assert model == large_weight()
@@ -168,7 +163,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_module, "_FILE_NBYTES", limit)
+    monkeypatch.setattr(files, "_FILE_NBYTES", limit)
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OnnxschedError) as caught:
         write_model(large_weight(), path)

@@ -15,11 +15,11 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.executors import runner
 from onnxsched_runtime.executors.streams import StreamExecutor
 from onnxsched_runtime.lanes import Lane, lanes_of, marked_part, written_instead
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.outliving import outliving, weights_to_place
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.views import is_view
 from support import fake_cuda, models
 

@@ -28,10 +28,11 @@ from onnxsched_runtime.lanes import (
     touched_places,
     written_instead,
 )
-from onnxsched_runtime.model import ModelSource, node_reads
+from onnxsched_runtime.model import node_reads
 from onnxsched_runtime.outliving import outliving
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.views import is_view
 from onnxsched_runtime.wiring import ChainNode, wire
 from support.fused import Lowered, computed, evaluated, feeds_for

@@ -19,10 +19,10 @@ from onnxsched_runtime.executors import ranks
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.group import NcclLinks
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Receive, Send
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.ranks import on_device, split_plan, spread
+from onnxsched_runtime.source import ModelSource
 from support.fake_cuda import FakeBuffer, FakeGraph, install
 from support.models import MODELS, annotation_of, assert_same, feeds_for, host_reasons, reference
 

@@ -13,11 +13,11 @@ import pytest
 from onnxsched_runtime.executors import threads
 from onnxsched_runtime.executors.threads import thread_count
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import ModelPart, ModelSource
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.ranks import split_plan, spread
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelPart, ModelSource
 from support.models import (
     MODELS,
     annotation_of,

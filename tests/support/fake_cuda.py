@@ -23,9 +23,9 @@ from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import runner
-from onnxsched_runtime.model import ModelPart
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelPart
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.wiring import ChainNode, WiredNode
 from support.fused import convolved

@@ -12,7 +12,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched_runtime.convolution import FusedConvolution, Kernel
-from onnxsched_runtime.model import FUSED_DOMAIN, ModelSource
+from onnxsched_runtime.model import FUSED_DOMAIN
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import Variant
 from support.models import Array

@@ -23,10 +23,10 @@ from onnxsched_runtime.lanes import (
     touched_places,
     written_instead,
 )
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.outliving import outliving, weights_to_place
 from onnxsched_runtime.plan import ExecutionPlan, Piece
 from onnxsched_runtime.settings import BufferView
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.wiring import Point, wire
 
 

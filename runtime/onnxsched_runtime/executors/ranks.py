@@ -19,11 +19,11 @@ from onnxsched_runtime.errors import RankError, UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
 from onnxsched_runtime.group import GlooLinks, Monitor, NcclLinks, Peers
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.ranks import on_device, split_plan, spread, transfers
 from onnxsched_runtime.rendezvous import check_ranks
 from onnxsched_runtime.session import library_versions
+from onnxsched_runtime.source import ModelSource
 
 
 @dataclass(frozen=True)

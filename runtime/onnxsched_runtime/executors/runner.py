@@ -14,10 +14,10 @@ from onnxsched_runtime.arena import Arena, Touched, check_arena, plan_arena
 from onnxsched_runtime.calling import called
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.fused import fused_nodes, weight_array
-from onnxsched_runtime.model import ModelPart, ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import BufferView, SessionSettings
+from onnxsched_runtime.source import ModelPart, ModelSource
 from onnxsched_runtime.tensor import TensorType
 
 WARM_UP_COUNT = 2

@@ -8,9 +8,9 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, FusedRun, PlanRunner, view
 from onnxsched_runtime.group import NcclLinks
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Wait
 from onnxsched_runtime.session import BoundRun
+from onnxsched_runtime.source import ModelSource
 
 
 class SegmentRunner(PlanRunner):

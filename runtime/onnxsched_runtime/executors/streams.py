@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -12,24 +11,14 @@ import numpy as np
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
+from onnxsched_runtime.executors.graphs import PieceGraphs
 from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.group import NcclLinks
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece
+from onnxsched_runtime.source import ModelSource
 
 Capture = Literal["whole", "ort", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class _GraphRun:
-    """All that a run on host arrays needs, looked up once."""
-
-    graph: cuda.Graph
-    stream: cuda.Stream
-    inputs: tuple[tuple[str, cuda.Buffer], ...]
-    outputs: tuple[np.ndarray, ...]
-    """Pinned memory that the graph copies to."""
 
 
 class StreamExecutor:
@@ -57,10 +46,10 @@ class StreamExecutor:
         self._plan = plan
         self.capture: Capture = "none"
         self._launch: list[Callable[[], None]] = []
-        self._graphs: dict[int, cuda.Graph] = {}
-        """Those without copies, by the numbers of their pieces."""
-        self._with_copies: dict[tuple[str, ...], _GraphRun] = {}
-        """Graphs that copy all inputs in and some outputs out, by the names of these."""
+        self._pieces: PieceGraphs | None = None
+        """Where each captured piece is one graph of all its streams' runs."""
+        self._linked: list[cuda.Graph] = []
+        """Graphs that send and receive."""
         self.refusal: str | None = None
         self.is_one_graph = False
         """Whether a run is one launch of a graph that copies inputs and outputs too."""
@@ -85,14 +74,16 @@ class StreamExecutor:
 
     def _open(self, mode: Capture, source: ModelSource, custom_ops: tuple[str, ...]) -> None:
         self._runner: LaneRunner | SegmentRunner
+        self._pieces = None
         if mode == "whole":
-            self._runner = LaneRunner(source, self._plan, custom_ops)
+            self._runner = runner = LaneRunner(source, self._plan, custom_ops)
+            self._pieces = PieceGraphs(runner)
         else:
             self._runner = SegmentRunner(
                 source, self._plan, graph_capture=mode == "ort", custom_ops=custom_ops
             )
         try:
-            self._prepare(mode)
+            self._prepare()
             self.is_one_graph = mode == "whole" and self.is_one_piece
         except BaseException:
             self.close()
@@ -126,42 +117,30 @@ class StreamExecutor:
             raise
 
     def _capture_linked(self, issues: Sequence[Callable[[], None]]) -> None:
+        mains = [self._runner.streams[piece.main] for piece in self._plan.pieces]
         try:
-            for number, (piece, issue) in enumerate(zip(self._plan.pieces, issues, strict=True)):
-                main = self._runner.streams[piece.main]
-                self._graphs[number] = cuda.Graph.capture(main, issue)
+            for main, issue in zip(mains, issues, strict=True):
+                self._linked.append(cuda.Graph.capture(main, issue))
         except (OnnxschedError, RuntimeError) as error:
             self.refusal = f"whole: {error}"
             return
-        self._launch = [
-            partial(graph.launch, self._runner.streams[self._plan.pieces[number].main])
-            for number, graph in self._graphs.items()
-        ]
+        pairs = zip(self._linked, mains, strict=True)
+        self._launch = [partial(graph.launch, main) for graph, main in pairs]
         self.capture = "whole"
 
-    def _prepare(self, mode: Capture) -> None:
+    def _prepare(self) -> None:
+        runner = self._runner
         for number, piece in enumerate(self._plan.pieces):
-            self._runner.prepare(piece)
+            runner.prepare(piece)
             if not piece.captured:
                 self._launch.append(lambda: None)
-            elif isinstance(self._runner, SegmentRunner):
-                issue = self._runner.issue
-                self._launch.append(lambda piece=piece, issue=issue: issue(piece))  # type: ignore[misc]
+            elif isinstance(runner, SegmentRunner):
+                self._launch.append(partial(runner.issue, piece))
             else:
-                self._piece_graph(number)
-                main = self._runner.streams[piece.main]
-                self._launch.append(partial(self._launch_piece, number, main))
-
-    def _launch_piece(self, number: int, main: cuda.Stream) -> None:
-        self._piece_graph(number).launch(main)
-
-    def _piece_graph(self, number: int) -> cuda.Graph:
-        """The graph of a piece without copies, put together where it is not there."""
-        graph = self._graphs.get(number)
-        if graph is None:
-            assert isinstance(self._runner, LaneRunner)
-            graph = self._graphs[number] = self._runner.capture(self._plan.pieces[number])
-        return graph
+                assert self._pieces is not None
+                self._pieces.opened(number)
+                main = runner.streams[piece.main]
+                self._launch.append(partial(self._pieces.launch, number, main))
 
     @property
     def main_stream(self) -> cuda.Stream:
@@ -190,8 +169,8 @@ class StreamExecutor:
             feeds: Host values of every model input.
             outputs: Names of model outputs.
         """
-        if self.is_one_graph:
-            return self._run_in_one_graph(feeds, outputs)
+        if self._pieces is not None and self.is_one_graph:
+            return self._pieces.run(feeds, outputs)
         values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
         stream = self._end_stream()
         fetched = [name for name in outputs if name not in values]
@@ -201,35 +180,6 @@ class StreamExecutor:
         return [
             self._runner.buffers[n].staging.copy() if n in fetched else values[n] for n in outputs
         ]
-
-    def _run_in_one_graph(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """Run with the copies in the graph, so that a run is one launch."""
-        ready = self._with_copies.get(tuple(outputs))
-        if ready is None:
-            ready = self._made_ready(feeds, outputs)
-        for name, buffer in ready.inputs:
-            buffer.stage(feeds[name])
-        ready.graph.launch(ready.stream)
-        ready.stream.synchronize()
-        return [array.copy() for array in ready.outputs]
-
-    def _made_ready(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> _GraphRun:
-        """A graph with the copies, instead of the one without: both would take memory."""
-        buffers = self._runner.buffers
-        names = [name for name in feeds if name in buffers]
-        assert isinstance(self._runner, LaneRunner)
-        (piece,) = self._plan.pieces
-        if (graph := self._graphs.pop(0, None)) is not None:
-            self.main_stream.synchronize()
-            graph.close()
-        ready = _GraphRun(
-            self._runner.capture(piece, names, list(dict.fromkeys(outputs))),
-            self.main_stream,
-            tuple((name, buffers[name]) for name in names),
-            tuple(buffers[name].staging for name in outputs),
-        )
-        self._with_copies[tuple(outputs)] = ready
-        return ready
 
     def run_on_device(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run on device tensors, ordered by torch's current stream, without a host copy.
@@ -306,9 +256,11 @@ class StreamExecutor:
         """Free the graphs, then what they launch."""
         for device in self._plan.devices:
             cuda.synchronize(device)
-        for graph in (*self._graphs.values(), *(run.graph for run in self._with_copies.values())):
+        if self._pieces is not None:
+            self._pieces.close()
+        for graph in self._linked:
             graph.close()
-        self._graphs, self._with_copies = {}, {}
+        self._linked = []
         self._launch = []
         self._runner.close()
 

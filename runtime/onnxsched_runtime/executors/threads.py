@@ -12,10 +12,10 @@ from typing import Any, Self
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.group import GlooLinks
-from onnxsched_runtime.model import ModelSource
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Step, Wait
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelSource
 
 
 class ThreadExecutor:

@@ -1,0 +1,87 @@
+"""The CUDA graphs of captured pieces, with and without copies of inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxsched_runtime import cuda
+from onnxsched_runtime.executors.lanes import LaneRunner
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRun:
+    """All that a run on host arrays needs, looked up once."""
+
+    graph: cuda.Graph
+    stream: cuda.Stream
+    inputs: tuple[tuple[str, cuda.Buffer], ...]
+    outputs: tuple[np.ndarray, ...]
+    """Pinned memory that the graph copies to."""
+
+
+class PieceGraphs:
+    """Graphs that are put together when they are asked for; a runner has prepared their pieces.
+
+    A graph of several streams takes megabytes of a GPU, so one with copies takes the place of the
+    one without.
+    """
+
+    def __init__(self, runner: LaneRunner) -> None:
+        self._runner = runner
+        self.plain: dict[int, cuda.Graph] = {}
+        """Those without copies, by the numbers of their pieces."""
+        self.with_copies: dict[tuple[str, ...], GraphRun] = {}
+        """Those of the only piece that copy all inputs in and some outputs out, by the names of
+        these."""
+
+    def launch(self, number: int, main: cuda.Stream) -> None:
+        """Launch a piece, by its number, on what its input buffers hold."""
+        self.opened(number).launch(main)
+
+    def opened(self, number: int) -> cuda.Graph:
+        """The graph of a piece, put together where it is not there.
+
+        Raises:
+            CaptureError: CUDA or ORT refuse, with the reason.
+        """
+        graph = self.plain.get(number)
+        if graph is None:
+            piece = self._runner.plan.pieces[number]
+            graph = self.plain[number] = self._runner.capture(piece)
+        return graph
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
+        """Run the only piece on host arrays with the copies in the graph: in one launch."""
+        ready = self.with_copies.get(tuple(outputs))
+        if ready is None:
+            ready = self.with_copies[tuple(outputs)] = self._made_ready(feeds, outputs)
+        for name, buffer in ready.inputs:
+            buffer.stage(feeds[name])
+        ready.graph.launch(ready.stream)
+        ready.stream.synchronize()
+        return [array.copy() for array in ready.outputs]
+
+    def _made_ready(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> GraphRun:
+        """A graph with the copies, instead of the one without."""
+        (piece,) = self._runner.plan.pieces
+        main, buffers = self._runner.streams[piece.main], self._runner.buffers
+        if (graph := self.plain.pop(0, None)) is not None:
+            main.synchronize()
+            graph.close()
+        names = [name for name in feeds if name in buffers]
+        return GraphRun(
+            self._runner.capture(piece, names, list(dict.fromkeys(outputs))),
+            main,
+            tuple((name, buffers[name]) for name in names),
+            tuple(buffers[name].staging for name in outputs),
+        )
+
+    def close(self) -> None:
+        """Destroy them; none runs any more."""
+        for graph in (*self.plain.values(), *(run.graph for run in self.with_copies.values())):
+            graph.close()
+        self.plain, self.with_copies = {}, {}

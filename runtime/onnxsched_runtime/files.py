@@ -1,0 +1,89 @@
+"""ONNX models as files: read, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+
+from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
+
+_FILE_NBYTES = 2**31 - 2**20
+"""Models above this are written with their weights in a file of their own."""
+
+
+def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read a model and its external data.
+
+    Raises:
+        UsageError: There is no such file.
+        ModelError: It is no ONNX model, or its external data is missing.
+    """
+    file = Path(path)
+    if not os.path.isfile(file):
+        raise UsageError(f"There is no file '{file}'; give the path of an ONNX model.")
+    try:
+        model = onnx.load(file, format="protobuf")
+    except DecodeError as error:
+        raise ModelError(f"'{file}' can't be read as an ONNX model ({error}).") from error
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"The weights beside '{file}' can't be read ({error}).") from error
+    if not model.graph.node:
+        raise ModelError(f"'{file}' holds no operators; export the model again.")
+    return model
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A draft to write to, which takes the place of `path` only if all goes well.
+
+    Links are followed; what is there and no regular file is never replaced.
+
+    Raises:
+        OnnxschedError: The file can't be written.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OnnxschedError(f"'{path}' can't be written (it is no regular file); choose another.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            draft = Path(scratch) / target.name
+            yield draft
+            os.replace(draft, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OnnxschedError(f"'{path}' can't be written ({reason}); choose another.") from error
+
+
+def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write a model whole or not at all; weights go to `PATH.data` above 2 GiB.
+
+    Raises:
+        OnnxschedError: The file can't be written.
+    """
+    content = serialized(model)
+    with written_whole(path) as draft:
+        if content is not None:
+            draft.write_bytes(content)
+        else:
+            copy = onnx.ModelProto()
+            copy.CopyFrom(model)
+            onnx.save(copy, draft, save_as_external_data=True, location=f"{draft.name}.data")
+            os.replace(f"{draft}.data", f"{os.path.realpath(path)}.data")
+
+
+def serialized(model: onnx.ModelProto) -> bytes | None:
+    """A model as one file holds it; None above 2 GiB, which protobuf does not write.
+
+    To ask for its size first would take as long again: protobuf serializes it for that.
+    """
+    try:
+        content: bytes = model.SerializeToString()
+    except (EncodeError, ValueError):
+        return None
+    return content if len(content) < _FILE_NBYTES else None
