@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from onnxsched.cost import Contention, CostModel, OperatorCost, mean_share
-from onnxsched.graph import Operator, OperatorGraph
+from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.device import Device
 
@@ -17,7 +17,8 @@ class Contraction:
 
     graph: OperatorGraph
     groups: tuple[tuple[int, ...], ...]
-    """For each operator of `graph` the operators it stands for, in topological order."""
+    """For each operator of `graph` the operators it stands for, in topological order; none for an
+    input of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class ContractedCost:
     def operator(self, operator: int, device: Device) -> OperatorCost:
         """Sum of the durations, bound of the longest member, largest block share, mean SM share.
 
-        Views take time only in a chain of nothing else.
+        Views take time only in a chain of nothing else, and inputs none.
         """
         if device not in self._on_device:
             self._on_device[device] = tuple(self._sum(group, device) for group in self.groups)
@@ -50,6 +51,8 @@ class ContractedCost:
         return self.original.transfer_us(nbytes, source, target)
 
     def _sum(self, group: tuple[int, ...], device: Device) -> OperatorCost:
+        if not group:
+            return OperatorCost(0.0)
         members = [self.original.operator(member, device) for member in group]
         costs = [cost for cost in members if not cost.is_view] or members
         return OperatorCost(
@@ -61,7 +64,7 @@ class ContractedCost:
         )
 
 
-def contract_chains(graph: OperatorGraph) -> Contraction:
+def contract_chains(graph: OperatorGraph, *, with_inputs: bool = False) -> Contraction:
     """Make each maximal linear chain one operator, with the views of what it writes.
 
     Operators u -> v are joined when v is u's only successor and u is v's only predecessor, and
@@ -74,6 +77,12 @@ def contract_chains(graph: OperatorGraph) -> Contraction:
     Contracted operators are ordered by first member. This is topological: an edge between groups
     enters the first member of one, since all others read from their own group only, and edges of
     the original point forward, so first(A) < first(B). O(n + edges).
+
+    Args:
+        graph: The operators.
+        with_inputs: Make operators that take no time of the model's inputs, for several devices:
+            the caller has them on one, and to read them on another is a transfer like any. What
+            cuts a piece out of a tensor ends its chain then: only the piece need be transferred.
     """
     group_of: list[int] = []
     groups: list[list[int]] = []
@@ -81,6 +90,8 @@ def contract_chains(graph: OperatorGraph) -> Contraction:
     for operator in range(len(graph)):
         previous = _link_into(graph, operator)
         if previous is not None and group_of[previous] in forked:
+            previous = None
+        if with_inputs and previous is not None and _cuts(graph, previous):
             previous = None
         if previous is None and _is_view_of_fork(graph, operator):
             [previous] = graph.predecessors[operator]
@@ -97,7 +108,8 @@ def contract_chains(graph: OperatorGraph) -> Contraction:
         if group_of[edge.producer] != group_of[edge.consumer]
     )
     operators = tuple(_joined(graph, group) for group in groups)
-    return Contraction(OperatorGraph(operators, edges), tuple(map(tuple, groups)))
+    contracted = Contraction(OperatorGraph(operators, edges), tuple(map(tuple, groups)))
+    return _with_inputs(contracted) if with_inputs else contracted
 
 
 def uncontracted(graph: OperatorGraph) -> Contraction:
@@ -143,6 +155,49 @@ def _is_view_of_fork(graph: OperatorGraph, operator: int) -> bool:
         return False
     begins_chain = len(successors) == 1 and len(graph.predecessors[successors[0]]) == 1
     return not begins_chain and not _crosses_capture(graph, operator, incoming[0].producer)
+
+
+def _cuts(graph: OperatorGraph, operator: int) -> bool:
+    """Whether an operator cuts a piece out of a tensor, or else makes less of the model's inputs.
+
+    Of what it reads whoever has the whole need only send the piece.
+    """
+    node = graph.operators[operator]
+    read = sum(weight.nbytes for weight in node.weights if weight.is_input)
+    if node.op_type == "Slice":
+        read += sum({edge.tensor: edge.nbytes for edge in graph.incoming[operator]}.values())
+    return sum({e.tensor: e.nbytes for e in graph.outgoing[operator]}.values()) < read
+
+
+def _with_inputs(contraction: Contraction) -> Contraction:
+    """The contraction with an operator for each input of the model, before all others."""
+    graph = contraction.graph
+    taken = {operator.name for operator in graph.operators}
+    readers: dict[Weight, list[int]] = {}
+    for number, operator in enumerate(graph.operators):
+        for weight in operator.weights:
+            if weight.is_input:
+                readers.setdefault(weight, []).append(number)
+    inputs, edges = [], []
+    for number, (weight, reading) in enumerate(readers.items()):
+        name = weight.tensor
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        inputs.append(Operator(name, "Input"))
+        edges += [
+            Edge(number, len(readers) + reader, weight.tensor, weight.nbytes) for reader in reading
+        ]
+    edges += [
+        replace(e, producer=len(readers) + e.producer, consumer=len(readers) + e.consumer)
+        for e in graph.edges
+    ]
+    others = [
+        replace(operator, weights=tuple(w for w in operator.weights if not w.is_input))
+        for operator in graph.operators
+    ]
+    groups = ((),) * len(readers) + contraction.groups
+    return Contraction(OperatorGraph((*inputs, *others), tuple(edges)), groups)
 
 
 def _crosses_capture(graph: OperatorGraph, *operators: int) -> bool:

@@ -19,6 +19,8 @@ class Weight:
 
     tensor: str
     nbytes: int
+    is_input: bool = False
+    """The caller's, on one device only; weights are on every device that reads them."""
 
 
 @dataclass(frozen=True, slots=True)

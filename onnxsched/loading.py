@@ -343,7 +343,7 @@ def graph_from_model(model: Model) -> OperatorGraph:
 def _weights(model: Model) -> dict[str, Weight]:
     """What nodes read and none writes, by name: weights, and inputs of the model."""
     weights = {
-        value.name: Weight(value.name, _nbytes(model.tensors.get(value.name)))
+        value.name: Weight(value.name, _nbytes(model.tensors.get(value.name)), is_input=True)
         for value in input_values(model.proto)
     }
     for weight in model.proto.graph.initializer:

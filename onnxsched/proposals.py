@@ -181,7 +181,8 @@ def _candidates(
         proposed = propose(graph, contraction, cost, machine, ())
     else:
         policies = list(POLICIES) if request.policy == "auto" else [request.policy]
-        for contraction in (contract_chains(graph), uncontracted(graph)):
+        chains = contract_chains(graph, with_inputs=len(machine.devices) > 1)
+        for contraction in (chains, uncontracted(graph)):
             proposed = propose(graph, contraction, cost, machine, policies)
             proposed += _bands(graph, contraction, cost, machine)
             if proposed:  # else a chain may be too large for a device, but not its operators

@@ -18,6 +18,7 @@ from onnxsched.policies.search import search
 from onnxsched.policies.sequential import sequential
 from onnxsched.policies.wavefront import wavefront
 from onnxsched.schedule import Schedule
+from onnxsched.seeding import band_schedule
 
 __all__ = ["POLICIES", "SPREADING", "Policy"]
 
@@ -32,7 +33,7 @@ POLICIES: Mapping[str, Policy] = {
     "hios-lp": hios_lp,
     "hios-mr": hios_mr,
     "ios": ios,
-    "search": partial(search, starts=(heft, hios_lp)),
+    "search": partial(search, starts=(heft, hios_lp, band_schedule)),
 }
 
 SPREADING = ("heft", "hios-lp", "hios-mr", "search")

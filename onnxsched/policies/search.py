@@ -29,8 +29,8 @@ LARGEST = 3_000
 WORTH = 1e-4
 """The share of the makespan that another stream, or tensor that changes stream, must gain."""
 
-Start = Callable[[OperatorGraph, CostModel, Machine], Schedule]
-"""Makes a schedule to start from."""
+Start = Callable[[OperatorGraph, CostModel, Machine], Schedule | None]
+"""Makes a schedule to start from, or has none for this graph."""
 Judgement = tuple[float, int]
 """Makespan in microseconds, and how many streams there are and tensors that change stream."""
 
@@ -55,7 +55,8 @@ def search(
     problem = _Problem.of(graph, cost, machine)
     found: list[Arrangement] = [([*range(len(graph))], [0] * len(graph))]
     tried = starts if len(graph) <= LARGEST else starts[:1]
-    found += [problem.arrangement(start(graph, cost, machine)) for start in tried]
+    made = [start(graph, cost, machine) for start in tried]
+    found += [problem.arrangement(schedule) for schedule in made if schedule is not None]
     if len(machine.devices) > 1:
         with suppress(ScheduleError):  # One device may be too small.
             alone = search(graph, cost, machine.alone, starts=starts)

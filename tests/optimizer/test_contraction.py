@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onnxsched.contraction import contract_chains, contract_cost, expand
 from onnxsched.cost import Contention, OperatorCost, TableCost
-from onnxsched.graph import Edge, OperatorGraph
+from onnxsched.graph import Edge, OperatorGraph, Weight
 from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
 from onnxsched.schedule import check_schedule
@@ -35,6 +35,73 @@ def test_expanding_a_schedule_keeps_it_valid_and_as_fast(
     check_schedule(graph, machine, schedule)
     expected_us = simulate(contraction.graph, small_cost, small).makespan_us
     assert simulate(graph, cost, schedule).makespan_us == expected_us
+
+
+def reading_inputs(graph: OperatorGraph, readers: Mapping[int, Sequence[Weight]]) -> OperatorGraph:
+    """The graph with inputs of the model that operators read."""
+    operators = tuple(
+        replace(operator, weights=(*operator.weights, *readers.get(number, ())))
+        for number, operator in enumerate(graph.operators)
+    )
+    return OperatorGraph(operators, graph.edges)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None, max_examples=50)
+@given(problem=problems(), machine=machines(max_devices=3), data=st.data())
+def test_reading_an_input_elsewhere_takes_its_transfer(
+    name: str, problem: tuple[OperatorGraph, TableCost], machine: Machine, data: st.DataObject
+) -> None:
+    graph, cost = problem
+    weights = [Weight("x", 1 << 20, is_input=True), Weight("mask", 100, is_input=True)]
+    kinds = st.lists(st.sampled_from(weights), max_size=2, unique=True)
+    readers = {number: data.draw(kinds) for number in range(len(graph))}
+    graph = reading_inputs(graph, readers)
+    contraction = contract_chains(graph, with_inputs=True)
+    inputs = [number for number, group in enumerate(contraction.groups) if not group]
+    read = {weight.tensor for weights in readers.values() for weight in weights}
+    assert {contraction.graph.operators[number].name for number in inputs} == read
+    members = [member for group in contraction.groups for member in group]
+    assert sorted(members) == list(range(len(graph)))
+    small_cost = contract_cost(contraction, cost)
+    small = POLICIES[name](contraction.graph, small_cost, machine)
+    schedule = expand(contraction, small)
+    check_schedule(graph, machine, schedule)
+    timeline = simulate(contraction.graph, small_cost, small)
+    for number in inputs:
+        assert timeline.starts_us[number] <= timeline.finishes_us[number]
+        home = small.placement_of[number].device
+        for edge in contraction.graph.outgoing[number]:
+            device = small.placement_of[edge.consumer].device
+            transfer_us = cost.transfer_us(edge.nbytes, home, device)
+            assert timeline.starts_us[edge.consumer] >= timeline.finishes_us[number] + transfer_us
+
+
+def test_what_is_cut_out_of_an_input_may_be_cut_where_the_input_is() -> None:
+    kinds = ["Slice", "Conv", "Slice", "Conv", "Concat"]
+    plain = graph_of(5, [(0, 1), (2, 3), (1, 4), (3, 4)])
+    operators = tuple(replace(o, op_type=k) for o, k in zip(plain.operators, kinds, strict=True))
+    image = Weight("x", 100, is_input=True)
+    edges = tuple(replace(edge, nbytes=50) for edge in plain.edges)
+    graph = reading_inputs(OperatorGraph(operators, edges), {0: [image], 2: [image]})
+    assert contract_chains(graph).groups == ((0, 1), (2, 3), (4,))
+    contraction = contract_chains(graph, with_inputs=True)
+    assert contraction.groups == ((), (0,), (1,), (2,), (3,), (4,))
+    assert [e.nbytes for e in contraction.graph.outgoing[0]] == [100, 100]
+    assert contraction.graph.operators[0].name == "x"
+    assert all(not operator.weights for operator in contraction.graph.operators)
+    costs = contract_cost(contraction, durations(1.0, 5.0, 1.0, 5.0, 1.0))
+    assert costs.operator(0, GPU) == OperatorCost(0.0)
+
+
+def test_a_chain_that_keeps_the_size_of_an_input_stays_one() -> None:
+    plain = graph_of(3, [(0, 1), (1, 2)])
+    image = Weight("operator_0", 1, is_input=True)
+    graph = reading_inputs(plain, {0: [image], 2: [image]})
+    contraction = contract_chains(graph, with_inputs=True)
+    assert contraction.groups == ((), (0, 1, 2))
+    names = [operator.name for operator in contraction.graph.operators]
+    assert len(set(names)) == 2
 
 
 @settings(deadline=None)

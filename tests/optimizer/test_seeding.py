@@ -9,11 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
+from onnxsched.contraction import contract_chains, contract_cost, expand
 from onnxsched.cost import TableCost
-from onnxsched.graph import Operator, OperatorGraph
+from onnxsched.graph import Operator, OperatorGraph, Weight
 from onnxsched.machine import Machine
+from onnxsched.memory import too_full
+from onnxsched.policies import POLICIES
 from onnxsched.schedule import check_schedule
 from onnxsched.seeding import band_of, band_schedule
+from onnxsched.simulate import simulate
 from onnxsched_runtime.errors import ScheduleError
 from support.graphs import durations, graph_of
 from support.strategies import DEVICES, device_problems
@@ -57,6 +61,22 @@ def test_each_band_is_on_its_device_and_the_schedule_is_valid(problem: Problem) 
             assert placement.device == machine.devices[number]
 
 
+@settings(deadline=None, max_examples=50)
+@given(problem=banded_problems())
+def test_search_starts_from_bands_too(problem: Problem) -> None:
+    graph, cost, machine = problem
+    try:
+        schedule = band_schedule(graph, cost, machine)
+    except ScheduleError:
+        return
+    if schedule is not None and not too_full(
+        graph, machine, [slot.operator for slot in schedule.slots], schedule.placement_of
+    ):
+        found = POLICIES["search"](graph, cost, machine)
+        bands_us = simulate(graph, cost, schedule).makespan_us
+        assert simulate(graph, cost, found).makespan_us <= bands_us + 1e-9
+
+
 @pytest.mark.parametrize(
     ("name", "band"),
     [
@@ -83,3 +103,21 @@ def test_rows_of_a_whole_tensor_are_cut_out_where_it_is() -> None:
     assert schedule is not None
     devices = [schedule.placement_of[v].device for v in range(4)]
     assert devices == [DEVICES[0], DEVICES[0], DEVICES[1], DEVICES[1]]
+
+
+def test_rows_of_an_input_are_cut_out_where_it_is_and_only_they_cross() -> None:
+    names = ["x/band0/rows0-5", "conv/band0", "x/band1/rows4-9", "conv/band1", "joined"]
+    types = ["Slice", "Conv", "Slice", "Conv", "Concat"]
+    image = Weight("x", 1 << 20, is_input=True)
+    operators = tuple(
+        Operator(name, kind, weights=(image,) if kind == "Slice" else ())
+        for name, kind in zip(names, types, strict=True)
+    )
+    graph = replace(graph_of(5, [(0, 1), (2, 3), (1, 4), (3, 4)]), operators=operators)
+    contraction = contract_chains(graph, with_inputs=True)
+    cost = contract_cost(contraction, durations(1, 1, 1, 1, 1))
+    schedule = band_schedule(contraction.graph, cost, Machine(DEVICES[:2], 2))
+    assert schedule is not None
+    placement_of = expand(contraction, schedule).placement_of
+    numbers = [DEVICES.index(placement_of[v].device) for v in range(5)]
+    assert numbers == [0, 0, 0, 1, 0]
