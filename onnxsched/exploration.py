@@ -1,4 +1,4 @@
-"""Try the schedules of one model on one GPU, from sessions of its chains, and look for better."""
+"""Try the schedules of one model on GPUs, from captured chains, and look for better ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from onnxsched.candidates import Candidate
 from onnxsched.contraction import ContractedCost, contract_cost, expand
 from onnxsched.interruption import Interruption
 from onnxsched.machine import Machine
+from onnxsched.memory import too_full
 from onnxsched.outcomes import Outcome, Subject, expected
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.measure import Progress
@@ -53,14 +54,14 @@ def explored(trials: Trials, is_refined: bool) -> tuple[list[Outcome], float]:
     subject = trials.subject
     outcomes = [Outcome(candidate, form=subject.model.form) for candidate in subject.candidates]
     tried = sorted(outcomes, key=expected)
-    [device] = trials.machine.devices
-    is_possible = device.kind == "cuda" and not subject.model.host_reasons
+    devices = trials.machine.devices
+    is_possible = devices[0].kind == "cuda" and not subject.model.host_reasons
     if not is_possible or len(tried) <= 2 or not trials.is_time_left():
         return tried, 0.0
     trials.progress("preparing trials", 0, len(tried))
     start, needed_s = time.monotonic(), 0.0
     try:
-        with TrialRunner(subject.model, subject.contraction, device, trials.custom_ops) as runner:
+        with TrialRunner(subject.model, subject.contraction, devices, trials.custom_ops) as runner:
             needed_s = time.monotonic() - start
             _try_all(trials, tried, runner)
             if any(outcome.trial_us is not None for outcome in tried):
@@ -73,9 +74,45 @@ def explored(trials: Trials, is_refined: bool) -> tuple[list[Outcome], float]:
     return tried, needed_s
 
 
+def explored_on_all(trials: Trials, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes of a subject's schedules over several GPUs, tried, and better ones.
+
+    From captured chains on every GPU: those that were tried as they will run already are where
+    local search starts from, beside what is tried here.
+
+    Args:
+        trials: Of the subject.
+        outcomes: All of its schedules over several devices.
+    """
+    subject, devices = trials.subject, trials.machine.devices
+    tried = sorted(outcomes, key=expected)
+    found: list[Outcome] = []
+    trials.progress("preparing trials", 0, len(tried))
+    try:
+        with TrialRunner(subject.model, subject.contraction, devices, trials.custom_ops) as runner:
+            _try_all(trials, tried, runner)
+            cost = contract_cost(subject.contraction, subject.cost)
+            _refine_into(found, trials, cost, tried, runner)
+    except CaptureError:
+        pass
+    except OnnxschedError:  # chains on every device need more memory than schedules
+        if not trials.machine.is_limited:
+            raise
+    return [*tried, *(outcome for outcome in found if _fits(trials, outcome))]
+
+
+def _fits(trials: Trials, outcome: Outcome) -> bool:
+    contracted = outcome.candidate.contracted
+    order = [slot.operator for slot in contracted.slots]
+    graph = trials.subject.contraction.graph
+    return too_full(graph, trials.machine, order, contracted.placement_of) is None
+
+
 def _try_all(trials: Trials, tried: list[Outcome], runner: TrialRunner) -> None:
-    """Put the outcomes of trials in the place of what is to be tried, while there is time."""
+    """Put the outcomes of trials in the place of what is not tried yet, while there is time."""
     for index, outcome in enumerate(tried):
+        if outcome.trial_us is not None:
+            continue
         if not trials.is_time_left():
             break
         trials.progress("trying schedules", index, len(tried))
@@ -124,7 +161,9 @@ def _searched(
     trials.progress("searching", 0, 1)
     start = POLICIES["search"](graph, cost, trials.machine)
     found = _found(subject, cost, start, _median_us(runner, start))
-    return [found, *_refined(trials, cost, [found, *tried], runner)]
+    all_found = [found]
+    _refine_into(all_found, trials, cost, [found, *tried], runner)
+    return all_found
 
 
 def _found(
@@ -141,17 +180,20 @@ def _found(
     return Outcome(candidate, trial_us, form=subject.model.form)
 
 
-def _refined(
-    trials: Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
-) -> list[Outcome]:
-    """What local search on the machine makes of the best schedules that were tried."""
+def _refine_into(
+    found: list[Outcome],
+    trials: Trials,
+    cost: ContractedCost,
+    tried: Sequence[Outcome],
+    runner: TrialRunner,
+) -> None:
+    """Add what local search on the machine makes of the best schedules that were tried."""
     graph = trials.subject.contraction.graph
     best = sorted(tried, key=expected)[:_START_COUNT]
     placements = trials.machine.placements
-    found = []
     for number, outcome in enumerate(best):
         trials.progress("refining schedules", number, len(best))
-        refined = refine(
+        better = refine(
             graph,
             outcome.candidate.contracted,
             placements,
@@ -159,5 +201,4 @@ def _refined(
             trials.is_time_left,
             seed=number,
         )
-        found.append(_found(trials.subject, cost, refined.schedule, refined.measured_us))
-    return found
+        found.append(_found(trials.subject, cost, better.schedule, better.measured_us))

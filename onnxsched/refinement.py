@@ -83,8 +83,10 @@ def _neighbour(
 ) -> Schedule:
     """A schedule that differs a little, if at all, and passes `check_schedule`."""
     used = sorted({slot.placement for slot in schedule.slots})
-    free = [placement for placement in placements if placement not in used]
-    tried = [*used, *free[:1]]  # all that are not in use are alike
+    free = {
+        placement.device: placement for placement in reversed(placements) if placement not in used
+    }
+    tried = [*used, *free.values()]  # all of a device that are not in use are alike
     number = {placement: lane for lane, placement in enumerate(tried)}
     lanes = [number[schedule.placement_of[operator]] for operator in range(len(graph))]
     order = [slot.operator for slot in schedule.slots]

@@ -1,16 +1,20 @@
-"""Measure many schedules in milliseconds each, from one set of ORT sessions.
+"""Measure schedules of a model's chains as CUDA graphs, without making sessions for each.
 
-Every chain of operators has a session, made, warmed up and captured once. A schedule is then
-only a set of edges between what was captured: those that the tensors need, and one between
-neighbours on each of its streams. Putting that together as a graph takes no new session.
+A chain of operators runs back to back on one stream in every schedule of the contracted graph, so
+it has the same session in all of them, or over several devices one on each that it is tried on.
+What the session launches is captured once. A trial puts captured runs together, with an edge for
+every tensor, for neighbours on a stream and for every copy between devices, in milliseconds.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise, permutations
 from typing import Self
 
 from onnxsched.contraction import Contraction
+from onnxsched.inputs import random_inputs
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule
 from onnxsched_runtime import cuda
@@ -18,44 +22,85 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.model import operations_from_model
 from onnxsched_runtime.partition import assemble, readers_of, segments_of_run
-from onnxsched_runtime.plan import ExecutionPlan, Segment
+from onnxsched_runtime.plan import ExecutionPlan, Piece, Run, Segment, name_on
 
 _SAMPLE_COUNT = 12
 
 
 class TrialRunner:
-    """The sessions of all chains of a model that is captured as a whole."""
+    """The captured runs of all chains of a model that is captured as a whole."""
 
     def __init__(
-        self, model: Model, contraction: Contraction, device: Device, custom_ops: tuple[str, ...]
+        self,
+        model: Model,
+        contraction: Contraction,
+        devices: Sequence[Device],
+        custom_ops: tuple[str, ...],
     ) -> None:
-        """Create and warm up a session for each chain."""
-        names = [node.name for node in model.proto.graph.node]
-        placements = {
-            names[member]: Placement(device, chain)
-            for chain, group in enumerate(contraction.groups)
-            for member in group
-        }
-        operations = operations_from_model(model.proto, placements, model.host_reasons)
-        by_name = {operation.name: operation for operation in operations}
+        """Place tensors and weights on every device, and prepare what runs on one alone.
+
+        Raises:
+            CaptureError: The model can't be captured.
+        """
         self._inputs = tuple(model.bound_shapes)
         self._outputs = tuple(value.name for value in model.proto.graph.output)
-        readers = readers_of(operations, self._outputs)
         self._segments: list[Segment] = []
-        self._members: list[range] = []
-        """The segments of each chain."""
-        for group in contraction.groups:
-            start = len(self._segments)
-            self._segments += segments_of_run([by_name[names[m]] for m in group], readers)
-            self._members.append(range(start, len(self._segments)))
-        plan = assemble(self._segments, self._inputs, self._outputs)
-        source = model.source
-        self._runner = LaneRunner(source, plan, custom_ops)
+        self._members: dict[tuple[int, Device], range] = {}
+        """The segments of each chain on each device."""
+        self._copies: dict[tuple[str, Device, Device], int] = {}
+        """The segment that copies a tensor, as the model calls it, from one device to another."""
+        self._names: dict[str, str] = {}
+        """What tensors are called in the model, where each device has its own."""
+        chains = _chains(model, contraction, devices[0], self._outputs)
+        for device in devices:
+            for chain, segments in enumerate(chains):
+                start = len(self._segments)
+                self._segments += [
+                    segment if len(devices) == 1 else _on(segment, device) for segment in segments
+                ]
+                self._members[chain, device] = range(start, len(self._segments))
+        if len(devices) > 1:
+            written = [t for node in model.proto.graph.node for t in node.output if t]
+            known = dict.fromkeys((*self._inputs, *written))
+            self._names = {name_on(t, device): t for device in devices for t in known}
+            self._add_copies(chains, devices)
+        self._runner = LaneRunner(model.source, self._all(), custom_ops)
         try:
-            self._runner.prepare(plan.pieces[0])
+            self._fill_inputs(model)
+            if len(devices) == 1:
+                self._runner.prepare(self._runner.plan.pieces[0])
         except BaseException:
             self.close()
             raise
+
+    def _add_copies(self, chains: Sequence[Sequence[Segment]], devices: Sequence[Device]) -> None:
+        """A copy of every tensor that chains read, from every device to every other."""
+        read = dict.fromkeys(t for segments in chains for s in segments for t in s.inputs)
+        for source, target in permutations(devices, 2):
+            for tensor in read:
+                self._copies[tensor, source, target] = len(self._segments)
+                placement = Placement(target, len(chains) + len(self._copies))
+                reads, writes = name_on(tensor, source), name_on(tensor, target)
+                self._segments.append(Segment((writes,), placement, (reads,), (writes,)))
+
+    def _fill_inputs(self, model: Model) -> None:
+        """Give inputs numbers: kernels that multiply zeros may take another time."""
+        arrays = random_inputs(model.baseline, model.tensors, seed=0)
+        streams = {placement.device: s for placement, s in self._runner.streams.items()}
+        main = next(iter(streams.values()))
+        for name, buffer in self._runner.buffers.items():
+            if (tensor := self._original(name)) in arrays:
+                stream = streams.get(buffer.device, main)
+                buffer.fill(arrays[tensor], stream)
+                stream.synchronize()
+
+    def _all(self) -> ExecutionPlan:
+        """All that schedules are put together from; over several devices it is never run so."""
+        if not self._names:
+            return assemble(self._segments, self._inputs, self._outputs)
+        main = min(segment.placement for segment in self._segments)
+        piece = Piece(True, main, tuple(map(Run, range(len(self._segments)))))
+        return ExecutionPlan(tuple(self._segments), (piece,), (), tuple(self._names), self._names)
 
     def measure_us(self, contracted: Schedule) -> tuple[float, ...]:
         """Device time of a schedule of the chains, as one CUDA graph.
@@ -64,6 +109,7 @@ class TrialRunner:
             CaptureError: The model can't be captured.
         """
         piece = self.plan(contracted).pieces[0]
+        self._runner.prepare(piece)
         graph = self._runner.capture(piece)
         try:
             main = self._runner.streams[piece.main]
@@ -74,18 +120,52 @@ class TrialRunner:
     def plan(self, contracted: Schedule) -> ExecutionPlan:
         """The chains ordered by what they read and by the streams of the schedule."""
         lanes: dict[Placement, list[int]] = {}
+        order: list[int] = []
         for slot in contracted.slots:
-            lanes.setdefault(slot.placement, []).extend(self._members[slot.operator])
+            members = self._members[slot.operator, slot.placement.device]
+            lanes.setdefault(slot.placement, []).extend(members)
+            order += members
         return assemble(
             self._segments,
             self._inputs,
             self._outputs,
-            launch_order=[i for slot in contracted.slots for i in self._members[slot.operator]],
+            launch_order=list(self._with_copies(order)),
             order_edges=[pair for lane in lanes.values() for pair in pairwise(lane)],
+            copies=self._names,
         )
 
+    def _with_copies(self, order: Sequence[int]) -> Iterator[int]:
+        """Segments to launch, each followed by the copies of what it writes, as plans have them.
+
+        A tensor of the caller's is on the device that reads it first.
+        """
+        home: dict[str, Device] = {}
+        for index in order:
+            segment = self._segments[index]
+            home |= {self._original(t): segment.placement.device for t in segment.outputs}
+        wanted: dict[str, dict[int, None]] = {}
+        for index in order:
+            segment = self._segments[index]
+            device = segment.placement.device
+            for tensor in map(self._original, segment.inputs):
+                source = home.setdefault(tensor, device)
+                if source != device:
+                    copy = self._copies[tensor, source, device]
+                    wanted.setdefault(tensor, {})[copy] = None
+        written = {self._original(t) for index in order for t in self._segments[index].outputs}
+        for tensor, copies in wanted.items():
+            if tensor not in written:
+                yield from copies
+        for index in order:
+            yield index
+            for tensor in map(self._original, self._segments[index].outputs):
+                yield from wanted.get(tensor, ())
+
+    def _original(self, tensor: str) -> str:
+        return self._names.get(tensor, tensor)
+
     def close(self) -> None:
-        """Free the sessions."""
+        """Free what is still open."""
         self._runner.close()
 
     def __enter__(self) -> Self:
@@ -93,3 +173,32 @@ class TrialRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _chains(
+    model: Model, contraction: Contraction, device: Device, outputs: Sequence[str]
+) -> list[list[Segment]]:
+    """The segments of each chain, which has a stream of its own."""
+    names = [node.name for node in model.proto.graph.node]
+    placements = {
+        names[member]: Placement(device, chain)
+        for chain, group in enumerate(contraction.groups)
+        for member in group
+    }
+    operations = operations_from_model(model.proto, placements, model.host_reasons)
+    by_name = {operation.name: operation for operation in operations}
+    readers = readers_of(operations, outputs)
+    return [
+        segments_of_run([by_name[names[member]] for member in group], readers)
+        for group in contraction.groups
+    ]
+
+
+def _on(segment: Segment, device: Device) -> Segment:
+    """A segment on a device, whose tensors are called after it."""
+    return replace(
+        segment,
+        placement=Placement(device, segment.placement.stream),
+        inputs=tuple(name_on(tensor, device) for tensor in segment.inputs),
+        outputs=tuple(name_on(tensor, device) for tensor in segment.outputs),
+    )

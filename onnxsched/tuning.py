@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnxsched.exploration import Trials, explored
+from onnxsched.exploration import Trials, explored, explored_on_all
 from onnxsched.finalists import measure_finalists, session_of
 from onnxsched.inputs import random_inputs
 from onnxsched.interruption import Interruption
@@ -40,9 +40,9 @@ def tune(
     """Measure candidates and rank them.
 
     All are tried in the order of their predictions while the budget lasts: on one GPU, where the
-    model is captured whole, from sessions of its chains; over several devices, where each chain
-    would need a session on every one, built as they will run, one after another, all subjects'
-    in one order. Where there are several, only the first subject's schedules on one are tried
+    model is captured whole, from sessions of its chains; over several devices built as they will
+    run, one after another, all subjects' in one order, and then, for the best subject, from chains
+    that are captured on every GPU. Of schedules on one of them only the first subject's are tried
     from its chains. The best few, of one stream too, are then built as they will run and measured
     in interleaved rounds: the model in one stream as it was loaded and the most promising first,
     others while the budget lasts. Ctrl-C ends what a budget ends, and what is best so far is kept.
@@ -134,7 +134,26 @@ def _over_devices(trials: Sequence[Trials], is_refined: bool) -> list[Outcome]:
     alone, spread = _on_first_device(first)
     others = [replace(of, deadline=spread.deadline) for of in trials[1:]]
     outcomes = _tried_in_turn([spread, *others])
+    if is_refined:
+        deadline = (spread.deadline + first.deadline) / 2
+        outcomes = _best_form_explored(trials, outcomes, deadline)
     return [*outcomes, *explored(alone, is_refined)[0]]
+
+
+def _best_form_explored(
+    trials: Sequence[Trials], outcomes: Sequence[Outcome], deadline: float
+) -> list[Outcome]:
+    """The outcomes with what is found for the form of the model that is best over several GPUs."""
+    spread = [o for o in outcomes if len(o.candidate.schedule.devices) > 1]
+    form = min(spread, key=expected).form if spread else None
+    for of in trials:
+        if of.subject.model.form == form and not of.subject.model.host_reasons:
+            of = replace(of, deadline=deadline)
+            own = [outcome for outcome in spread if outcome.form == form]
+            others = {id(outcome) for outcome in outcomes} - set(map(id, own))
+            kept = [outcome for outcome in outcomes if id(outcome) in others]
+            return [*kept, *(explored_on_all(of, own) if of.is_time_left() else own)]
+    return list(outcomes)
 
 
 def _on_first_device(trials: Trials) -> tuple[Trials, Trials]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.plan import Operation
+from onnxsched_runtime.plan import Operation, name_on
 
 
 def with_copies(
@@ -50,7 +50,7 @@ def with_copies(
 
 def copy_of(tensor: str, placement: Placement) -> Operation:
     """The operation that copies a tensor to the device of a placement."""
-    name = f"{tensor}@{placement.device}"
+    name = name_on(tensor, placement.device)
     return Operation(name, placement, (tensor,), (name,))
 
 

@@ -156,7 +156,7 @@ def _lane(
 
 
 def written_instead(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> dict[str, str]:
-    """For outputs that are views of another tensor of the lane, that tensor.
+    """For outputs that are views of another tensor of the lane, that tensor as the model calls it.
 
     ORT makes no kernel for a Reshape inside a session, but has to copy where its result needs an
     address of its own. So what it reads is written there, in another shape.
@@ -167,10 +167,10 @@ def written_instead(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> dic
         for node in (source.nodes[name] for name in plan.segments[index].nodes)
         for tensor in node.output
     }
-    taken = set(lane.outputs)
+    taken = {plan.original(tensor) for tensor in lane.outputs}
     found = {}
     for tensor in lane.outputs:
-        origin = tensor
+        origin = plan.original(tensor)
         while origin in writer and _is_view(source, writer[origin]):
             origin = writer[origin].input[0]
         if origin in writer and origin not in taken:
@@ -190,9 +190,9 @@ def touched_places(
     uses: dict[str, set[int]] = {}
     for lane in lanes:
         instead = written_instead(source, plan, lane)
-        own = set(lane.outputs) - instead.keys()
+        own = {plan.original(tensor): tensor for tensor in lane.outputs if tensor not in instead}
         place = {plan.original(tensor): tensor for tensor in lane.inputs}
-        place |= {tensor: tensor for tensor in own}
+        place |= own
         place |= {origin: tensor for tensor, origin in instead.items()}
         for index in lane.segments:
             for node in (source.nodes[name] for name in plan.segments[index].nodes):
@@ -247,7 +247,7 @@ def marked_part(
         shared: Weights that are inputs of it.
     """
     instead = written_instead(source, plan, lane)
-    outputs = [instead.get(tensor, tensor) for tensor in lane.outputs]
+    outputs = [instead.get(tensor) or plan.original(tensor) for tensor in lane.outputs]
     segments = _read_nodes(source, plan, lane, outputs)
     inputs = [*map(plan.original, lane.inputs), *shared]
     part = source.part([name for segment in segments for name in segment], inputs, outputs)

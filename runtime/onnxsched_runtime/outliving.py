@@ -47,9 +47,9 @@ def outliving(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> Lane:
     nodes = [source.nodes[name] for i in lane.segments for name in plan.segments[i].nodes]
     if not all(_is_plain(source, node) for node in nodes):
         return lane
-    placed = {*lane.outputs, *written_instead(source, plan, lane).values()}
+    placed = {*map(plan.original, lane.outputs), *written_instead(source, plan, lane).values()}
     inner = [
-        tensor
+        plan.named(tensor, lane.placement.device)
         for node in nodes
         for tensor in node.output
         if tensor and not is_view(node) and tensor not in placed

@@ -151,16 +151,16 @@ def assemble(
         segments: The segments.
         inputs: The model's inputs.
         outputs: The model's outputs.
-        launch_order: Indices of all segments in the order to launch them; as given if None.
+        launch_order: Indices of the segments to launch, in this order; all as given if None.
         order_edges: Further pairs (earlier, later) of segments that must not overlap.
         copies: From `with_copies`.
     """
-    writer = {tensor: i for i, segment in enumerate(segments) for tensor in segment.outputs}
-    needs = [{writer[t] for t in segment.inputs if t in writer} for segment in segments]
+    order = list(range(len(segments)) if launch_order is None else launch_order)
+    writer = {tensor: i for i in order for tensor in segments[i].outputs}
+    needs = {i: {writer[t] for t in segments[i].inputs if t in writer} for i in order}
     for earlier, later in order_edges:
         needs[later].add(earlier)
     pieces = []
-    order = range(len(segments)) if launch_order is None else launch_order
     for host, run in groupby(order, lambda i: segments[i].host_reason is not None):
         indices = list(run)
         if host:
@@ -173,7 +173,7 @@ def assemble(
 
 
 def _captured_piece(
-    segments: Sequence[Segment], indices: Sequence[int], needs: Sequence[set[int]]
+    segments: Sequence[Segment], indices: Sequence[int], needs: Mapping[int, set[int]]
 ) -> Piece:
     unit_of = {index: unit for unit, index in enumerate(indices)}
     placements = [segments[i].placement for i in indices]

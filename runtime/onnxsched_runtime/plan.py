@@ -115,6 +115,11 @@ class Piece:
         return (self.main, *sorted(used - {self.main}))
 
 
+def name_on(tensor: str, device: Device) -> str:
+    """What the copy of a tensor on a device is called."""
+    return f"{tensor}@{device}"
+
+
 @dataclass(frozen=True)
 class ExecutionPlan:
     """Segments and the pieces that run them."""
@@ -126,15 +131,21 @@ class ExecutionPlan:
     outputs: tuple[str, ...]
     """Model outputs."""
     copies: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """For each tensor that is a copy on another device, the tensor that it copies."""
+    """For each tensor that is called otherwise than in the model, what it is called there: for
+    copies on other devices, say."""
 
     def original(self, tensor: str) -> str:
         """The tensor of the model that a tensor of the plan holds."""
         return self.copies.get(tensor, tensor)
 
+    def named(self, tensor: str, device: Device) -> str:
+        """What a tensor of the model is called that an operator on a device writes."""
+        name = name_on(tensor, device)
+        return name if name in self.copies else tensor
+
     def is_copy(self, segment: int) -> bool:
-        """Whether a segment only copies a tensor to its device."""
-        return not self.copies.keys().isdisjoint(self.segments[segment].outputs)
+        """Whether a segment only copies a tensor to its device: it is called as what it writes."""
+        return self.segments[segment].nodes[0] in self.copies
 
     def placement_of(self, step: Step) -> Placement:
         """The stream that a step is issued on."""
@@ -254,7 +265,7 @@ def _check_devices(plan: ExecutionPlan) -> None:
             home = plan.device_of.get(tensor)
             if isinstance(step, Run) and plan.is_copy(step.segment):
                 (copy,) = plan.writes(step)
-                if home in (device, None) or plan.copies[copy] != tensor:
+                if home in (device, None) or plan.original(copy) != plan.original(tensor):
                     raise PlanError(f"Copying '{tensor}' from {home} to {device} makes no sense.")
             elif home != device:
                 raise PlanError(f"{_name(plan, step)} on {device} reads '{tensor}' on {home}.")

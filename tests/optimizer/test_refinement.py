@@ -49,7 +49,7 @@ def in_one_stream(graph: OperatorGraph) -> Schedule:
 @settings(deadline=None, max_examples=50)
 @given(
     problem=PROBLEMS,
-    machine=machines(),
+    machine=machines(max_devices=3),
     policy=st.sampled_from(sorted(POLICIES)),
     noise=st.sampled_from([0.0, 0.05, 0.5]),
     seed=st.integers(0, 99),

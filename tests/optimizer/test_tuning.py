@@ -383,6 +383,55 @@ def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
     assert any(schedule.devices != (GPU,) for schedule in schedules)
 
 
+def test_over_several_gpus_the_best_form_is_explored_on_all_of_them(
+    model: Model, simulated: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
+    graph = graph_from_model(model)
+    contraction = contract_chains(graph)
+    cost = TableCost(tuple(OperatorCost(100.0) for _ in graph.operators))
+    candidates = propose(graph, contraction, cost, machine, tuple(POLICIES))
+    names = ("none", "merge")
+    subjects = [
+        Subject(model, replace(model, rewrite=n), contraction, cost, candidates, {}, {})
+        for n in names
+    ]
+    opened: list[tuple[str, tuple[Device, ...]]] = []
+    made = simulated.__init__
+
+    def noted(self: Any, of: Model, contracted: Contraction, devices: Any, *rest: Any) -> None:
+        opened.append((of.rewrite, tuple(devices)))
+        made(self, of, contracted, devices, *rest)
+
+    def in_turn(over: Sequence[Trials]) -> list[Outcome]:
+        """One schedule over both GPUs of each form is tried; the second form is the better."""
+        found = []
+        for number, of in enumerate(over):
+            form = of.subject.model.form
+            spread = [c for c in of.subject.candidates if len(c.schedule.devices) > 1]
+            found += [Outcome(c, form=form) for c in of.subject.candidates if c not in spread[:1]]
+            found.append(Outcome(spread[0], 1e6 - number, form=form))
+        return found
+
+    monkeypatch.setattr(simulated, "__init__", noted)
+    monkeypatch.setattr(tuning, "_tried_in_turn", in_turn)
+    found = tune(subjects, machine, budget_s=60.0, custom_ops=(), progress=lambda *_: None)
+    assert opened == [("merge", machine.devices), ("none", (GPU,))]
+    spread = [o for o in found.outcomes if len(o.candidate.schedule.devices) > 1]
+    merged = [o for o in spread if o.form[1] == "merge"]
+    assert all(o.trial_us is not None for o in merged)
+    assert sum(o.trial_us is not None for o in spread if o.form[1] == "none") == 1
+    proposed = {candidate.contracted for candidate in candidates}
+    searched = [o for o in found.outcomes if o.candidate.contracted not in proposed]
+    on_all = [outcome for outcome in searched if outcome.form[1] == "merge"]
+    assert on_all
+    for outcome in on_all:
+        check_schedule(contraction.graph, machine, outcome.candidate.contracted)
+        check_schedule(graph, machine, outcome.candidate.schedule)
+    least_us = min(o.trial_us or 0.0 for o in merged)
+    assert min(o.trial_us or 0.0 for o in on_all) < least_us
+
+
 def test_the_best_on_one_device_is_built_before_what_may_be_too_late(model: Model) -> None:
     machine = Machine((GPU, Device("cuda", 1)), STREAMS)
     graph = graph_from_model(model)

@@ -27,6 +27,7 @@ from onnxsched_runtime.execution import lowered_source
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.fusing import fused
+from onnxsched_runtime.plan import ExecutionPlan, Operation, Run, check_plan
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
@@ -181,7 +182,7 @@ def test_trials_of_fused_models_compute_the_same_by_every_schedule(
         launches.append(count)
         return (1.0,)
 
-    with fakes() as patch, TrialRunner(model, contraction, GPU, ()) as trials:
+    with fakes() as patch, TrialRunner(model, contraction, [GPU], ()) as trials:
         patch.setattr(cuda, "time_launches_us", launched)
         for _ in range(2):
             streams = [data.draw(st.integers(0, 2)) for _ in contraction.groups]
@@ -190,18 +191,77 @@ def test_trials_of_fused_models_compute_the_same_by_every_schedule(
     assert len(launches) == 2
 
 
+@settings(deadline=None, max_examples=12)
+@given(data=st.data(), source=lowered_models(6, on_cpu=True), device_count=st.integers(2, 3))
+def test_trials_over_several_devices_compute_the_same_by_every_schedule(
+    data: DataObject, source: ModelSource, device_count: int
+) -> None:
+    model = model_of(fused(source))
+    contraction = contract_chains(graph_from_model(model), with_inputs=True)
+    devices = [Device("cuda", number) for number in range(device_count)]
+
+    def launched(stream: object, launch: Any, count: int) -> tuple[float, ...]:
+        launch()
+        return (1.0,)
+
+    with fakes() as patch, TrialRunner(model, contraction, devices, ()) as trials:
+        patch.setattr(cuda, "time_launches_us", launched)
+        for _ in range(3):
+            places = st.builds(Placement, st.sampled_from(devices), st.integers(0, 1))
+            slots = [Slot(v, data.draw(places)) for v in range(len(contraction.groups))]
+            schedule = Schedule(tuple(slots))
+            assert_valid(trials.plan(schedule), len(model.proto.graph.node))
+            assert_trial_right(trials, model.source, schedule)
+
+
+def assert_valid(plan: ExecutionPlan, node_count: int) -> None:
+    """Check what is launched of a plan by the laws of plans, each segment as one operation."""
+    number = {index: n for n, index in enumerate(plan.pieces[0].runs)}
+    held = [name for i in number if not plan.is_copy(i) for name in plan.segments[i].nodes]
+    assert len(held) == len(set(held)) == node_count
+    segments = tuple(
+        segment if plan.is_copy(index) else replace(segment, nodes=(f"segment {index}",))
+        for index, segment in enumerate(plan.segments)
+    )
+    launched = tuple(segments[index] for index in number)
+    steps = tuple(
+        Run(number[step.segment]) if isinstance(step, Run) else step
+        for step in plan.pieces[0].steps
+    )
+    written = {tensor for segment in launched for tensor in segment.outputs}
+    read = {tensor for segment in launched for tensor in segment.inputs}
+    reduced = replace(
+        plan,
+        segments=launched,
+        pieces=(replace(plan.pieces[0], steps=steps),),
+        inputs=tuple(read - written),
+        outputs=(),
+    )
+    check_plan(
+        reduced,
+        [
+            Operation(s.nodes[0], s.placement, s.inputs, s.outputs, None, s.is_fused)
+            for s in launched
+        ],
+    )
+
+
 def assert_trial_right(trials: TrialRunner, source: ModelSource, schedule: Schedule) -> None:
     """Measure a schedule, and check what its graph leaves in the buffers."""
     buffers = trials._runner.buffers
     main, *_ = trials._runner.streams.values()
+    plan = trials.plan(schedule)
+    launched = [plan.segments[index] for index in plan.pieces[0].runs]
     feeds: dict[str, Array] = feeds_for(source)
-    for name in feeds.keys() & buffers.keys():
-        buffers[name].fill(feeds[name], main)
+    written = {tensor for segment in launched for tensor in segment.outputs}
+    for name in {t for segment in launched for t in segment.inputs} - written:
+        buffers[name].fill(feeds[plan.original(name)], main)
     assert trials.measure_us(schedule) == (1.0,)
+    place = {plan.original(t): t for s in launched for t in s.outputs if s.nodes != (t,)}
     found = []
     for value in source.model.graph.output:
-        buffers[value.name].fetch(main)
-        found.append(buffers[value.name].staging.copy())
+        buffers[place[value.name]].fetch(main)
+        found.append(buffers[place[value.name]].staging.copy())
     assert_close(found, outputs_of(source, feeds), 1e-5)
 
 

@@ -131,29 +131,38 @@ class LaneRunner(PlanRunner):
         """Run each lane by itself, on memory that nothing shares, and capture it.
 
         What others have not computed yet is zero, which is a valid index; in the arena it would
-        be whatever lay there before.
+        be whatever lay there before. Lanes that have been captured before are left as they are.
 
         Raises:
             CaptureError: CUDA or ORT refuse, with the reason.
         """
         if not piece.captured:
             return
+        plan = self._lanes.get(piece) or self._planned(piece)
+        missing = [lane for lane in plan.lanes if lane not in self._chains]
+        self._open_fused([lane.segments[0] for lane in missing if self._is_fused(lane)])
         with ExitStack() as scratch:
-            buffers: dict[str, cuda.Buffer] = {}
-            for device in self.plan.devices:
-                nbytes = {
-                    name: buffer.kind.nbytes
-                    for name, buffer in self.buffers.items()
-                    if self._homes[name] == device
-                }
-                buffers |= self._buffers_in(packed(nbytes), device, scratch)
-            for lane in self._lanes[piece].lanes:
+            buffers = self._scratch(missing, scratch)
+            for lane in missing:
                 if self._is_copy(lane):
                     self._capture_copy(lane, buffers)
                 elif self._is_fused(lane):
                     self._capture_fused(lane, buffers)
                 else:
                     self._capture_session(lane, buffers)
+
+    def _scratch(self, lanes: Sequence[Lane], owner: ExitStack) -> dict[str, cuda.Buffer]:
+        """A place of its own for each tensor of some lanes."""
+        wanted = {name for lane in lanes for name in (*lane.inputs, *lane.outputs)}
+        buffers: dict[str, cuda.Buffer] = {}
+        for device in self.plan.devices:
+            nbytes = {
+                name: self.buffers[name].kind.nbytes
+                for name in wanted
+                if self._homes[name] == device
+            }
+            buffers |= self._buffers_in(packed(nbytes), device, owner)
+        return buffers
 
     def _capture_copy(self, lane: Lane, scratch: Mapping[str, cuda.Buffer]) -> None:
         def run(buffers: Mapping[str, cuda.Buffer]) -> CopyRun:
@@ -190,10 +199,10 @@ class LaneRunner(PlanRunner):
         inputs = {self.plan.original(name): view(buffers[name]) for name in lane.inputs}
         device = lane.placement.device
         inputs |= {name: view(self._weights[device, name]) for name in self._shared[lane]}
-        outputs = {name: view(buffers[name]) for name in lane.outputs}
+        outputs = {self.plan.original(name): view(buffers[name]) for name in lane.outputs}
         for name, origin in written_instead(self._source, self.plan, lane).items():
             shape = self._source.tensors[origin].shape
-            outputs[origin] = replace(outputs.pop(name), shape=shape or ())
+            outputs[origin] = replace(outputs.pop(self.plan.original(name)), shape=shape or ())
         marks = self._marks[device]
         for number, mark in enumerate(lane.marks, 1):
             inputs[MARK_SOURCE] = view(marks[0])

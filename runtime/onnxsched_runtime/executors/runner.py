@@ -55,6 +55,9 @@ class PlanRunner:
         """What several sessions read, as it is stored."""
         self._fused_weights: dict[tuple[Device, str], cuda.Buffer] = {}
         """What fused convolutions read; filters lie channels last."""
+        self._kernels: dict[int, cuda.FusedKernel] = {}
+        """Of fused convolutions, by the index of the segment."""
+        self._fused_workspaces: dict[Placement, cuda.DeviceMemory] = {}
         try:
             used = {piece.main for piece in plan.pieces}
             used |= {plan.placement_of(step) for piece in plan.pieces for step in piece.steps}
@@ -65,7 +68,6 @@ class PlanRunner:
                 if segment.host_reason is not None:
                     part = source.extract(segment)
                     self.sessions[index] = self._session(segment.placement, part)
-            self._open_fused()
             self._open_runs()
         except BaseException:
             self.close()
@@ -146,13 +148,11 @@ class PlanRunner:
         self._resources.callback(session.close)
         return session
 
-    def _open_fused(self) -> None:
-        """Build the kernels that no session runs, and upload their weights."""
-        self._kernels: dict[int, cuda.FusedKernel] = {}
+    def _open_fused(self, indices: Sequence[int]) -> None:
+        """Build the kernels of segments that no session runs, and upload their weights."""
         workspaces: dict[Placement, int] = {}
-        for index, segment in enumerate(self.plan.segments):
-            if not segment.is_fused:
-                continue
+        for index in indices:
+            segment = self.plan.segments[index]
             device, node = segment.placement.device, self._fused[segment.nodes[0]]
             wanted = self._source.kernels.get(node.what)
             kernel = called(device, cuda.fused_kernel, node.what, device, wanted)
@@ -162,10 +162,11 @@ class PlanRunner:
             for name in filter(None, (node.filters, node.bias)):
                 array = weight_array(self._source, name)
                 self._upload(name, array, device, self._fused_weights)
-        self._fused_workspaces = {
-            placement: self._resources.enter_context(cuda.DeviceMemory(nbytes, placement.device))
-            for placement, nbytes in workspaces.items()
-        }
+        for placement, nbytes in workspaces.items():
+            held = self._fused_workspaces.get(placement)
+            if held is None or held.nbytes < nbytes:
+                memory = cuda.DeviceMemory(nbytes, placement.device)
+                self._fused_workspaces[placement] = self._resources.enter_context(memory)
 
     def _upload(
         self,
@@ -190,7 +191,7 @@ class PlanRunner:
         places = cuda.Places(
             image=here[node.image],
             filters=weights[placement.device, node.filters].pointer,
-            output=buffers[node.output].pointer,
+            output=buffers[segment.outputs[0]].pointer,
             bias=weights[placement.device, node.bias].pointer if node.bias else None,
             added=here[node.added] if node.added else None,
             workspace=self._fused_workspaces[placement].pointer,

@@ -42,7 +42,9 @@ class SegmentRunner(PlanRunner):
         return {name: self.plan.device_of[name] for name in self.plan.device_tensors}
 
     def _open_runs(self) -> None:
-        for index, segment in enumerate(self.plan.segments):
+        segments = self.plan.segments
+        self._open_fused([index for index, segment in enumerate(segments) if segment.is_fused])
+        for index, segment in enumerate(segments):
             if self.plan.is_copy(index):
                 source, target = (self.buffers[t] for t in (*segment.inputs, *segment.outputs))
                 self.bound[index] = CopyRun(source, target, self.streams[segment.placement])
