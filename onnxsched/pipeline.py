@@ -44,6 +44,8 @@ from onnxsched_runtime.variant import Variant
 
 _LEAST_BUDGET_S, _OPERATORS_A_SECOND = 30.0, 12.0
 """Sessions of a large model take longer to prepare, and it has more schedules."""
+_SEVERAL = 2.0
+"""Times that for several GPUs, which have schedules of their own beside those on the first."""
 _DEFAULT_STREAMS = {"cuda": 16, "cpu": min(4, os.cpu_count() or 1)}
 
 
@@ -117,7 +119,7 @@ def optimize(
             docs/annotation.md. Its devices are taken where `device` is `auto`.
         shapes: Shapes of inputs whose dimensions are symbols.
         budget_s: For trying variants and schedules; operators are measured before, once. 30 if
-            None, and more where there are more than 360 operators.
+            None, more where there are more than 360 operators, and twice that on several GPUs.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
             `Variant` and `rewriting`.
         split: On several devices, also cut operators on large images into bands of rows, and
@@ -150,6 +152,7 @@ def optimize(
         model = load_model(Path(source), chosen, shapes, libraries, precision)
         graph = graph_from_model(model)
         enough_s = max(_LEAST_BUDGET_S, len(graph) / _OPERATORS_A_SECOND)
+        enough_s *= _SEVERAL if is_gpu and len(machine.devices) > 1 else 1.0
         given_s = enough_s if budget_s is None else budget_s
         request = Request(policy, machine, given_s, variants, libraries, split)
         if given is not None:

@@ -36,8 +36,9 @@ from onnxsched.variants import lowered_model, possible_variants, promising, race
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
-_RACE_SHARE = 0.4
-"""Of the budget, for variants and rewrites in one stream; the rest is for schedules."""
+_RACE_SHARE, _RACE_SHARE_OF_SEVERAL = 0.4, 0.2
+"""Of the budget, for variants and rewrites in one stream; the rest is for schedules, of which
+there are more on several devices."""
 
 
 def measured_decision(
@@ -73,12 +74,16 @@ def measured_decision(
     tuned = tune(
         subjects,
         request.machine,
-        budget_s=(1 - _RACE_SHARE) * request.budget_s,
+        budget_s=(1 - _race_share(request)) * request.budget_s,
         is_refined=request.policy in ("auto", "search"),
         custom_ops=request.custom_ops,
         progress=progress,
     )
     return decide(tuned.outcomes, subjects, request.policy), tuned.is_complete
+
+
+def _race_share(request: Request) -> float:
+    return _RACE_SHARE if len(request.machine.devices) == 1 else _RACE_SHARE_OF_SEVERAL
 
 
 def _subjects(
@@ -188,7 +193,7 @@ def _raced(
         rewrites_of,
         plain,
         refusals_of=lambda lowered: profile_of(lowered).refusals,
-        budget_s=_RACE_SHARE * request.budget_s,
+        budget_s=_race_share(request) * request.budget_s,
         custom_ops=request.custom_ops,
         progress=progress,
     )
