@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from onnxsched.contraction import Contraction, contract_cost, expand
+from onnxsched.contraction import Contraction, contract_cost, expand, settled
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
@@ -66,11 +66,12 @@ def propose(
     found: dict[bytes, Candidate] = {}
     for policy, tried in _questions(machine, policies):
         try:
-            contracted = POLICIES[policy](contraction.graph, chain_cost, tried)
+            made = POLICIES[policy](contraction.graph, chain_cost, tried)
         except ScheduleError:
             if not tried.is_limited:
                 raise
             continue
+        contracted = settled(contraction, made)
         shape = contracted.shape
         if shape in found:
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from onnxsched.cost import Contention, CostModel, OperatorCost, mean_share
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.schedule import Schedule, Slot
-from onnxsched_runtime.device import Device
+from onnxsched_runtime.device import Device, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def contract_chains(graph: OperatorGraph, *, with_inputs: bool = False) -> Contr
 
     Args:
         graph: The operators.
-        with_inputs: Make operators that take no time of the model's inputs, for several devices:
+        with_inputs: Make operators without a duration of the model's inputs, for several devices:
             the caller has them on one, and to read them on another is a transfer like any. What
             cuts a piece out of a tensor ends its chain then: only the piece need be transferred.
     """
@@ -136,6 +136,23 @@ def expand(contraction: Contraction, schedule: Schedule) -> Schedule:
     )
 
 
+def settled(contraction: Contraction, schedule: Schedule) -> Schedule:
+    """A schedule of the contracted graph with each input of the model where plans have it.
+
+    That is where its first reader is, whatever a policy thought. O(n + edges).
+    """
+    graph = contraction.graph
+    inputs = [number for number, group in enumerate(contraction.groups) if not group]
+    if not inputs:
+        return schedule
+    first: dict[int, Placement] = {}
+    for slot in schedule.slots:
+        for producer in graph.predecessors[slot.operator]:
+            first.setdefault(producer, slot.placement)
+    others = [slot for slot in schedule.slots if contraction.groups[slot.operator]]
+    return Schedule((*(Slot(number, first[number]) for number in inputs), *others))
+
+
 def _link_into(graph: OperatorGraph, operator: int) -> int | None:
     """The operator that this one continues in a linear chain, None at the head of a chain."""
     if len(graph.predecessors[operator]) != 1:
@@ -184,7 +201,7 @@ def _with_inputs(contraction: Contraction) -> Contraction:
         while name in taken:
             name += "_"
         taken.add(name)
-        inputs.append(Operator(name, "Input"))
+        inputs.append(Operator(name, "Input", weights=(weight,)))  # it stays to the end
         edges += [
             Edge(number, len(readers) + reader, weight.tensor, weight.nbytes) for reader in reading
         ]

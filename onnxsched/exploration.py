@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from onnxsched.annotate import portable_schedule
 from onnxsched.calibration import calibrate
 from onnxsched.candidates import Candidate
-from onnxsched.contraction import ContractedCost, contract_cost, expand
+from onnxsched.contraction import ContractedCost, contract_cost, expand, settled
 from onnxsched.interruption import Interruption
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
@@ -91,8 +92,9 @@ def explored_on_all(trials: Trials, outcomes: Sequence[Outcome]) -> list[Outcome
     try:
         with TrialRunner(subject.model, subject.contraction, devices, trials.custom_ops) as runner:
             _try_all(trials, tried, runner)
-            cost = contract_cost(subject.contraction, subject.cost)
-            _refine_into(found, trials, cost, tried, runner)
+            if trials.is_time_left():
+                cost = contract_cost(subject.contraction, subject.cost)
+                _refine_into(found, trials, cost, tried, runner)
     except CaptureError:
         pass
     except OnnxschedError:  # chains on every device need more memory than schedules
@@ -159,7 +161,7 @@ def _searched(
     subject = trials.subject
     graph = subject.contraction.graph
     trials.progress("searching", 0, 1)
-    start = POLICIES["search"](graph, cost, trials.machine)
+    start = settled(subject.contraction, POLICIES["search"](graph, cost, trials.machine))
     found = _found(subject, cost, start, _median_us(runner, start))
     all_found = [found]
     _refine_into(all_found, trials, cost, [found, *tried], runner)
@@ -200,5 +202,6 @@ def _refine_into(
             lambda schedule: _median_us(runner, schedule),
             trials.is_time_left,
             seed=number,
+            settle=partial(settled, trials.subject.contraction),
         )
         found.append(_found(trials.subject, cost, better.schedule, better.measured_us))

@@ -40,8 +40,8 @@ class Outcome:
 
     candidate: Candidate
     trial_us: float | None = None
-    """Median time from one session a chain, or over several devices as it will run; None where it
-    was not tried."""
+    """Median time from captured chains, or over several devices as it will run; None where it was
+    not tried."""
     samples_us: tuple[float, ...] = ()
     """Times as it will run, from rounds interleaved with the other finalists."""
     form: Form = AS_LOADED

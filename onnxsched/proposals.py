@@ -13,6 +13,7 @@ from onnxsched.contraction import (
     contract_chains,
     contract_cost,
     expand,
+    settled,
     uncontracted,
 )
 from onnxsched.cost import Contention, OperatorCost, TableCost
@@ -201,9 +202,10 @@ def _bands(
     """The schedule that gives each band of rows a device of its own, where there are bands."""
     chain_cost = contract_cost(contraction, cost)
     try:
-        contracted = band_schedule(contraction.graph, chain_cost, machine)
-        if contracted is None:
+        made = band_schedule(contraction.graph, chain_cost, machine)
+        if made is None:
             return ()
+        contracted = settled(contraction, made)
         schedule = expand(contraction, contracted)
         check_schedule(graph, machine, schedule)
     except ScheduleError:  # no room

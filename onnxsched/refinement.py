@@ -40,6 +40,7 @@ def refine(
     measure: Measure,
     is_time_left: Callable[[], bool],
     seed: int = 0,
+    settle: Callable[[Schedule], Schedule] = lambda schedule: schedule,
 ) -> Refined:
     """Climb from a schedule to one that no tried neighbour beats.
 
@@ -54,13 +55,14 @@ def refine(
         measure: Runs a schedule.
         is_time_left: Asked before each trial.
         seed: Of the neighbours.
+        settle: Makes equal what runs alike.
     """
     generator = random.Random(seed)
     best, best_us = start, measure(start)
     trial_count, failures = 1, 0
     tried = {start.shape}
     while failures < _PATIENCE and is_time_left():
-        neighbour = _neighbour(graph, best, placements, generator)
+        neighbour = settle(_neighbour(graph, best, placements, generator))
         failures += 1
         if neighbour.shape in tried:
             continue

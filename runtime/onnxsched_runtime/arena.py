@@ -72,6 +72,8 @@ def plan_arena(
         touched: What also reads and writes these places.
     """
     lives = lifetimes(plan, nbytes, touched)
+    if all(life.is_kept for life in lives.values()):
+        return packed(nbytes)
     order = sorted(lives, key=lambda name: (-lives[name].nbytes, name))
     sharing = _Sharing([lives[name] for name in order])
     starts, ends = np.zeros(len(order), np.int64), np.zeros(len(order), np.int64)
@@ -151,7 +153,9 @@ def check_arena(
     is_empty = np.array([not nbytes[name] for name in placed], bool)
     for position, name in enumerate(placed):
         last = int(np.searchsorted(starts, arena.offsets[name] + nbytes[name]))
-        beside = slice(position + 1, max(last, position + 1))
+        if last <= position + 1:
+            continue
+        beside = slice(position + 1, last)
         wrong = ~sharing.with_one(position)[beside] & ~is_empty[beside]
         if wrong.any():
             other = placed[position + 1 + int(wrong.argmax())]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxsched.contraction import contract_chains, contract_cost, expand
+from onnxsched.contraction import contract_chains, contract_cost, expand, settled
 from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.graph import Edge, OperatorGraph, Weight
 from onnxsched.machine import Machine
@@ -64,13 +64,19 @@ def test_reading_an_input_elsewhere_takes_its_transfer(
     members = [member for group in contraction.groups for member in group]
     assert sorted(members) == list(range(len(graph)))
     small_cost = contract_cost(contraction, cost)
-    small = POLICIES[name](contraction.graph, small_cost, machine)
+    small = settled(contraction, POLICIES[name](contraction.graph, small_cost, machine))
+    assert settled(contraction, small) == small
+    check_schedule(contraction.graph, replace(machine, memory_nbytes={}), small)
     schedule = expand(contraction, small)
     check_schedule(graph, machine, schedule)
+    assert small.devices == schedule.devices
     timeline = simulate(contraction.graph, small_cost, small)
     for number in inputs:
         assert timeline.starts_us[number] <= timeline.finishes_us[number]
+        reading = {edge.consumer for edge in contraction.graph.outgoing[number]}
+        first = next(slot for slot in small.slots if slot.operator in reading)
         home = small.placement_of[number].device
+        assert home == first.placement.device, "as plans have it"
         for edge in contraction.graph.outgoing[number]:
             device = small.placement_of[edge.consumer].device
             transfer_us = cost.transfer_us(edge.nbytes, home, device)
@@ -89,7 +95,7 @@ def test_what_is_cut_out_of_an_input_may_be_cut_where_the_input_is() -> None:
     assert contraction.groups == ((), (0,), (1,), (2,), (3,), (4,))
     assert [e.nbytes for e in contraction.graph.outgoing[0]] == [100, 100]
     assert contraction.graph.operators[0].name == "x"
-    assert all(not operator.weights for operator in contraction.graph.operators)
+    assert [len(operator.weights) for operator in contraction.graph.operators] == [1, *[0] * 5]
     costs = contract_cost(contraction, durations(1.0, 5.0, 1.0, 5.0, 1.0))
     assert costs.operator(0, GPU) == OperatorCost(0.0)
 

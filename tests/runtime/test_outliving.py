@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def planned(
 ) -> tuple[ModelSource, ExecutionPlan, list[Lane]]:
     annotation = models.annotation_of(model, tuple(streams), device=GPU)
     plan = plan_model(model, annotation.placements, annotation.host_reasons)
-    source = ModelSource(model, annotation.tensors)
+    source = ModelSource(model, annotation.tensors, is_lowered=True)
     lanes = [lane for p in plan.pieces if p.captured for lane in lanes_of(plan, p).lanes]
     return source, plan, lanes
 
@@ -101,6 +102,38 @@ def test_weights_that_kernels_read_flow_in() -> None:
     part = onnx.ModelProto.FromString(marked_part(source, plan, lane, weights).content)
     assert [value.name for value in part.graph.input] == ["x", "scale"]
     assert {weight.name for weight in part.graph.initializer} == {"known", "ends"}
+
+
+def test_where_the_host_reads_a_weight_too_the_session_stays() -> None:
+    model = models.model_of(
+        """(int64[4] x) => (int64[2] y) {
+            a = Slice(x, two, four)
+            y = Add(a, two)
+        }""",
+        two=np.array([2]),
+        four=np.array([4]),
+    )
+    source, plan, (lane,) = planned(model)
+    assert outliving(source, plan, lane) == lane
+
+
+def test_where_sessions_fuse_operators_they_stay() -> None:
+    source, plan, lanes = planned(models.diamond(), (0, 1))
+    assert all(outliving(source, plan, lane).outlives for lane in lanes)
+    source, plan, (lane,) = planned(models.diamond())
+    assert outliving(source, plan, lane).outlives
+    assert outliving(replace(source, is_lowered=False), plan, lane) == lane
+
+
+@pytest.mark.parametrize(("count", "outlives"), [(8, True), (12, False)])
+def test_a_session_stays_where_its_end_costs_more_memory(count: int, outlives: bool) -> None:
+    """A chain in one segment needs two of its tensors at a time, and has a place for each."""
+    chain = "\n".join(f"t{n + 1} = Relu(t{n})" for n in range(count))
+    source, plan, (lane,) = planned(
+        models.model_of(f"(float[256,1024] t0) => (float[256,1024] t{count}) {{ {chain} }}")
+    )
+    assert len(lane.segments) == 1
+    assert outliving(source, plan, lane).outlives == outlives
 
 
 @pytest.mark.parametrize(("needs", "left"), [(False, 0), (True, 2)])

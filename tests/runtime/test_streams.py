@@ -96,6 +96,17 @@ def test_one_graph_is_there_however_it_is_run(graphs: type[fake_cuda.FakeGraph])
     assert graphs.open_count == 0
 
 
+def test_an_input_that_nobody_reads_may_be_an_output(graphs: type[fake_cuda.FakeGraph]) -> None:
+    model = models.model_of("(float[6] x, float[3] z) => (float[3] z, float[6] y) { y = Relu(x) }")
+    feeds = models.feeds_for(model)
+    with opened(model) as session:
+        for seed in range(2):
+            feeds = models.feeds_for(model, seed)
+            first, second = session.run(["z", "y"], feeds)
+            models.assert_same([first, second], [feeds["z"], np.maximum(feeds["x"], 0)])
+            assert first is not feeds["z"]
+
+
 def test_host_operators_run_between_graphs(graphs: type[fake_cuda.FakeGraph]) -> None:
     model = models.branch()
     with opened(model) as session:

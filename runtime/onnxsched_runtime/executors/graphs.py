@@ -19,8 +19,8 @@ class GraphRun:
     graph: cuda.Graph
     stream: cuda.Stream
     inputs: tuple[tuple[str, cuda.Buffer], ...]
-    outputs: tuple[np.ndarray, ...]
-    """Pinned memory that the graph copies to."""
+    outputs: tuple[tuple[str, np.ndarray | None], ...]
+    """Pinned memory that the graph copies to; none for an input that is an output and not read."""
 
 
 class PieceGraphs:
@@ -63,7 +63,7 @@ class PieceGraphs:
             buffer.stage(feeds[name])
         ready.graph.launch(ready.stream)
         ready.stream.synchronize()
-        return [array.copy() for array in ready.outputs]
+        return [np.array(feeds[n] if array is None else array) for n, array in ready.outputs]
 
     def _made_ready(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> GraphRun:
         """A graph with the copies, instead of the one without."""
@@ -74,10 +74,12 @@ class PieceGraphs:
             graph.close()
         names = [name for name in feeds if name in buffers]
         return GraphRun(
-            self._runner.capture(piece, names, list(dict.fromkeys(outputs))),
+            self._runner.capture(
+                piece, names, list(dict.fromkeys(n for n in outputs if n in buffers))
+            ),
             main,
             tuple((name, buffers[name]) for name in names),
-            tuple(buffers[name].staging for name in outputs),
+            tuple((n, buffers[n].staging if n in buffers else None) for n in outputs),
         )
 
     def close(self) -> None:

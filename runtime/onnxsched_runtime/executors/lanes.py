@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -28,6 +28,9 @@ from onnxsched_runtime.plan import ExecutionPlan, Piece
 from onnxsched_runtime.settings import BufferView
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.wiring import Point, wire
+
+_SCRATCH_NBYTES = 256 << 20
+"""For warming up: to allocate for each lane alone takes longer than to run it."""
 
 
 class LaneRunner(PlanRunner):
@@ -130,8 +133,8 @@ class LaneRunner(PlanRunner):
     def prepare(self, piece: Piece) -> None:
         """Run each lane by itself, on memory that nothing shares, and capture it.
 
-        What others have not computed yet is zero, which is a valid index; in the arena it would
-        be whatever lay there before. Lanes that have been captured before are left as they are.
+        What others compute is zero there, which is a valid index; in the arena it would be
+        whatever lay there before. Lanes that have been captured before are left as they are.
 
         Raises:
             CaptureError: CUDA or ORT refuse, with the reason.
@@ -141,15 +144,31 @@ class LaneRunner(PlanRunner):
         plan = self._lanes.get(piece) or self._planned(piece)
         missing = [lane for lane in plan.lanes if lane not in self._chains]
         self._open_fused([lane.segments[0] for lane in missing if self._is_fused(lane)])
-        with ExitStack() as scratch:
-            buffers = self._scratch(missing, scratch)
-            for lane in missing:
-                if self._is_copy(lane):
-                    self._capture_copy(lane, buffers)
-                elif self._is_fused(lane):
-                    self._capture_fused(lane, buffers)
-                else:
-                    self._capture_session(lane, buffers)
+        for lanes in self._batches(missing):
+            with ExitStack() as scratch:
+                buffers = self._scratch(lanes, scratch)
+                for lane in lanes:
+                    if self._is_copy(lane):
+                        self._capture_copy(lane, buffers)
+                    elif self._is_fused(lane):
+                        self._capture_fused(lane, buffers)
+                    else:
+                        self._capture_session(lane, buffers)
+
+    def _batches(self, lanes: Sequence[Lane]) -> Iterator[list[Lane]]:
+        """Lanes whose tensors lie beside each other for a while, not too many at a time."""
+        batch: list[Lane] = []
+        held = 0
+        for lane in lanes:
+            tensors = {*lane.inputs, *lane.outputs}
+            nbytes = sum(self.buffers[name].kind.nbytes for name in tensors)
+            if batch and held + nbytes > _SCRATCH_NBYTES:
+                yield batch
+                batch, held = [], 0
+            batch.append(lane)
+            held += nbytes
+        if batch:
+            yield batch
 
     def _scratch(self, lanes: Sequence[Lane], owner: ExitStack) -> dict[str, cuda.Buffer]:
         """A place of its own for each tensor of some lanes."""
