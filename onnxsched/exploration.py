@@ -204,4 +204,5 @@ def _refine_into(
             seed=number,
             settle=partial(settled, trials.subject.contraction),
         )
-        found.append(_found(trials.subject, cost, better.schedule, better.measured_us))
+        if better.schedule != outcome.candidate.contracted:  # else it is a candidate already
+            found.append(_found(trials.subject, cost, better.schedule, better.measured_us))

@@ -250,6 +250,15 @@ def test_local_search_improves_on_the_best_and_its_finds_are_finalists(
     assert any(outcome.samples_us for outcome in searched)
 
 
+def test_what_local_search_leaves_as_it_is_stays_one_candidate(
+    model: Model, trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "measure_us", lambda self, contracted: (10.0,))
+    found = tune_once(model, GPU, is_refined=True)
+    _, candidates = candidates_of(model, GPU)
+    assert len(found.outcomes) == len(candidates) + 1, "the one from the simulator"
+
+
 def test_where_nothing_is_to_be_refined_only_candidates_are_tried(
     model: Model, simulated: type[FakeTrials]
 ) -> None:
