@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise, permutations
+from itertools import permutations
 from typing import Self
 
 from onnxsched.contraction import Contraction
@@ -24,6 +24,8 @@ from onnxsched_runtime.model import operations_from_model
 from onnxsched_runtime.partition import assemble, readers_of, segments_of_run
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Run, Segment, name_on
 
+_FIRST_COPY = 1 << 20
+"""The streams of copies are beyond those of any schedule."""
 _FEW, _MORE = 4, 8
 _LONG_US = 1500.0
 """What takes so long varies little, and a few samples are enough."""
@@ -81,7 +83,7 @@ class TrialRunner:
         for source, target in permutations(devices, 2):
             for tensor in read:
                 self._copies[tensor, source, target] = len(self._segments)
-                placement = Placement(target, len(chains) + len(self._copies))
+                placement = Placement(target, _FIRST_COPY + len(self._copies))
                 reads, writes = name_on(tensor, source), name_on(tensor, target)
                 self._segments.append(Segment((writes,), placement, (reads,), (writes,)))
 
@@ -124,18 +126,16 @@ class TrialRunner:
 
     def plan(self, contracted: Schedule) -> ExecutionPlan:
         """The chains ordered by what they read and by the streams of the schedule."""
-        lanes: dict[Placement, list[int]] = {}
-        order: list[int] = []
+        streams: dict[int, Placement] = {}
         for slot in contracted.slots:
             members = self._members[slot.operator, slot.placement.device]
-            lanes.setdefault(slot.placement, []).extend(members)
-            order += members
+            streams |= dict.fromkeys(members, slot.placement)
         return assemble(
             self._segments,
             self._inputs,
             self._outputs,
-            launch_order=list(self._with_copies(order)),
-            order_edges=[pair for lane in lanes.values() for pair in pairwise(lane)],
+            launch_order=list(self._with_copies(list(streams))),
+            streams=streams,
             copies=self._names,
         )
 

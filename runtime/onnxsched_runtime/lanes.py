@@ -66,11 +66,19 @@ _OnStream = tuple[Placement, int]
 """A stream, and how many of its segments are launched by then."""
 
 
-def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
+def lanes_of(
+    plan: ExecutionPlan, piece: Piece, known: dict[tuple[int, ...], Lane] | None = None
+) -> LanePlan:
     """Sort the steps of a captured piece by stream. O(steps + segments).
 
     What no session runs is a lane of its own, which waits for what is before it on its stream.
+
+    Args:
+        plan: What the piece takes its segments from.
+        piece: Of this plan, or put together from its segments.
+        known: Lanes by their segments; those that are missing are added.
     """
+    lanes = {} if known is None else known
     runs, position, waits = _by_stream(plan, piece)
     groups = [
         (placement, group)
@@ -94,9 +102,13 @@ def lanes_of(plan: ExecutionPlan, piece: Piece) -> LanePlan:
         if place[earlier].chain != place[later].chain
     ]
     waiting = {point.chain for _, point in between if point.boundary == 0}
-    outputs = frozenset(plan.outputs)
+    outputs: frozenset[str] | None = None
+    for placement, group in groups:
+        if tuple(group) not in lanes:
+            outputs = frozenset(plan.outputs) if outputs is None else outputs
+            lanes[tuple(group)] = _lane(plan, placement, tuple(group), outputs)
     return LanePlan(
-        tuple(_lane(plan, placement, tuple(group), outputs) for placement, group in groups),
+        tuple(lanes[tuple(group)] for _, group in groups),
         tuple(tuple(position[index] for index in group) for _, group in groups),
         tuple(between),
         tuple(number for number in range(len(groups)) if number not in waiting),

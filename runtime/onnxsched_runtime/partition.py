@@ -142,7 +142,7 @@ def assemble(
     inputs: Sequence[str],
     outputs: Sequence[str],
     launch_order: Sequence[int] | None = None,
-    order_edges: Iterable[tuple[int, int]] = (),
+    streams: Mapping[int, Placement] | None = None,
     copies: Mapping[str, str] | None = None,
 ) -> ExecutionPlan:
     """Order segments by events; neighbours that can be captured share a piece.
@@ -152,34 +152,36 @@ def assemble(
         inputs: The model's inputs.
         outputs: The model's outputs.
         launch_order: Indices of the segments to launch, in this order; all as given if None.
-        order_edges: Further pairs (earlier, later) of segments that must not overlap.
+        streams: For segments that keep the order of another stream than their own, that one.
         copies: From `with_copies`.
     """
     order = list(range(len(segments)) if launch_order is None else launch_order)
     writer = {tensor: i for i in order for tensor in segments[i].outputs}
     needs = {i: {writer[t] for t in segments[i].inputs if t in writer} for i in order}
-    for earlier, later in order_edges:
-        needs[later].add(earlier)
     pieces = []
     for host, run in groupby(order, lambda i: segments[i].host_reason is not None):
         indices = list(run)
         if host:
             pieces += [Piece(False, segments[i].placement, (Run(i),)) for i in indices]
         else:
-            pieces.append(_captured_piece(segments, indices, needs))
+            pieces.append(_captured_piece(segments, indices, needs, streams or {}))
     return ExecutionPlan(
         tuple(segments), tuple(pieces), tuple(inputs), tuple(outputs), copies or {}
     )
 
 
 def _captured_piece(
-    segments: Sequence[Segment], indices: Sequence[int], needs: Mapping[int, set[int]]
+    segments: Sequence[Segment],
+    indices: Sequence[int],
+    needs: Mapping[int, set[int]],
+    streams: Mapping[int, Placement],
 ) -> Piece:
     unit_of = {index: unit for unit, index in enumerate(indices)}
     placements = [segments[i].placement for i in indices]
-    main = min(placements)
+    ordered = [streams.get(i, segments[i].placement) for i in indices]
     local = [[unit_of[n] for n in needs[i] if n in unit_of] for i in indices]
-    waits = required_waits(placements, local, main)
+    waits = _between(placements, required_waits(ordered, local, min(ordered)), ordered)
+    main = min(placements)
     awaited = {u for units in (*waits.before, waits.at_end) for u in units}
     event = {unit: number for number, unit in enumerate(sorted(awaited))}
     steps: list[Step] = [Record(event[_START], main)] if _START in awaited else []
@@ -190,6 +192,27 @@ def _captured_piece(
             steps.append(Record(event[unit], placements[unit]))
     steps += [Wait(event[u], main) for u in waits.at_end]
     return Piece(True, main, tuple(steps))
+
+
+def _between(
+    placements: Sequence[Placement], waits: RequiredWaits, ordered: Sequence[Placement]
+) -> RequiredWaits:
+    """The waits with those between neighbours of a stream that are on streams of their own."""
+    main = min(placements)
+    last: dict[Placement, int] = {}
+    before = []
+    for unit, (placement, stream) in enumerate(zip(placements, ordered, strict=True)):
+        earlier = last.get(stream)
+        own = waits.before[unit]
+        if earlier is not None and placements[earlier] != placement:
+            own = (*own, earlier)
+        elif earlier is None and not own and placement != main:
+            own = (_START,)
+        before.append(own)
+        last[stream] = unit
+    ends = (last[min(ordered)],)
+    more = tuple(u for u in ends if placements[u] != main and u not in waits.at_end)
+    return RequiredWaits(tuple(before), (*waits.at_end, *more))
 
 
 def readers_of(

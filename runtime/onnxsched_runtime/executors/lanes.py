@@ -51,8 +51,9 @@ class LaneRunner(PlanRunner):
             custom_ops: Libraries of custom operators.
         """
         self._chains: dict[Lane, cuda.Chain] = {}
-        self._final: dict[Lane, Lane] = {}
-        """Each lane as it is run."""
+        self._known: dict[tuple[int, ...], Lane] = {}
+        self._final: dict[tuple[int, ...], Lane] = {}
+        """Each lane as it is run, by its segments."""
         self._marks: dict[Device, list[cuda.Buffer]] = {}
         self._shared: dict[Lane, tuple[str, ...]] = {}
         self._workspaces: dict[Lane, cuda.DeviceMemory] = {}
@@ -64,13 +65,15 @@ class LaneRunner(PlanRunner):
 
     def _planned(self, piece: Piece) -> LanePlan:
         """The lanes of a piece, those that can outlive their sessions prepared for it."""
-        found = lanes_of(self.plan, piece)
+        found = lanes_of(self.plan, piece, self._known)
+        final = []
         for lane in found.lanes:
-            if lane not in self._final:
+            if lane.segments not in self._final:
                 is_run = not self._is_copy(lane) and not self._is_fused(lane)
-                final = outliving(self._source, self.plan, lane) if is_run else lane
-                self._final[lane] = final
-        return replace(found, lanes=tuple(self._final[lane] for lane in found.lanes))
+                made = outliving(self._source, self.plan, lane) if is_run else lane
+                self._final[lane.segments] = made
+            final.append(self._final[lane.segments])
+        return replace(found, lanes=tuple(final))
 
     def _open_streams(self, placements: Sequence[Placement]) -> None:
         opened: dict[Device, cuda.Stream] = {}
