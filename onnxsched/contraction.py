@@ -9,6 +9,7 @@ from onnxsched.cost import Contention, CostModel, OperatorCost, mean_share
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.naming import new_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +198,7 @@ def _with_inputs(contraction: Contraction) -> Contraction:
                 readers.setdefault(weight, []).append(number)
     inputs, edges = [], []
     for number, (weight, reading) in enumerate(readers.items()):
-        name = weight.tensor
-        while name in taken:
-            name += "_"
-        taken.add(name)
+        name = new_name(weight.tensor, taken)
         inputs.append(Operator(name, "Input", weights=(weight,)))  # it stays to the end
         edges += [
             Edge(number, len(readers) + reader, weight.tensor, weight.nbytes) for reader in reading

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -61,17 +62,11 @@ def explored(trials: Trials, is_refined: bool) -> tuple[list[Outcome], float]:
         return tried, 0.0
     trials.progress("preparing trials", 0, len(tried))
     start, needed_s = time.monotonic(), 0.0
-    try:
-        with TrialRunner(subject.model, subject.contraction, devices, trials.custom_ops) as runner:
-            needed_s = time.monotonic() - start
-            _try_all(trials, tried, runner)
-            if any(outcome.trial_us is not None for outcome in tried):
-                _look_further(trials, tried, runner, is_refined)
-    except CaptureError:
-        pass
-    except OnnxschedError:  # chains need more memory than schedules
-        if not trials.machine.is_limited:
-            raise
+    with _as_far_as_it_goes(trials), _runner(trials) as runner:
+        needed_s = time.monotonic() - start
+        _try_all(trials, tried, runner)
+        if any(outcome.trial_us is not None for outcome in tried):
+            _look_further(trials, tried, runner, is_refined)
     return tried, needed_s
 
 
@@ -85,22 +80,34 @@ def explored_on_all(trials: Trials, outcomes: Sequence[Outcome]) -> list[Outcome
         trials: Of the subject.
         outcomes: All of its schedules over several devices.
     """
-    subject, devices = trials.subject, trials.machine.devices
+    subject = trials.subject
     tried = sorted(outcomes, key=expected)
     found: list[Outcome] = []
     trials.progress("preparing trials", 0, len(tried))
+    with _as_far_as_it_goes(trials), _runner(trials) as runner:
+        _try_all(trials, tried, runner)
+        if trials.is_time_left():
+            cost = contract_cost(subject.contraction, subject.cost)
+            _refine_into(found, trials, cost, tried, runner)
+    return [*tried, *(outcome for outcome in found if _fits(trials, outcome))]
+
+
+@contextmanager
+def _as_far_as_it_goes(trials: Trials) -> Iterator[None]:
+    """Keep what has been tried where the model can't be captured, or all chains have no room."""
     try:
-        with TrialRunner(subject.model, subject.contraction, devices, trials.custom_ops) as runner:
-            _try_all(trials, tried, runner)
-            if trials.is_time_left():
-                cost = contract_cost(subject.contraction, subject.cost)
-                _refine_into(found, trials, cost, tried, runner)
+        yield
     except CaptureError:
         pass
-    except OnnxschedError:  # chains on every device need more memory than schedules
+    except OnnxschedError:  # chains need more memory than schedules
         if not trials.machine.is_limited:
             raise
-    return [*tried, *(outcome for outcome in found if _fits(trials, outcome))]
+
+
+def _runner(trials: Trials) -> TrialRunner:
+    subject = trials.subject
+    devices = trials.machine.devices
+    return TrialRunner(subject.model, subject.contraction, devices, trials.custom_ops)
 
 
 def _fits(trials: Trials, outcome: Outcome) -> bool:

@@ -23,7 +23,8 @@ from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.files import read_model, serialized, write_model
-from onnxsched_runtime.model import input_values, name_nodes, new_name, node_reads
+from onnxsched_runtime.model import input_values, name_nodes, node_reads
+from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.session import optimize_file, to_float16
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource

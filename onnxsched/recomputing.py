@@ -12,6 +12,7 @@ from onnxsched.memory import too_full
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import Timeline, simulate
 from onnxsched_runtime.device import Device
+from onnxsched_runtime.naming import unused_name
 
 _DRAWING_TYPES = RANDOM_TYPES | {"Dropout"}
 """What may write something else each time."""
@@ -162,10 +163,4 @@ def _promising(
         return None
     names = {other.name for other in graph.operators}
     consumers = tuple(graph.operators[v].name for v in sorted(here))
-    return Duplicate(node.name, _unused(f"{node.name}/copy", names), consumers)
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
+    return Duplicate(node.name, unused_name(f"{node.name}/copy", names), consumers)

@@ -8,7 +8,7 @@ every tensor, for neighbours on a stream and for every copy between devices, in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 from typing import Self
@@ -18,11 +18,12 @@ from onnxsched.inputs import random_inputs
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule
 from onnxsched_runtime import cuda
+from onnxsched_runtime.crossing import homes_of, with_copies
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.lanes import LaneRunner
 from onnxsched_runtime.model import operations_from_model
 from onnxsched_runtime.partition import assemble, readers_of, segments_of_run
-from onnxsched_runtime.plan import ExecutionPlan, Piece, Run, Segment, name_on
+from onnxsched_runtime.plan import ExecutionPlan, Operation, Piece, Run, Segment, name_on
 
 _FIRST_COPY = 1 << 20
 """The streams of copies are beyond those of any schedule."""
@@ -90,13 +91,14 @@ class TrialRunner:
     def _fill_inputs(self, model: Model) -> None:
         """Give inputs numbers: kernels that multiply zeros may take another time."""
         arrays = random_inputs(model.baseline, model.tensors, seed=0)
-        streams = {placement.device: s for placement, s in self._runner.streams.items()}
-        main = next(iter(streams.values()))
-        for name, buffer in self._runner.buffers.items():
-            if (tensor := self._original(name)) in arrays:
-                stream = streams.get(buffer.device, main)
-                buffer.fill(arrays[tensor], stream)
-                stream.synchronize()
+        runner = self._runner
+        streams = {placement.device: stream for placement, stream in runner.streams.items()}
+        for device, stream in streams.items():
+            for tensor, array in arrays.items():
+                buffer = runner.buffers.get(runner.plan.named(tensor, device))
+                if buffer is not None:
+                    buffer.fill(array, stream)
+            stream.synchronize()
 
     def _all(self) -> ExecutionPlan:
         """All that schedules are put together from; over several devices it is never run so."""
@@ -113,7 +115,6 @@ class TrialRunner:
             CaptureError: The model can't be captured.
         """
         piece = self.plan(contracted).pieces[0]
-        self._runner.prepare(piece)
         graph = self._runner.capture(piece)
         try:
             main = self._runner.streams[piece.main]
@@ -134,40 +135,33 @@ class TrialRunner:
             self._segments,
             self._inputs,
             self._outputs,
-            launch_order=list(self._with_copies(list(streams))),
+            launch_order=self._with_copies(list(streams)),
             streams=streams,
             copies=self._names,
         )
 
-    def _with_copies(self, order: Sequence[int]) -> Iterator[int]:
-        """Segments to launch, each followed by the copies of what it writes, as plans have them.
-
-        A tensor of the caller's is on the device that reads it first.
-        """
-        home: dict[str, Device] = {}
-        for index in order:
-            segment = self._segments[index]
-            home |= {self._original(t): segment.placement.device for t in segment.outputs}
-        wanted: dict[str, dict[int, None]] = {}
-        for index in order:
-            segment = self._segments[index]
-            device = segment.placement.device
-            for tensor in map(self._original, segment.inputs):
-                source = home.setdefault(tensor, device)
-                if source != device:
-                    copy = self._copies[tensor, source, device]
-                    wanted.setdefault(tensor, {})[copy] = None
-        written = {self._original(t) for index in order for t in self._segments[index].outputs}
-        for tensor, copies in wanted.items():
-            if tensor not in written:
-                yield from copies
-        for index in order:
-            yield index
-            for tensor in map(self._original, self._segments[index].outputs):
-                yield from wanted.get(tensor, ())
-
-    def _original(self, tensor: str) -> str:
-        return self._names.get(tensor, tensor)
+    def _with_copies(self, order: Sequence[int]) -> list[int]:
+        """Segments to launch, with the copies that plans have and where plans have them."""
+        if not self._names:
+            return list(order)
+        original = self._runner.plan.original
+        operations = [
+            Operation(
+                str(index),
+                self._segments[index].placement,
+                tuple(map(original, self._segments[index].inputs)),
+                tuple(map(original, self._segments[index].outputs)),
+            )
+            for index in order
+        ]
+        home = homes_of(operations)
+        launched, copies = with_copies(operations)
+        return [
+            self._copies[copies[o.name], home[copies[o.name]], o.placement.device]
+            if o.name in copies
+            else int(o.name)
+            for o in launched
+        ]
 
     def close(self) -> None:
         """Free what is still open."""

@@ -145,15 +145,16 @@ def _best_form_explored(
 ) -> list[Outcome]:
     """The outcomes with what is found for the form of the model that is best over several GPUs."""
     spread = [o for o in outcomes if len(o.candidate.schedule.devices) > 1]
-    form = min(spread, key=expected).form if spread else None
-    for of in trials:
-        if of.subject.model.form == form and not of.subject.model.host_reasons:
-            of = replace(of, deadline=deadline)
-            own = [outcome for outcome in spread if outcome.form == form]
-            others = {id(outcome) for outcome in outcomes} - set(map(id, own))
-            kept = [outcome for outcome in outcomes if id(outcome) in others]
-            return [*kept, *(explored_on_all(of, own) if of.is_time_left() else own)]
-    return list(outcomes)
+    if not spread:
+        return list(outcomes)
+    form = min(spread, key=expected).form
+    best = next(of for of in trials if of.subject.model.form == form)
+    best = replace(best, deadline=deadline)
+    if best.subject.model.host_reasons or not best.is_time_left():
+        return list(outcomes)
+    own = [outcome for outcome in spread if outcome.form == form]
+    kept = [o for o in outcomes if o.form != form or len(o.candidate.schedule.devices) == 1]
+    return [*kept, *explored_on_all(best, own)]
 
 
 def _on_first_device(trials: Trials) -> tuple[Trials, Trials]:

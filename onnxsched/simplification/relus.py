@@ -13,7 +13,8 @@ from onnxsched.simplification.replacing import (
     is_standard,
     renamed,
 )
-from onnxsched_runtime.model import new_name, node_reads
+from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.pools import may_see_padding_alone
 
 _KEEPS_SIGN = {

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched_runtime.model import captured_reads, node_reads, unused_name
+from onnxsched_runtime.model import captured_reads, node_reads
+from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.tensor import TensorType
 
 _T = TypeVar("_T")

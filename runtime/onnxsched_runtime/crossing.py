@@ -24,7 +24,7 @@ def with_copies(
     Returns:
         The operations with copies among them, and for each copied tensor the tensor it copies.
     """
-    homes = _homes(operations)
+    homes = homes_of(operations)
     streams: dict[Device, int] = {}
     for operation in operations:
         device, stream = operation.placement.device, operation.placement.stream
@@ -54,7 +54,7 @@ def copy_of(tensor: str, placement: Placement) -> Operation:
     return Operation(name, placement, (tensor,), (name,))
 
 
-def _homes(operations: Iterable[Operation]) -> Mapping[str, Device]:
+def homes_of(operations: Iterable[Operation]) -> Mapping[str, Device]:
     """The device that each tensor lives on, for those that a captured operation reads."""
     homes: dict[str, Device] = {}
     for operation in operations:

@@ -12,7 +12,8 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of, node_reads, unused_name
+from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of, node_reads
+from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.pools import may_see_padding_alone
 from onnxsched_runtime.source import ModelSource

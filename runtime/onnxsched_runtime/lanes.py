@@ -8,7 +8,7 @@ that nothing else is copied to, so that it is found in what was captured, and le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -67,7 +67,10 @@ _OnStream = tuple[Placement, int]
 
 
 def lanes_of(
-    plan: ExecutionPlan, piece: Piece, known: dict[tuple[int, ...], Lane] | None = None
+    plan: ExecutionPlan,
+    piece: Piece,
+    known: dict[tuple[int, ...], Lane] | None = None,
+    finish: Callable[[Lane], Lane] = lambda lane: lane,
 ) -> LanePlan:
     """Sort the steps of a captured piece by stream. O(steps + segments).
 
@@ -77,6 +80,7 @@ def lanes_of(
         plan: What the piece takes its segments from.
         piece: Of this plan, or put together from its segments.
         known: Lanes by their segments; those that are missing are added.
+        finish: Makes of each that is added what it is to be.
     """
     lanes = {} if known is None else known
     runs, position, waits = _by_stream(plan, piece)
@@ -106,7 +110,7 @@ def lanes_of(
     for placement, group in groups:
         if tuple(group) not in lanes:
             outputs = frozenset(plan.outputs) if outputs is None else outputs
-            lanes[tuple(group)] = _lane(plan, placement, tuple(group), outputs)
+            lanes[tuple(group)] = finish(_lane(plan, placement, tuple(group), outputs))
     return LanePlan(
         tuple(lanes[tuple(group)] for _, group in groups),
         tuple(tuple(position[index] for index in group) for _, group in groups),

@@ -23,7 +23,8 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.files import read_model
 from onnxsched_runtime.fusing import fused
-from onnxsched_runtime.model import declared_types, input_values, name_nodes, new_name, node_reads
+from onnxsched_runtime.model import declared_types, input_values, name_nodes, node_reads
+from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.session import OrtSession, lower_to_file
 from onnxsched_runtime.settings import SessionSettings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -54,20 +54,6 @@ def name_nodes(model: onnx.ModelProto) -> None:
             name = f"{stem}_{last[stem]}"
         node.name = name
         taken.add(name)
-
-
-def unused_name(stem: str, *taken: Container[str]) -> str:
-    """A name that is in none of these."""
-    while any(stem in names for names in taken):
-        stem += "_"
-    return stem
-
-
-def new_name(stem: str, taken: set[str]) -> str:
-    """A name that is not taken yet; it is then."""
-    name = unused_name(stem, taken)
-    taken.add(name)
-    return name
 
 
 def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:

@@ -210,9 +210,9 @@ def _between(
             own = (_START,)
         before.append(own)
         last[stream] = unit
-    ends = (last[min(ordered)],)
-    more = tuple(u for u in ends if placements[u] != main and u not in waits.at_end)
-    return RequiredWaits(tuple(before), (*waits.at_end, *more))
+    end = last[min(ordered)]
+    is_known = placements[end] == main or end in waits.at_end
+    return RequiredWaits(tuple(before), waits.at_end if is_known else (*waits.at_end, end))
 
 
 def readers_of(

@@ -35,6 +35,7 @@ from support.optimizing import loaded
 from support.strategies import GPU
 
 STREAMS = 3
+TWO_GPUS = Machine((GPU, Device("cuda", 1)), STREAMS)
 
 
 def cost_of(model: Model) -> TableCost:
@@ -43,11 +44,15 @@ def cost_of(model: Model) -> TableCost:
 
 
 def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tuple[Candidate, ...]]:
+    return candidates_on(Machine((device,), STREAMS), model, cost_of(model))
+
+
+def candidates_on(
+    machine: Machine, model: Model, cost: TableCost
+) -> tuple[Contraction, tuple[Candidate, ...]]:
     graph = graph_from_model(model)
     contraction = contract_chains(graph)
-    machine = Machine((device,), STREAMS)
-    proposed = propose(graph, contraction, cost_of(model), machine, tuple(POLICIES))
-    return contraction, proposed
+    return contraction, propose(graph, contraction, cost, machine, tuple(POLICIES))
 
 
 def tune_once(
@@ -346,11 +351,10 @@ def test_over_several_devices_each_is_built_tried_and_closed(
     monkeypatch.delattr(exploration, "TrialRunner")
     contraction, candidates = candidates_of(model)
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
-    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
 
     def tuned_within(budget_s: float) -> tuple[Outcome, ...]:
         found = tune(
-            [subject], machine, budget_s=budget_s, custom_ops=(), progress=lambda *_: None
+            [subject], TWO_GPUS, budget_s=budget_s, custom_ops=(), progress=lambda *_: None
         )
         assert_ranked(found.outcomes)
         assert opened == []
@@ -365,10 +369,7 @@ def test_over_several_devices_each_is_built_tried_and_closed(
 def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
     model: Model, trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
-    graph = graph_from_model(model)
-    contraction = contract_chains(graph)
-    candidates = propose(graph, contraction, cost_of(model), machine, tuple(POLICIES))
+    contraction, candidates = candidates_on(TWO_GPUS, model, cost_of(model))
     subject = Subject(model, model, contraction, cost_of(model), candidates, {}, {})
     built: list[Outcome] = []
 
@@ -378,7 +379,7 @@ def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
 
     monkeypatch.setattr(tuning, "_tried_in_turn", in_turn)
     found = tune(
-        [subject], machine, budget_s=60.0, is_refined=False, custom_ops=(),
+        [subject], TWO_GPUS, budget_s=60.0, is_refined=False, custom_ops=(),
         progress=lambda *_: None,
     )  # fmt: skip
     alone = [c for c in candidates if c.schedule.devices == (GPU,)]
@@ -395,11 +396,9 @@ def test_over_several_gpus_schedules_on_the_first_are_tried_from_its_chains(
 def test_over_several_gpus_the_best_form_is_explored_on_all_of_them(
     model: Model, simulated: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
     graph = graph_from_model(model)
-    contraction = contract_chains(graph)
     cost = TableCost(tuple(OperatorCost(100.0) for _ in graph.operators))
-    candidates = propose(graph, contraction, cost, machine, tuple(POLICIES))
+    contraction, candidates = candidates_on(TWO_GPUS, model, cost)
     names = ("none", "merge")
     subjects = [
         Subject(model, replace(model, rewrite=n), contraction, cost, candidates, {}, {})
@@ -424,8 +423,8 @@ def test_over_several_gpus_the_best_form_is_explored_on_all_of_them(
 
     monkeypatch.setattr(simulated, "__init__", noted)
     monkeypatch.setattr(tuning, "_tried_in_turn", in_turn)
-    found = tune(subjects, machine, budget_s=60.0, custom_ops=(), progress=lambda *_: None)
-    assert opened == [("merge", machine.devices), ("none", (GPU,))]
+    found = tune(subjects, TWO_GPUS, budget_s=60.0, custom_ops=(), progress=lambda *_: None)
+    assert opened == [("merge", TWO_GPUS.devices), ("none", (GPU,))]
     spread = [o for o in found.outcomes if len(o.candidate.schedule.devices) > 1]
     merged = [o for o in spread if o.form[1] == "merge"]
     assert all(o.trial_us is not None for o in merged)
@@ -435,16 +434,14 @@ def test_over_several_gpus_the_best_form_is_explored_on_all_of_them(
     on_all = [outcome for outcome in searched if outcome.form[1] == "merge"]
     assert on_all
     for outcome in on_all:
-        check_schedule(contraction.graph, machine, outcome.candidate.contracted)
-        check_schedule(graph, machine, outcome.candidate.schedule)
+        check_schedule(contraction.graph, TWO_GPUS, outcome.candidate.contracted)
+        check_schedule(graph, TWO_GPUS, outcome.candidate.schedule)
     least_us = min(o.trial_us or 0.0 for o in merged)
     assert min(o.trial_us or 0.0 for o in on_all) < least_us
 
 
 def test_the_best_on_one_device_is_built_before_what_may_be_too_late(model: Model) -> None:
-    machine = Machine((GPU, Device("cuda", 1)), STREAMS)
-    graph = graph_from_model(model)
-    found = propose(graph, contract_chains(graph), cost_of(model), machine, tuple(POLICIES))
+    _, found = candidates_on(TWO_GPUS, model, cost_of(model))
     alone = [c for c in found if c.schedule.devices == (GPU,)]
     [plain] = [c for c in alone if c.policy == "sequential"]
     best = next(c for c in alone if c is not plain)

@@ -52,7 +52,6 @@ class LaneRunner(PlanRunner):
         """
         self._chains: dict[Lane, cuda.Chain] = {}
         self._known: dict[tuple[int, ...], Lane] = {}
-        self._final: dict[tuple[int, ...], Lane] = {}
         """Each lane as it is run, by its segments."""
         self._marks: dict[Device, list[cuda.Buffer]] = {}
         self._shared: dict[Lane, tuple[str, ...]] = {}
@@ -65,15 +64,12 @@ class LaneRunner(PlanRunner):
 
     def _planned(self, piece: Piece) -> LanePlan:
         """The lanes of a piece, those that can outlive their sessions prepared for it."""
-        found = lanes_of(self.plan, piece, self._known)
-        final = []
-        for lane in found.lanes:
-            if lane.segments not in self._final:
-                is_run = not self._is_copy(lane) and not self._is_fused(lane)
-                made = outliving(self._source, self.plan, lane) if is_run else lane
-                self._final[lane.segments] = made
-            final.append(self._final[lane.segments])
-        return replace(found, lanes=tuple(final))
+        return lanes_of(self.plan, piece, self._known, self._finished)
+
+    def _finished(self, lane: Lane) -> Lane:
+        if self._is_copy(lane) or self._is_fused(lane):
+            return lane
+        return outliving(self._source, self.plan, lane)
 
     def _open_streams(self, placements: Sequence[Placement]) -> None:
         opened: dict[Device, cuda.Stream] = {}
@@ -142,15 +138,16 @@ class LaneRunner(PlanRunner):
         Raises:
             CaptureError: CUDA or ORT refuse, with the reason.
         """
-        if not piece.captured:
-            return
-        plan = self._lanes.get(piece) or self._planned(piece)
-        missing = [lane for lane in plan.lanes if lane not in self._chains]
+        if piece.captured:
+            self._prepare((self._lanes.get(piece) or self._planned(piece)).lanes)
+
+    def _prepare(self, lanes: Sequence[Lane]) -> None:
+        missing = [lane for lane in lanes if lane not in self._chains]
         self._open_fused([lane.segments[0] for lane in missing if self._is_fused(lane)])
-        for lanes in self._batches(missing):
+        for batch in self._batches(missing):
             with ExitStack() as scratch:
-                buffers = self._scratch(lanes, scratch)
-                for lane in lanes:
+                buffers = self._scratch(batch, scratch)
+                for lane in batch:
                     if self._is_copy(lane):
                         self._capture_copy(lane, buffers)
                     elif self._is_fused(lane):
@@ -247,9 +244,9 @@ class LaneRunner(PlanRunner):
     def capture(
         self, piece: Piece, uploads: Sequence[str] = (), fetches: Sequence[str] = ()
     ) -> cuda.Graph:
-        """Put a prepared piece together as one CUDA graph.
+        """Put a piece together as one CUDA graph.
 
-        Lanes have been captured; putting them together in any order takes milliseconds.
+        Lanes that are not prepared yet are; putting them together in any order takes milliseconds.
 
         Args:
             piece: What the graph runs: a piece of the plan, or one of the same lanes that orders
@@ -262,6 +259,7 @@ class LaneRunner(PlanRunner):
         """
         stream = self.streams[piece.main]
         plan = self._lanes.get(piece) or self._planned(piece)
+        self._prepare(plan.lanes)
         into, out = len(plan.lanes), len(plan.lanes) + 1  # the chains of copies, after the lanes
         ends = [Point(number, len(lane.segments)) for number, lane in enumerate(plan.lanes)]
         waits = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ WARM_UP_COUNT = 2
 """Runs before a capture: ORT settles its memory pattern in the second."""
 
 
-class PlanRunner:
+class PlanRunner(ABC):
     """The streams, buffers and sessions of a plan on a GPU; what they run is up to its kinds."""
 
     def __init__(
@@ -95,21 +96,21 @@ class PlanRunner:
             check_arena(self.plan, nbytes, arena, touched)
             self.buffers |= self._buffers_in(arena, device, self._resources)
 
+    @abstractmethod
     def _tensors(self) -> Mapping[str, Device]:
         """What needs a fixed address, and on which device."""
-        raise NotImplementedError
 
     def _touched(self) -> Touched:
         """What uses the places of tensors under other names."""
         return {}
 
+    @abstractmethod
     def _open_runs(self) -> None:
         """Make the sessions that run on the GPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, piece: Piece) -> None:
         """Make a piece ready to be captured or issued; pieces before it have been."""
-        raise NotImplementedError
 
     def _kind(self, tensor: str) -> TensorType:
         return self._source.tensors[self.plan.original(tensor)]

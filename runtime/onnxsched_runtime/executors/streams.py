@@ -51,8 +51,6 @@ class StreamExecutor:
         self._linked: list[cuda.Graph] = []
         """Graphs that send and receive."""
         self.refusal: str | None = None
-        self.is_one_graph = False
-        """Whether a run is one launch of a graph that copies inputs and outputs too."""
         if links is not None:
             self._open_linked(source, custom_ops, links, is_captured=capture == "whole")
             return
@@ -84,7 +82,6 @@ class StreamExecutor:
             )
         try:
             self._prepare()
-            self.is_one_graph = mode == "whole" and self.is_one_piece
         except BaseException:
             self.close()
             raise
@@ -162,6 +159,11 @@ class StreamExecutor:
         """Whether a run is one launch with nothing left to the host."""
         return len(self._plan.pieces) == 1 and self._plan.pieces[0].captured
 
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether a run is one launch of a graph that copies inputs and outputs too."""
+        return self._pieces is not None and self.is_one_piece
+
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run and return the named outputs as host values.
 
@@ -169,7 +171,7 @@ class StreamExecutor:
             feeds: Host values of every model input.
             outputs: Names of model outputs.
         """
-        if self._pieces is not None and self.is_one_graph:
+        if self._pieces is not None and self.is_one_piece:
             return self._pieces.run(feeds, outputs)
         values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
         stream = self._end_stream()
