@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,16 +183,13 @@ def origins(portable: onnx.ModelProto, lowered: onnx.ModelProto) -> dict[str, st
 def _spread(model: onnx.ModelProto, known: Mapping[str, Placement]) -> dict[str, Placement]:
     """Place every node, given some in launch order.
 
-    The others go beside what they read from, else beside what reads them. The order is made
-    topological where a fusion has moved an edge.
+    The others go where the chain of operators goes that they are in: beside their only reader, if
+    that reads nothing else, for what cuts a piece out of a tensor ends a chain. Else they go
+    beside what they read from, else beside what reads them. The order is made topological where a
+    fusion has moved an edge.
     """
     nodes = model.graph.node
-    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output if tensor}
-    reads = [sorted({writer[t] for t in node_reads(n) if t in writer}) for n in nodes]
-    readers: list[list[int]] = [[] for _ in nodes]
-    for index, sources in enumerate(reads):
-        for source in sources:
-            readers[source].append(index)
+    reads, readers = _neighbours(nodes)
     position = {name: number for number, name in enumerate(known)}
     found: dict[int, tuple[_Key, Placement]] = {
         i: ((position[node.name], 0, i), known[node.name])
@@ -204,17 +201,34 @@ def _spread(model: onnx.ModelProto, known: Mapping[str, Placement]) -> dict[str,
             "ONNX Runtime renames every operator of the model when it changes the layout, so the "
             "schedule can't be carried over; run `onnxsched optimize --no-variants`."
         )
-    for index in range(len(nodes)):
-        near = [found[source] for source in reads[index] if source in found]
+
+    def put(index: int, side: int, beside: Iterable[int]) -> None:
+        """Place a node after the last (side 1) or before the first (-1) of those in place."""
+        near = [found[other] for other in beside if other in found]
         if index not in found and near:
-            (place, _, _), placement = max(near)
-            found[index] = ((place, 1, index), placement)
+            (place, _, _), placement = max(near) if side > 0 else min(near)
+            found[index] = ((place, side, index), placement)
+
     for index in reversed(range(len(nodes))):
-        near = [found[reader] for reader in readers[index] if reader in found]
-        if index not in found:
-            (place, _, _), placement = min(near) if near else min(found.values())
-            found[index] = ((place, -1, index), placement)
+        if len(readers[index]) == 1 and len(reads[readers[index][0]]) == 1:
+            put(index, -1, readers[index])
+    for index in range(len(nodes)):
+        put(index, 1, reads[index])
+    for index in reversed(range(len(nodes))):
+        put(index, -1, readers[index])
+        put(index, -1, found)
     return {
         nodes[i].name: found[i][1]
         for i in topological([found[i][0] for i in range(len(nodes))], reads)
     }
+
+
+def _neighbours(nodes: Sequence[onnx.NodeProto]) -> tuple[list[list[int]], list[list[int]]]:
+    """For each node those that it reads from, and those that read from it."""
+    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output if tensor}
+    reads = [sorted({writer[t] for t in node_reads(n) if t in writer}) for n in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for index, sources in enumerate(reads):
+        for source in sources:
+            readers[source].append(index)
+    return reads, readers

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, DrawFn
 from onnx import helper
 
+from onnxsched.contraction import contract_chains
+from onnxsched.graph import Edge, Operator, OperatorGraph
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.load import Session
@@ -99,17 +101,25 @@ def test_renamed_nodes_keep_stream_and_order_and_transposes_go_beside_them() -> 
     assert list(to_portable(carried, PORTABLE, lowered).items()) == list(SCHEDULE.items())
 
 
-def test_what_is_added_between_goes_after_the_last_that_it_reads_from() -> None:
+def test_what_is_added_between_goes_where_the_chain_goes_that_it_is_in() -> None:
     lowered = graph("a: x", "b: a", "c: a", "added: b c", "more: added", "d: more")
     carried = to_lowered(SCHEDULE, PORTABLE, lowered)
     assert list(carried.items()) == [
         ("a", stream(1)),
         ("c", stream(2)),
         ("b", stream(3)),
-        ("added", stream(3)),
-        ("more", stream(3)),
+        ("added", stream(1)),
+        ("more", stream(1)),
         ("d", stream(1)),
     ]
+
+
+def test_what_is_added_at_a_fork_or_a_join_goes_after_the_last_that_it_reads_from() -> None:
+    lowered = graph("a: x", "b: a", "c: a", "fork: b", "join: fork c", "d: join a", "e: fork d")
+    carried = to_lowered(SCHEDULE, PORTABLE, lowered)
+    assert carried["fork"] == stream(3)
+    assert carried["join"] == stream(3)
+    assert carried["e"] == stream(1)
 
 
 def test_a_node_that_was_fused_away_goes_beside_what_it_reads_from() -> None:
@@ -247,6 +257,34 @@ def test_the_launch_order_of_survivors_stays_where_no_edge_has_moved(case: Lower
     assert [origin[name] for name in there if name in origin] == launched
     back = to_portable(there, case.portable, case.lowered)
     assert [name for name in back if name in case.survivors] == launched
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_schedule_of_chains_is_the_same_there_and_back(data: DataObject) -> None:
+    case = data.draw(lowerings(moves_edges=False))
+    graph = operators_of(case.lowered)
+    origin = origins(case.portable, case.lowered)
+    names = [node.name for node in case.lowered.graph.node]
+    chains = contract_chains(graph).groups
+    order = data.draw(topological_orders([graph.predecessors[i] for i in range(len(graph))]))
+    placement = {i: stream(data.draw(st.integers(0, 3))) for i in range(len(chains))}
+    there = {names[i]: placement[n] for i in order for n, c in enumerate(chains) if i in c}
+    back = to_lowered(to_portable(there, case.portable, case.lowered), case.portable, case.lowered)
+    named = [c for c in chains if any(names[i] in origin for i in c)]
+    kept = {names[i] for chain in named for i in chain}
+    assert {n: back[n] for n in kept} == {n: there[n] for n in kept}
+
+
+def operators_of(model: onnx.ModelProto) -> OperatorGraph:
+    nodes = model.graph.node
+    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output}
+    edges = {
+        Edge(writer[t], i, t, 4) for i, node in enumerate(nodes) for t in node.input if t in writer
+    }
+    return OperatorGraph(
+        tuple(Operator(node.name, node.op_type) for node in nodes), tuple(sorted(edges, key=str))
+    )
 
 
 @pytest.mark.parametrize("name", ["diamond", "two_towers", "fork_join"])
