@@ -204,8 +204,9 @@ def _spread(model: onnx.ModelProto, known: Mapping[str, Placement]) -> dict[str,
 
     def put(index: int, side: int, beside: Iterable[int]) -> None:
         """Place a node after the last (side 1) or before the first (-1) of those in place."""
-        near = [found[other] for other in beside if other in found]
-        if index not in found and near:
+        if index in found:
+            return
+        if near := [found[other] for other in beside if other in found]:
             (place, _, _), placement = max(near) if side > 0 else min(near)
             found[index] = ((place, side, index), placement)
 
