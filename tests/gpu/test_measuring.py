@@ -113,6 +113,7 @@ def test_streams_are_never_aliased() -> None:
         stream.close()
 
 
+@pytest.mark.alone  # two percent are less than what neighbours cost
 def test_streams_that_are_idle_slow_nothing_down(
     zoo: Callable[[str], Path], tmp_path: Path
 ) -> None:
