@@ -47,7 +47,7 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(
             f"| {model} | {batch} | {' | '.join(cells)} | {over_reference} | {over_torch} |"
         )
-    return "\n".join([*lines, "", *_costs(report), *_notes(report)]) + "\n"
+    return "\n".join([*lines, "", *_costs(report), *_policies(report), *_notes(report)]) + "\n"
 
 
 def grouped(report: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -109,6 +109,28 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     table = [f"| model | batch | {' | '.join(heads)} |", f"| --- | ---: |{' ---: |' * len(heads)}"]
     return [*table, *lines, ""] if lines else []
+
+
+def _policies(report: Mapping[str, Any]) -> list[str]:
+    """How much longer each policy's fastest schedule took than the fastest of all.
+
+    All were tried in the process that made `auto`, on the same kernels, which suits comparing
+    policies better than arms that each choose kernels for themselves.
+    """
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for (model, batch, *_), arms in grouped(report).items():
+        for entry in arms.get("auto", {}).get("alternatives", ()):
+            if (tried_us := entry["tried_us"]) is not None:
+                best = found.setdefault((model, batch), {})
+                best[entry["policy"]] = min(tried_us, best.get(entry["policy"], tried_us))
+    names = sorted({name for best in found.values() for name in best})
+    lines = []
+    for (model, batch), best in found.items():
+        least_us = min(best.values())
+        cells = [f"{best[name] / least_us:.2f}" if name in best else "" for name in names]
+        lines.append(f"| {model} | {batch} | {' | '.join(cells)} |")
+    head = [f"| model | batch | {' | '.join(names)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
+    return [*head, *lines, ""] if lines else []
 
 
 def _megabytes(entry: Any) -> str:

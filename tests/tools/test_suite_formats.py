@@ -54,6 +54,19 @@ def test_a_second_table_says_what_auto_costs_and_how_near_its_bounds_it_is() -> 
     assert cells[4:] == ["12", "95", "300", "80", "50", "1.25x"]
 
 
+def test_a_third_table_compares_what_policies_were_tried_with() -> None:
+    content = report()
+    ours = next(entry for entry in content["results"] if entry["arm"] == "auto")
+    tried = [("opara", 110.0), ("opara", 105.0), ("search", 100.0), ("ios", None)]
+    ours["alternatives"] = [
+        {"policy": policy, "tried_us": tried_us, "predicted_us": 1.0, "measured_us": None}
+        for policy, tried_us in tried
+    ]
+    lines = table(content).splitlines()
+    place = lines.index("| model | batch | opara | search |")
+    assert lines[place + 2 : place + 4] == ["| googlenet | 1 | 1.05 | 1.00 |", ""]
+
+
 def test_the_table_names_the_machine_and_what_failed() -> None:
     text = table(report())
     assert "a GPU, 2000-01-01" in text
