@@ -62,20 +62,23 @@ def _ort_type(kind: onnx.TypeProto) -> str:
 
 
 def host_array(argument: NodeArg, value: Any) -> Any:
-    """A host value of the input's type and shape."""
+    """A host value of the input's type and shape.
+
+    Raises:
+        UsageError: It is of another, or no array at all.
+    """
     if not argument.type.startswith("tensor("):
         return value
-    if hasattr(value, "detach"):
-        try:
-            value = value.detach().cpu().numpy()
-        except TypeError as error:
-            raise UsageError(f"Input '{argument.name}' can't be read ({error}).") from error
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, on `meta`, lazily negated
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"Input '{argument.name}' can't be read ({reason}).") from error
     dtype = _dtype_of(argument.type)
     if array.dtype != dtype and dtype.kind != "O":
-        raise UsageError(
-            f"Input '{argument.name}' takes {dtype.name}, got {array.dtype.name}; convert it."
-        )
+        is_swapped = array.dtype.name == dtype.name
+        found = f"{array.dtype.name} of another byte order" if is_swapped else array.dtype.name
+        raise UsageError(f"Input '{argument.name}' takes {dtype.name}, got {found}; convert it.")
     _check_shape(argument, array.shape)
     return np.ascontiguousarray(array) if array.ndim else array
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Self, get_args
 
@@ -23,6 +25,8 @@ from onnxsched_runtime.files import read_model
 from onnxsched_runtime.model import input_values
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.source import ModelSource
+
+_UNFUSED = "cuDNN has no kernel here for a fused convolution; sessions run all"
 
 
 def load(
@@ -92,7 +96,11 @@ def moved(annotation: Annotation, device_map: Mapping[str, str]) -> Annotation:
 
 
 class Session:
-    """A scheduled model, used like `onnxruntime.InferenceSession`."""
+    """A scheduled model, used like `onnxruntime.InferenceSession`.
+
+    What nobody holds any more is closed, unless it is one of several processes, which must leave
+    together.
+    """
 
     def __init__(
         self,
@@ -125,23 +133,29 @@ class Session:
             self._inputs, self._outputs = [], []
         self._input_names = {argument.name for argument in self._inputs}
         self._output_names = [argument.name for argument in self._outputs]
-        device = None if membership is None else membership.device
-        source = lowered or lowered_source(model, annotation, custom_ops, device)
         self._unfused: str | None = None
-        if source.variant != annotation.variant:
-            self._unfused = "cuDNN has no kernel here for a fused convolution; sessions run all"
-        self.plan: ExecutionPlan = plan_lowered(model, annotation, source)
+        self.plan: ExecutionPlan
         self._executor: Executor
-        if membership is None:
-            self._executor = open_executor(
-                source, self.plan, capture=capture, custom_ops=custom_ops
-            )
-        else:
-            self._executor = RankExecutor(
-                source, self.plan, model, membership, custom_ops, capture
-            )
+        with nullcontext() if membership is None else membership.telling():
+            device = None if membership is None else membership.device
+            source = lowered or lowered_source(model, annotation, custom_ops, device)
+            if source.variant != annotation.variant:
+                self._unfused = _UNFUSED
+            self.plan = plan_lowered(model, annotation, source)
+            if membership is None:
+                self._executor = open_executor(
+                    source, self.plan, capture=capture, custom_ops=custom_ops
+                )
+            else:
+                self._executor = RankExecutor(
+                    source, self.plan, model, membership, custom_ops, capture
+                )
         self._one_at_a_time = threading.Lock()
         self._is_closed = False
+        self._dropped = None
+        if membership is None:
+            self._dropped = weakref.finalize(self, _close_quietly, self._executor)
+            self._dropped.atexit = False  # the process gives back all that it has
 
     @property
     def capture(self) -> str:
@@ -181,8 +195,8 @@ class Session:
             RankError: Another process died, hangs or failed.
         """
         names = self._output_names
-        if output_names and (unknown := set(output_names) - set(names)):
-            raise UsageError(f"There is no output '{min(unknown)}'; there are {names}.")
+        if output_names and (unknown := [n for n in output_names if n not in names]):
+            raise UsageError(f"There is no output '{unknown[0]}'; there are {names}.")
         wanted = output_names or names
         if input_feed.keys() != self._input_names:
             self._refuse_names(input_feed)
@@ -225,6 +239,8 @@ class Session:
         with self._one_at_a_time:
             if not self._is_closed:
                 self._is_closed = True
+                if self._dropped is not None:
+                    self._dropped.detach()
                 self._executor.close()
 
     def __enter__(self) -> Self:
@@ -232,6 +248,12 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close_quietly(executor: Executor) -> None:
+    """Close what nobody holds any more; whoever dropped it can't do anything about errors."""
+    with suppress(Exception):
+        executor.close()
 
 
 def _is_on_gpu(value: Any) -> bool:

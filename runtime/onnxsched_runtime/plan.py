@@ -108,12 +108,6 @@ class Piece:
         """The segments of this piece in launch order."""
         return tuple(step.segment for step in self.steps if isinstance(step, Run))
 
-    @property
-    def placements(self) -> tuple[Placement, ...]:
-        """The streams it uses, the main one first."""
-        used = {s.placement for s in self.steps if not isinstance(s, Run)}
-        return (self.main, *sorted(used - {self.main}))
-
 
 def name_on(tensor: str, device: Device) -> str:
     """What the copy of a tensor on a device is called."""

@@ -113,13 +113,6 @@ class ModelSource:
             return TensorType(self._weights[name].data_type, tuple(self._weights[name].dims))
         return self.tensors[name]
 
-    def constant(self, name: str, renamed: str) -> TensorProto:
-        """A weight under another name."""
-        copy = TensorProto()
-        copy.CopyFrom(self._weights[name])
-        copy.name = renamed
-        return copy
-
     def weight(self, name: str) -> TensorProto:
         """A weight."""
         return self._weights[name]

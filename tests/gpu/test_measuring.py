@@ -177,7 +177,7 @@ def test_a_run_costs_little_beyond_launching_its_graph(
                 buffers[tensor].stage(array)
             graph.launch(stream)
             stream.synchronize()
-            return [array.copy() for _, array in ready.outputs if array is not None]
+            return [array.copy() for array in ready.outputs.values() if array is not None]
 
         def ours() -> list[np.ndarray]:
             return list(session.run(None, feeds))

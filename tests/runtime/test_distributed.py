@@ -160,6 +160,13 @@ def test_all_end_when_one_fails(path: Path) -> None:
     assert_all_end(ended, "Rank 1 failed: ONNX Runtime failed: planted.")
 
 
+def test_all_hear_why_one_can_not_load(path: Path) -> None:
+    own = "ONNX Runtime refuses the model (planted)."
+    ended = command(2, path, "load@1", "--bench")
+    assert_all_end(ended, f"Rank 1 failed: {own}", but=1)
+    assert (ended[1].code, ended[1].stderr) == (5, f"onnxsched: {own}\n")
+
+
 def test_another_version_is_refused(path: Path) -> None:
     ended = command(3, path, "version@2")
     (sentence,) = {process.stderr for process in ended}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -240,6 +241,14 @@ ZEROS = {"left": np.zeros((2, 3), np.float32), "right": np.zeros(4, np.float32)}
             "Input 'right' takes float32, got float64; convert it.",
         ),
         ({**ZEROS, "right": [1, 2, 3, 4]}, "Input 'right' takes float32, got int64; convert it."),
+        (
+            {**ZEROS, "right": np.zeros(4, ">f4")},
+            "Input 'right' takes float32, got float32 of another byte order; convert it.",
+        ),
+        (
+            {**ZEROS, "left": torch.zeros(2, 3, device="meta")},
+            "Input 'left' can't be read (Cannot copy out of meta tensor; no data!).",
+        ),
     ],
 )
 def test_an_input_that_does_not_fit_is_refused_in_a_sentence(
@@ -252,7 +261,14 @@ def test_an_input_that_does_not_fit_is_refused_in_a_sentence(
     towers.run(None, ZEROS)
 
 
+def test_what_is_no_array_is_refused_in_a_sentence(towers: Session) -> None:
+    with pytest.raises(UsageError, match=r"^Input 'left' can't be read \(.*\)\.$"):
+        towers.run(None, {**ZEROS, "left": [[1.0, 2.0], [3.0]]})
+
+
 def test_an_unknown_output_is_refused_by_name(towers: Session) -> None:
+    with pytest.raises(UsageError, match=r"There is no output '1'; there are"):
+        towers.run([1, "z"], ZEROS)  # type: ignore[list-item]
     with pytest.raises(UsageError, match=r"There is no output 'z'; there are \['p', 'q'\]\."):
         towers.run(["p", "z"], ZEROS)
 
@@ -359,6 +375,16 @@ def test_threads_end_with_the_session() -> None:
     before = threading.active_count()
     with Session(diamond(), annotation_of(diamond())) as session:
         session.run(None, feeds_for(diamond()))
+    assert threading.active_count() == before
+
+
+def test_a_session_that_nobody_holds_is_closed() -> None:
+    before = threading.active_count()
+    session = Session(diamond(), annotation_of(diamond()))
+    session.run(None, feeds_for(diamond()))
+    assert threading.active_count() > before
+    del session
+    gc.collect()
     assert threading.active_count() == before
 
 

@@ -211,10 +211,8 @@ def test_a_segment_must_see_what_its_operations_read_and_be_on_their_stream() ->
         check_plan(replace(PLAN, segments=elsewhere), PROBLEM.operations)
 
 
-def test_a_piece_knows_its_runs_and_streams() -> None:
+def test_a_piece_knows_its_runs() -> None:
     assert PLAN.pieces[0].runs == (0, 1, 2)
-    assert PLAN.pieces[0].placements == (stream(0), stream(1))
-    assert Piece(True, stream(3), (Run(0),)).placements == (stream(3),)
     assert PLAN.wait_count == 2
 
 

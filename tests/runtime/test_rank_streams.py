@@ -128,6 +128,13 @@ class Alone:
 
     rank, count = 0, 1
 
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def fail(self, sentence: str) -> str:
+        self.told.append(sentence)
+        return sentence
+
 
 @pytest.mark.parametrize(
     ("name", "rank_of", "sentence"),

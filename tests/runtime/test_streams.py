@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,56 @@ def test_one_graph_is_there_however_it_is_run(graphs: type[fake_cuda.FakeGraph])
         assert (executor.graph_count, graphs.open_count) == (1, 2)
         models.assert_same(session.run(None, feeds), first)
         assert graphs.open_count == 2
+    assert graphs.open_count == 0
+
+
+def test_the_order_of_outputs_makes_no_new_graph_and_only_a_few_are_kept(
+    graphs: type[fake_cuda.FakeGraph],
+) -> None:
+    model = models.model_of(
+        """(float[6] x) => (float[6] a, float[6] b, float[6] c) {
+            a = Relu(x)
+            b = Neg(x)
+            c = Abs(x)
+        }"""
+    )
+    names = ("a", "b", "c")
+    feeds = models.feeds_for(model)
+    expected = dict(zip(names, models.reference(model, feeds), strict=True))
+    with opened(model) as session:
+        for wanted in permutations(names):
+            models.assert_same(session.run(wanted, feeds), [expected[name] for name in wanted])
+        assert graphs.open_count == 1
+        models.assert_same(session.run(["b", "b"], feeds), [expected["b"]] * 2)
+        for _ in range(2):
+            for count in (1, 2):
+                for wanted in combinations(names, count):
+                    found = session.run(wanted, feeds)
+                    models.assert_same(found, [expected[name] for name in wanted])
+        assert graphs.open_count == 4
+    assert graphs.open_count == 0
+
+
+@pytest.mark.parametrize("capture", ["whole", "ort", "none"])
+def test_weights_are_not_kept_on_the_host(
+    graphs: type[fake_cuda.FakeGraph], capture: Capture
+) -> None:
+    model = models.fork_join()
+    with opened(model, capture) as session:
+        assert not executor_of(session)._runner._source.model.graph.initializer
+        feeds = models.feeds_for(model)
+        models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
+def test_a_session_that_nobody_holds_gives_its_graphs_back(
+    graphs: type[fake_cuda.FakeGraph],
+) -> None:
+    model = models.fork_join()
+    session = Session(model, models.annotation_of(model, device=GPU))
+    session.run(None, models.feeds_for(model))
+    assert graphs.open_count == 1
+    del session
+    gc.collect()
     assert graphs.open_count == 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,5 +138,33 @@ def test_a_process_of_several_opens_its_own_segments_only(
 def test_streams_share_the_cores(
     monkeypatch: pytest.MonkeyPatch, cores: int, streams: int, count: int
 ) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert thread_count(streams) == count, "of those that this process may use"
+    monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert thread_count(streams) == count
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_ctrl_c_in_a_run_leaves_no_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diamond()
+    before = threading.active_count()
+    real = OrtSession.run
+
+    def run(self: OrtSession, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[Any]:
+        if "left" in (outputs or ()):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # meanwhile the caller closes the sessions
+        return real(self, feeds, outputs)
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Session(model, annotation_of(model, (1, 2, 3, 4))) as session,
+    ):
+        session.run(None, feeds_for(model))
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)  # one that was being started ends by itself
+    assert threading.active_count() == before

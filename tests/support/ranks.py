@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _run_models(kind: DeviceKind, count: int) -> None:
 
 def _spoil(kind: str) -> None:
     """Let this process misbehave: once it has run two segments, if not said otherwise."""
-    from onnxsched_runtime.errors import OnnxschedError
+    from onnxsched_runtime.errors import ModelError, OnnxschedError
     from onnxsched_runtime.executors import ranks
     from onnxsched_runtime.group import GlooLinks
     from onnxsched_runtime.session import OrtSession
@@ -148,6 +149,9 @@ def _spoil(kind: str) -> None:
                 raise OnnxschedError("ONNX Runtime failed: planted.")
         return real(self, feeds, outputs)
 
+    def refuse(*_: object) -> None:
+        raise ModelError("ONNX Runtime refuses the model (planted).")
+
     def die(self: GlooLinks, *_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -155,6 +159,9 @@ def _spoil(kind: str) -> None:
         GlooLinks.__init__ = die  # type: ignore[assignment,method-assign]
     elif kind == "version":
         ranks.own_version = lambda: "0.0.7"
+    elif kind == "load":
+        module: Any = import_module("onnxsched_runtime.load")
+        module.lowered_source = refuse
     else:
         OrtSession.run = run  # type: ignore[assignment,method-assign]
 

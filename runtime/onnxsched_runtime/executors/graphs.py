@@ -11,6 +11,9 @@ import numpy as np
 from onnxsched_runtime import cuda
 from onnxsched_runtime.executors.lanes import LaneRunner
 
+_MOST_WITH_COPIES = 4
+"""Who asks for ever other outputs waits for a graph to be put together each time."""
+
 
 @dataclass(frozen=True, slots=True)
 class GraphRun:
@@ -19,7 +22,7 @@ class GraphRun:
     graph: cuda.Graph
     stream: cuda.Stream
     inputs: tuple[tuple[str, cuda.Buffer], ...]
-    outputs: tuple[tuple[str, np.ndarray | None], ...]
+    outputs: Mapping[str, np.ndarray | None]
     """Pinned memory that the graph copies to; none for an input that is an output and not read."""
 
 
@@ -34,9 +37,9 @@ class PieceGraphs:
         self._runner = runner
         self.plain: dict[int, cuda.Graph] = {}
         """Those without copies, by the numbers of their pieces."""
-        self.with_copies: dict[tuple[str, ...], GraphRun] = {}
+        self.with_copies: dict[frozenset[str], GraphRun] = {}
         """Those of the only piece that copy all inputs in and some outputs out, by the names of
-        these."""
+        these: the last few that were asked for."""
 
     def launch(self, number: int, main: cuda.Stream) -> None:
         """Launch a piece, by its number, on what its input buffers hold."""
@@ -56,14 +59,16 @@ class PieceGraphs:
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         """Run the only piece on host arrays with the copies in the graph: in one launch."""
-        ready = self.with_copies.get(tuple(outputs))
+        wanted = frozenset(outputs)
+        ready = self.with_copies.get(wanted)
         if ready is None:
-            ready = self.with_copies[tuple(outputs)] = self._made_ready(feeds, outputs)
+            ready = self.with_copies[wanted] = self._made_ready(feeds, sorted(wanted))
         for name, buffer in ready.inputs:
             buffer.stage(feeds[name])
         ready.graph.launch(ready.stream)
         ready.stream.synchronize()
-        return [np.array(feeds[n] if array is None else array) for n, array in ready.outputs]
+        arrays = ready.outputs
+        return [np.array(feeds[n] if arrays[n] is None else arrays[n]) for n in outputs]
 
     def _made_ready(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> GraphRun:
         """A graph with the copies, instead of the one without."""
@@ -72,14 +77,14 @@ class PieceGraphs:
         if (graph := self.plain.pop(0, None)) is not None:
             main.synchronize()
             graph.close()
+        if len(self.with_copies) == _MOST_WITH_COPIES:  # runs end before they return
+            self.with_copies.pop(next(iter(self.with_copies))).graph.close()
         names = [name for name in feeds if name in buffers]
         return GraphRun(
-            self._runner.capture(
-                piece, names, list(dict.fromkeys(n for n in outputs if n in buffers))
-            ),
+            self._runner.capture(piece, names, [n for n in outputs if n in buffers]),
             main,
             tuple((name, buffers[name]) for name in names),
-            tuple((n, buffers[n].staging if n in buffers else None) for n in outputs),
+            {n: buffers[n].staging if n in buffers else None for n in outputs},
         )
 
     def close(self) -> None:

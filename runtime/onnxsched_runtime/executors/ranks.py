@@ -6,8 +6,8 @@ import hashlib
 import importlib.metadata
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import onnx
 
 from onnxsched_runtime.annotation import fingerprint
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import RankError, UsageError
+from onnxsched_runtime.errors import OnnxschedError, RankError, UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
 from onnxsched_runtime.group import GlooLinks, Monitor, NcclLinks, Peers
@@ -39,6 +39,18 @@ class Membership:
         """What this rank lowers and runs on: on a GPU, the one that its launcher gives it."""
         first = min(d for d, rank in self.rank_of.items() if rank == self.peers.rank)
         return replace(first, index=local_rank()) if first.kind == "cuda" else first
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the other ranks why this one ends, if it does before it is watched."""
+        try:
+            yield
+        except RankError:
+            raise  # all have been told
+        except OnnxschedError as error:
+            with suppress(RankError):
+                self.peers.fail(f"Rank {self.peers.rank} failed: {error}")
+            raise
 
 
 def member(

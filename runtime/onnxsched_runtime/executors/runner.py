@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.arena import Arena, Touched, check_arena, plan_arena
@@ -73,6 +74,10 @@ class PlanRunner(ABC):
         except BaseException:
             self.close()
             raise
+
+    def forget_weights(self) -> None:
+        """Let go of the model, of which nothing is opened any more: weights are on the GPU."""
+        self._source = replace(self._source, model=onnx.ModelProto())
 
     def _open_streams(self, placements: Sequence[Placement]) -> None:
         """A stream for each placement; the first of a device may be shared."""

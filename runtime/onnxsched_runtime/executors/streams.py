@@ -85,6 +85,7 @@ class StreamExecutor:
         except BaseException:
             self.close()
             raise
+        self._runner.forget_weights()
 
     def _open_linked(
         self,
@@ -112,6 +113,7 @@ class StreamExecutor:
         except BaseException:
             self.close()
             raise
+        runner.forget_weights()
 
     def _capture_linked(self, issues: Sequence[Callable[[], None]]) -> None:
         mains = [self._runner.streams[piece.main] for piece in self._plan.pieces]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from copy import copy
+from functools import partial
 from typing import Any, Self
 
 from onnxsched_runtime.device import Device, Placement
@@ -82,15 +83,26 @@ class ThreadExecutor:
     def _run_lanes(self, piece: Piece, lanes: list[list[Step]], values: dict[str, Any]) -> None:
         events = {s.event: threading.Event() for s in piece.steps if isinstance(s, Record)}
         failed = threading.Event()
-        jobs = [
-            self._threads.submit(self._run_lane, piece, lane, values, events, failed)
-            for lane in lanes
-        ]
-        done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-        if any(job.exception() for job in done):
+        jobs: list[Future[None]] = []
+
+        def stop() -> None:
+            """Let no lane go on, or wait for another that does not."""
             failed.set()
             for event in events.values():
                 event.set()
+
+        try:
+            for lane in lanes:
+                work = partial(self._run_lane, piece, lane, values, events, failed)
+                jobs.append(self._threads.submit(work))
+            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C, most likely: the caller is about to close the sessions
+            stop()
+            if self._links is None:  # else who waits for others is freed when those hear of it
+                wait(jobs)
+            raise
+        if any(job.exception() for job in done):
+            stop()
             wait(jobs)
         for job in jobs:
             job.result()
@@ -145,5 +157,10 @@ class ThreadExecutor:
 
 
 def thread_count(stream_count: int) -> int:
-    """Threads for each operator when `stream_count` run side by side, at least 1."""
-    return max(1, (os.cpu_count() or 1) // stream_count)
+    """Threads for each operator when `stream_count` run side by side, at least 1.
+
+    Of the cores that this process may use, where the system tells.
+    """
+    allowed = getattr(os, "sched_getaffinity", None)
+    core_count = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    return max(1, core_count // stream_count)

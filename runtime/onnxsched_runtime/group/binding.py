@@ -38,9 +38,7 @@ def joined_process_group(timeout_s: float) -> Any:
         UsageError: This process was not started by torchrun.
         RankError: Not all of them came.
     """
-    missing = [
-        v for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ
-    ]
+    missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise UsageError(
             f"{missing[0]} is not set; start with `torchrun --nproc-per-node N -m "
