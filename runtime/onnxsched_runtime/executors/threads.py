@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from typing import Any, Self
@@ -44,10 +44,17 @@ class ThreadExecutor:
         """
         self._plan = plan
         self._links = links
-        lanes = {plan.placement_of(step) for piece in plan.pieces for step in piece.steps}
+        self._lanes = [_lanes_of(plan, piece) for piece in plan.pieces]
+        """The steps of each piece by stream."""
+        self._reads = [
+            tuple((plan.original(name), name) for name in segment.inputs)
+            for segment in plan.segments
+        ]
+        """What each segment calls what it reads, and what the plan does."""
         stream_count = process_count * len({s.placement for s in plan.segments})
+        thread_limit = max((len(lanes) for lanes in self._lanes), default=1)
         self._resources = ExitStack()
-        self._threads = self._resources.enter_context(ThreadPoolExecutor(max(1, len(lanes))))
+        self._threads = self._resources.enter_context(ThreadPoolExecutor(max(1, thread_limit)))
         settings = SessionSettings(
             Device("cpu"),
             thread_count=thread_count(stream_count) if stream_count > 1 else 0,
@@ -68,20 +75,18 @@ class ThreadExecutor:
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run every piece and return the named outputs as host values."""
         values = dict(feeds)
-        for piece in self._plan.pieces:
-            lanes: dict[Placement, list[Step]] = {}
-            for step in piece.steps:
-                lanes.setdefault(self._plan.placement_of(step), []).append(step)
-            if (
-                len(lanes) == 1 and self._links is None
-            ):  # who waits for others can't be interrupted
-                self._run_lane(piece, next(iter(lanes.values())), values, {}, threading.Event())
-            else:
-                self._run_lanes(piece, list(lanes.values()), values)
+        for lanes in self._lanes:
+            if len(lanes) > 1 or self._links is not None:
+                self._run_lanes(lanes, values)  # who waits for others can't be interrupted here
+                continue
+            for step in (step for lane in lanes for step in lane):
+                if isinstance(step, Run):
+                    self._run_segment(step.segment, values)
         return [values[name] for name in outputs]
 
-    def _run_lanes(self, piece: Piece, lanes: list[list[Step]], values: dict[str, Any]) -> None:
-        events = {s.event: threading.Event() for s in piece.steps if isinstance(s, Record)}
+    def _run_lanes(self, lanes: Sequence[Sequence[Step]], values: dict[str, Any]) -> None:
+        steps = (step for lane in lanes for step in lane)
+        events = {s.event: threading.Event() for s in steps if isinstance(s, Record)}
         failed = threading.Event()
         jobs: list[Future[None]] = []
 
@@ -93,7 +98,7 @@ class ThreadExecutor:
 
         try:
             for lane in lanes:
-                work = partial(self._run_lane, piece, lane, values, events, failed)
+                work = partial(self._run_lane, lane, values, events, failed)
                 jobs.append(self._threads.submit(work))
             done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         except BaseException:  # Ctrl-C, most likely: the caller is about to close the sessions
@@ -109,8 +114,7 @@ class ThreadExecutor:
 
     def _run_lane(
         self,
-        piece: Piece,
-        steps: list[Step],
+        steps: Sequence[Step],
         values: dict[str, Any],
         events: dict[int, threading.Event],
         failed: threading.Event,
@@ -135,15 +139,21 @@ class ThreadExecutor:
                 return
 
     def _run_segment(self, index: int, values: dict[str, Any]) -> None:
-        segment = self._plan.segments[index]
-        with self._links.computing() if self._links is not None else nullcontext():
-            if self._plan.is_copy(index):
-                (source,), (target,) = segment.inputs, segment.outputs
-                values[target] = copy(values[source])
-                return
-            feeds = {self._plan.original(name): values[name] for name in segment.inputs}
-            results = self._sessions[index].run(feeds, segment.outputs)
-            values.update(zip(segment.outputs, results, strict=True))
+        if self._links is None:
+            self._compute(index, values)
+        else:
+            with self._links.computing():
+                self._compute(index, values)
+
+    def _compute(self, index: int, values: dict[str, Any]) -> None:
+        outputs = self._plan.segments[index].outputs
+        session = self._sessions.get(index)
+        if session is None:
+            ((_, source),), (target,) = self._reads[index], outputs
+            values[target] = copy(values[source])
+            return
+        feeds = {own: values[name] for own, name in self._reads[index]}
+        values.update(zip(outputs, session.run(feeds, outputs), strict=True))
 
     def close(self) -> None:
         """Free sessions and threads."""
@@ -154,6 +164,13 @@ class ThreadExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _lanes_of(plan: ExecutionPlan, piece: Piece) -> list[list[Step]]:
+    lanes: dict[Placement, list[Step]] = {}
+    for step in piece.steps:
+        lanes.setdefault(plan.placement_of(step), []).append(step)
+    return list(lanes.values())
 
 
 def thread_count(stream_count: int) -> int:
