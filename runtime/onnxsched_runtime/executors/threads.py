@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from copy import copy
-from functools import partial
 from typing import Any, Self
 
 from onnxsched_runtime.device import Device, Placement
@@ -85,10 +84,13 @@ class ThreadExecutor:
         return [values[name] for name in outputs]
 
     def _run_lanes(self, lanes: Sequence[Sequence[Step]], values: dict[str, Any]) -> None:
+        """Run lanes side by side, the first in this thread unless it may wait for processes.
+
+        Nothing interrupts who waits for another process.
+        """
         steps = (step for lane in lanes for step in lane)
         events = {s.event: threading.Event() for s in steps if isinstance(s, Record)}
         failed = threading.Event()
-        jobs: list[Future[None]] = []
 
         def stop() -> None:
             """Let no lane go on, or wait for another that does not."""
@@ -96,19 +98,25 @@ class ThreadExecutor:
             for event in events.values():
                 event.set()
 
+        def run(lane: Sequence[Step]) -> None:
+            try:
+                self._run_lane(lane, values, events, failed)
+            except BaseException:
+                stop()
+                raise
+
+        own = lanes[0] if self._links is None else ()
+        jobs: list[Future[None]] = []
         try:
-            for lane in lanes:
-                work = partial(self._run_lane, lane, values, events, failed)
-                jobs.append(self._threads.submit(work))
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-        except BaseException:  # Ctrl-C, most likely: the caller is about to close the sessions
+            for lane in lanes[1:] if self._links is None else lanes:
+                jobs.append(self._threads.submit(run, lane))
+            run(own)
+            wait(jobs)
+        except BaseException:  # Ctrl-C, or the own lane: the caller may close the sessions next
             stop()
             if self._links is None:  # else who waits for others is freed when those hear of it
                 wait(jobs)
             raise
-        if any(job.exception() for job in done):
-            stop()
-            wait(jobs)
         for job in jobs:
             job.result()
 
