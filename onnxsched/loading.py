@@ -16,6 +16,7 @@ from onnx import helper
 
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
+from onnxsched.half_precision import in_float16, store_constants
 from onnxsched.pooling import agree_on_pool, has_doubtful_pool
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched.simplification import simplify
@@ -25,7 +26,7 @@ from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.files import read_model, serialized, write_model
 from onnxsched_runtime.model import input_values, name_nodes, node_reads
 from onnxsched_runtime.naming import new_name
-from onnxsched_runtime.session import optimize_file, to_float16
+from onnxsched_runtime.session import optimize_file
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
@@ -152,8 +153,9 @@ def _in_float16(baseline: onnx.ModelProto) -> onnx.ModelProto:
     """The model in float16; the converter knows no output that is a weight."""
     copy = onnx.ModelProto()
     copy.CopyFrom(baseline)
+    store_constants(copy)
     _give_outputs_a_node(copy)
-    return to_float16(copy)
+    return in_float16(copy)
 
 
 def _narrow_concats(model: onnx.ModelProto) -> None:

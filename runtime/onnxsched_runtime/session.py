@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,19 +219,29 @@ def optimize_file(source: Path, target: Path, settings: SessionSettings) -> dict
         }
 
 
-def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_float16(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
     """The model with float32 made float16 inside; inputs and outputs keep their types.
 
     By ONNX Runtime's own converter, which leaves operators alone that have no float16 kernel.
+
+    Args:
+        model: Left as it is.
+        kept: Further types of operators to leave in float32.
     """
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import (
+        DEFAULT_OP_BLOCK_LIST,
+        convert_float_to_float16,
+    )
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     with warnings.catch_warnings():  # of weights below the smallest float16, which become that
         warnings.simplefilter("ignore")
         converted: onnx.ModelProto = convert_float_to_float16(
-            copy, keep_io_types=True, disable_shape_infer=True
+            copy,
+            keep_io_types=True,
+            disable_shape_infer=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *kept],
         )
     _drop_repeated(converted.graph)
     return converted

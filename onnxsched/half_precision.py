@@ -1,0 +1,113 @@
+"""Models computed in float16: what is left in float32, and what can't be converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxsched.graph import RANDOM_TYPES
+from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.session import to_float16
+
+_HAS_FLOAT32_INPUTS = {"Resize"}
+"""The converter leaves their inputs in float32 that must be, and converts the others."""
+
+
+def in_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model, whose constants are weights, with float32 made float16 inside.
+
+    Raises:
+        ModelError: An output is no tensor, but holds float32.
+    """
+    for value in model.graph.output:
+        if not value.type.HasField("tensor_type") and _holds_float32(value.type):
+            raise ModelError(
+                f"Output '{value.name}' is a sequence or optional of float32, which can't keep "
+                "its type in half precision; leave --precision fp16 out."
+            )
+    return to_float16(model, set(_float32_types(model)))
+
+
+def _holds_float32(kind: onnx.TypeProto) -> bool:
+    if kind.HasField("sequence_type"):
+        return _holds_float32(kind.sequence_type.elem_type)
+    if kind.HasField("optional_type"):
+        return _holds_float32(kind.optional_type.elem_type)
+    return bool(kind.tensor_type.elem_type == TensorProto.FLOAT)
+
+
+def _float32_types(model: onnx.ModelProto) -> Iterator[str]:
+    """Operator types that take or give float32 only, or draw numbers, which the CPU does in it."""
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    for op_type, domain in {(node.op_type, node.domain) for node in model.graph.node}:
+        if op_type in RANDOM_TYPES or _takes_float32_only(op_type, domain, versions):
+            yield op_type
+
+
+def _takes_float32_only(op_type: str, domain: str, versions: dict[str, int]) -> bool:
+    if op_type in _HAS_FLOAT32_INPUTS or not onnx.defs.has(op_type, domain):
+        return False
+    schema = onnx.defs.get_schema(op_type, versions.get(domain, 1), domain)
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional  # LayerNormalization's mean
+    return any(
+        "tensor(float)" in parameter.types and "tensor(float16)" not in parameter.types
+        for parameter in (*schema.inputs, *schema.outputs)
+        if parameter.option != optional
+    )
+
+
+def store_constants(model: onnx.ModelProto) -> None:
+    """Make weights of Constants, in place: the converter knows no other way to write floats.
+
+    In subgraphs Constants stay, and are written as tensors.
+    """
+    graph = model.graph
+    kept = []
+    for node in graph.node:
+        value = _constant_value(node)
+        if value is None:
+            kept.append(node)
+        else:
+            graph.initializer.add().CopyFrom(value)
+            graph.initializer[-1].name = node.output[0]
+        for attribute in node.attribute:
+            for body in (*attribute.graphs, attribute.g):
+                _write_as_tensors(body)
+    del graph.node[:]
+    graph.node.extend(kept)
+    _forget_types_of_weights(graph)
+
+
+def _write_as_tensors(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        if (value := _constant_value(node)) is not None:
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("value", value))
+        for attribute in node.attribute:
+            for body in (*attribute.graphs, attribute.g):
+                _write_as_tensors(body)
+
+
+def _constant_value(node: onnx.NodeProto) -> TensorProto | None:
+    """What a Constant holds, if that is a tensor or floats."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            tensor: TensorProto = attribute.t
+            return tensor
+        if attribute.name in ("value_float", "value_floats"):
+            floats = np.asarray(helper.get_attribute_value(attribute), np.float32)
+            return numpy_helper.from_array(floats)
+    return None
+
+
+def _forget_types_of_weights(graph: onnx.GraphProto) -> None:
+    """Drop declarations that the converter would change, and the weights maybe not."""
+    weights = {weight.name for weight in graph.initializer}
+    declared = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(declared)
