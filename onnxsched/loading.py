@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,13 @@ from onnxsched.simplification import simplify
 from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
-from onnxsched_runtime.files import read_model, serialized, write_model
+from onnxsched_runtime.files import (
+    read_model,
+    saved_by_ort,
+    scratch_folder,
+    serialized,
+    write_model,
+)
 from onnxsched_runtime.model import input_values, name_nodes, node_reads
 from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.session import optimize_file
@@ -107,6 +112,7 @@ def load_model(
         UsageError: There is no such file, or a shape does not fit or is missing.
         ModelError: The model can't be read, is invalid, or ORT refuses it.
         DeviceError: The device is not available.
+        OnnxschedError: There is no room in the temporary folder.
     """
     baseline = read_model(path)
     _check(baseline, path)
@@ -250,10 +256,11 @@ def _optimized(
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """Constants folded and operators fused by ORT; and which nodes need the CPU."""
     settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
-    with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
-        source, target = Path(scratch, "bound.onnx"), Path(scratch, "optimized.onnx")
+    with scratch_folder() as scratch:
+        source, target = scratch / "bound.onnx", scratch / "optimized.onnx"
         write_model(model, source)
-        on_cpu = optimize_file(source, target, settings)
+        with saved_by_ort(scratch):
+            on_cpu = optimize_file(source, target, settings)
         try:
             optimized = read_model(target)
         except OnnxschedError as error:

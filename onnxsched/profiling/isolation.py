@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +27,7 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.convolution import kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
-from onnxsched_runtime.files import read_model, write_model
+from onnxsched_runtime.files import read_model, scratch_folder, write_model
 from onnxsched_runtime.session import load_cuda_libraries
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import Variant
@@ -64,8 +63,8 @@ class ProfilingWorker:
         """
         op_types = {node.name: node.op_type for node in nodes}
         waiting = list(op_types)
-        with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
-            path = Path(scratch, "model.onnx")
+        with scratch_folder() as scratch:
+            path = scratch / "model.onnx"
             write_model(model.proto, path)
             while waiting:
                 announced = None

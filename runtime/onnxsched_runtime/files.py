@@ -1,8 +1,10 @@
-"""ONNX models as files: read, and written whole or not at all."""
+"""ONNX models as files: read, written whole or not at all, and passed on in temporary ones."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +77,55 @@ def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
             copy.CopyFrom(model)
             onnx.save(copy, draft, save_as_external_data=True, location=f"{draft.name}.data")
             os.replace(f"{draft}.data", f"{os.path.realpath(path)}.data")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, gone afterwards; one without room for a model is called that.
+
+    Raises:
+        OnnxschedError: There is no temporary folder, or no room in it.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="onnxsched-")
+    except OSError as error:
+        raise OnnxschedError(
+            f"No temporary folder can be made ({error.strerror}); free some room, or set TMPDIR."
+        ) from error
+    with made as name:
+        try:
+            yield Path(name)
+        except OnnxschedError as error:
+            if is_full(error.__cause__):
+                raise _no_room(Path(name)) from error
+            raise
+
+
+@contextmanager
+def saved_by_ort(folder: Path) -> Iterator[None]:
+    """Let ORT save a model in a scratch folder; it blames the model if there is no room.
+
+    Raises:
+        OnnxschedError: There is no room for as much again as lies there.
+    """
+    try:
+        yield
+    except ModelError as error:
+        nbytes = sum(file.stat().st_size for file in folder.iterdir())
+        if shutil.disk_usage(folder).free <= nbytes:
+            raise _no_room(folder) from error
+        raise
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _no_room(scratch: Path) -> OnnxschedError:
+    return OnnxschedError(
+        f"There is no room in the temporary folder '{scratch.parent}'; free some or set TMPDIR."
+    )
 
 
 def serialized(model: onnx.ModelProto) -> bytes | None:

@@ -9,11 +9,9 @@ schedule is carried over by the names that are left, and the rest goes where its
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -21,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
-from onnxsched_runtime.files import read_model
+from onnxsched_runtime.files import read_model, saved_by_ort, scratch_folder
 from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.model import declared_types, input_values, name_nodes, node_reads
 from onnxsched_runtime.naming import new_name
@@ -49,11 +47,13 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     Raises:
         DeviceError: The CUDA provider does not load.
         ModelError: ORT refuses the model.
+        OnnxschedError: There is no room in the temporary folder.
     """
     settings = SessionSettings(device, custom_ops=custom_ops, variant=source.variant)
-    with tempfile.TemporaryDirectory(prefix="onnxsched-") as scratch:
-        lowered = Path(scratch, "lowered.onnx")
-        lower_to_file(source.whole(), lowered, settings)
+    with scratch_folder() as scratch:
+        lowered = scratch / "lowered.onnx"
+        with saved_by_ort(scratch):
+            lower_to_file(source.whole(), lowered, settings)
         model = read_model(lowered)
     name_nodes(model)
     untyped = ModelSource(model, _declared(model), source.variant)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ from onnx import TensorProto
 
 from onnxsched_runtime import files
 from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
-from onnxsched_runtime.files import read_model, write_model
+from onnxsched_runtime.files import read_model, saved_by_ort, scratch_folder, write_model
 from onnxsched_runtime.model import node_reads, operations_from_model
 from onnxsched_runtime.partition import plan_execution
 from onnxsched_runtime.plan import ExecutionPlan
@@ -173,6 +177,54 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(
     )
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _says_no_room(error: OnnxschedError, place: Path) -> bool:
+    return error.exit_code == 1 and str(error) == (
+        f"There is no room in the temporary folder '{place}'; free some or set TMPDIR."
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_temporary_folder_is_called_that(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OnnxschedError) as caught, scratch_folder() as scratch:
+        write_model(chain(), scratch / "model.onnx")
+    assert _says_no_room(caught.value, Path(tempfile.gettempdir()))
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("free", [0, 9, 10, 11])
+def test_onnxruntimes_error_is_the_models_only_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(bytes(10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    refusal = ModelError("ONNX Runtime refuses the model: Protobuf serialization failed.")
+    with pytest.raises(OnnxschedError) as caught, saved_by_ort(tmp_path):
+        raise refusal
+    assert caught.value is refusal if free > 10 else _says_no_room(caught.value, tmp_path.parent)
+
+
+def test_other_errors_pass_through_a_temporary_folder() -> None:
+    with pytest.raises(UsageError, match="There is no file"), scratch_folder() as scratch:
+        read_model(scratch / "none.onnx")
+
+
+def test_no_temporary_folder_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with (
+        pytest.raises(OnnxschedError, match=r"^No temporary folder can be made \(.*TMPDIR\.$"),
+        scratch_folder(),
+    ):
+        pytest.fail("there is none")
 
 
 def _reads(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
