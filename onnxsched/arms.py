@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 
 from onnxsched.loading import load_model
+from onnxsched.shapes import bind_shapes
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
@@ -78,21 +79,27 @@ def baseline_of(
     """What plain ONNX Runtime runs: the original if it is given, else the model as it is.
 
     Raises:
-        UsageError: The original has other inputs.
+        UsageError: The original has other inputs, or they have other shapes.
     """
     if original is None:
         return ModelSource(model, annotation.tensors)
     shapes = {
         name: tuple(shape) for name, shape in annotation.details.get("bound_shapes", {}).items()
     }
-    theirs, ours = (
-        [value.name for value in input_values(m)] for m in (read_model(original), model)
-    )
+    given = read_model(original)
+    theirs, ours = ([value.name for value in input_values(m)] for m in (given, model))
     if {*theirs} != {*ours}:
         raise UsageError(
             f"'{original}' has other inputs than the annotated model, {theirs} and not {ours}; "
             "give the model that was optimized."
         )
+    try:
+        bind_shapes(given, shapes)
+    except UsageError as error:
+        raise UsageError(
+            f"The inputs of '{original}' do not take the shapes that the annotated model was made "
+            "for; give the model that was optimized."
+        ) from error
     loaded = load_model(Path(original), device, shapes, custom_ops)
     return ModelSource(loaded.baseline, loaded.tensors)
 

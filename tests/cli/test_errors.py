@@ -41,6 +41,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sequence = parsed("(seq(float[2]) s) => (int64 y) { y = SequenceLength(s) }")
     saved(sequence, folder, "sequence.onnx")
     saved(build("tiny", image=32), folder, "larger.onnx")
+    flat = parsed("(float[3] input) => (float[3] logits) { logits = Exp(input) }")
+    saved(flat, folder, "flat.onnx")
     stranger = build("tiny")
     stranger.graph.node[-1].output[0] = stranger.graph.output[0].name = "other"
     saved(stranger, folder, "renamed_output.onnx")
@@ -133,6 +135,8 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (("bench", "out.onnx", "--against", "ort,magic"), "no arm 'magic'"),
         (("bench", "out.onnx", "--original", "none.onnx"), "There is no file 'none.onnx'"),
         (("bench", "out.onnx", "--original", "other.onnx"), "'other.onnx' has other inputs"),
+        (("bench", "out.onnx", "--original", "larger.onnx"), "'larger.onnx' do not take"),
+        (("bench", "out.onnx", "--original", "flat.onnx"), "'flat.onnx' do not take"),
         (("bench", "out.onnx", "--throughput", "--against", "ort"), "and --against contradict"),
         (("bench", "out.onnx", "--throughput", "--original", "tiny.onnx"), "and --original"),
         (("bench", "out.onnx", "--throughput", "--warmup", "200"), "and --warmup contradict"),
