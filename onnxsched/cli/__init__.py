@@ -9,17 +9,6 @@ import contextlib
 import gc
 import os
 import sys
-from types import TracebackType
-from typing import Any
-
-import typer
-
-from onnxsched.cli import commands, files  # noqa: F401 - each adds its commands
-from onnxsched.cli.app import app
-from onnxsched_runtime.errors import OnnxschedError, unforeseen
-
-_UsageMistake: Any = typer.BadParameter.__mro__[2]
-"""click's base exception, which typer may bring under its own name."""
 
 
 def main() -> None:
@@ -34,7 +23,7 @@ def main() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        code = code or _unwritten(error)  # one sentence, the first
+        code = code or unwritten(error)  # one sentence, the first
     with contextlib.suppress(OSError):  # a full disk leaves the exit code to tell
         sys.stderr.flush()
     os._exit(code)
@@ -54,59 +43,27 @@ def _prepare_streams() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
     try:
-        code = app(arguments or ["--help"], prog_name="onnxsched", standalone_mode=False)
-    except OnnxschedError as error:
-        return _fail(str(error), error.exit_code)
-    except _UsageMistake as error:
-        message = error.format_message().rstrip(".")
-        return _fail(f"{message}; `onnxsched --help` says more.", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("Interrupted; nothing was written.", 130)
-    except MemoryError:
-        return _fail("Memory ran out; try a smaller model or fewer --streams.", 1)
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        return _unforeseen(error)
-    if code == 130:
-        return _fail("Interrupted; nothing was written.", 130)
-    return code if isinstance(code, int) else 0
+        from onnxsched.cli.dispatch import dispatch  # Ctrl-C may come while typer is imported
+
+        return dispatch(arguments)
+    except KeyboardInterrupt:
+        return interrupted()
 
 
-def _unforeseen(error: Exception) -> int:
-    if _is_interruption(error):
-        return _fail("Interrupted; nothing was written.", 130)
-    if isinstance(error, OSError) and _is_of_printing(error.__traceback__):
-        return _unwritten(error)
-    return _fail(unforeseen(error), 1)
+def interrupted() -> int:
+    """Say that Ctrl-C ended the command, and return its exit code."""
+    return fail("Interrupted; nothing was written.", 130)
 
 
-def _is_interruption(error: BaseException) -> bool:
-    """Whether Ctrl-C is what an error comes from: C extensions wrap it while they are imported."""
-    reasons: list[BaseException] = [error]
-    for reason in reasons:
-        further = (reason.__cause__, reason.__context__)
-        reasons += [e for e in further if e is not None and e not in reasons]
-    return any(isinstance(reason, KeyboardInterrupt) for reason in reasons)
-
-
-def _is_of_printing(traceback: TracebackType | None) -> bool:
-    """Whether it was stdout that failed: unbuffered, it does so where something is printed."""
-    module = ""
-    while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return module.startswith(("onnxsched.cli", "typer.", "click."))
-
-
-def _unwritten(error: OSError) -> int:
+def unwritten(error: OSError) -> int:
     """The exit code where stdout takes no more; a reader that has left is told nothing."""
     if isinstance(error, BrokenPipeError):
         return 1
-    return _fail(f"The result can't be written to stdout ({error.strerror}).", 1)
+    return fail(f"The result can't be written to stdout ({error.strerror}).", 1)
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
+    """Say what went wrong, and return the exit code."""
     if message:
         with contextlib.suppress(OSError):  # the exit code says it, too
             print(f"onnxsched: {message}", file=sys.stderr)

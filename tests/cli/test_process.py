@@ -67,6 +67,24 @@ def test_an_interrupt_is_130_and_writes_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path).keys() == {"in.onnx"}
 
 
+@pytest.mark.parametrize("module", ["typer", "onnxsched.cli.commands", "onnxsched.pipeline"])
+def test_an_interrupt_while_modules_are_imported_is_130(module: str, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == '{module}':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from onnxsched.cli import main\n"
+        "sys.argv = ['onnxsched', 'optimize', 'in.onnx', '-o', 'out.onnx']\n"
+        "main()"
+    )
+    found = process("-c", script, folder=tmp_path)
+    assert (found.returncode, found.stdout) == (130, "")
+    assert found.stderr == "onnxsched: Interrupted; nothing was written.\n"
+
+
 def test_a_reader_that_leaves_is_no_error_message(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "onnxsched", "--help"], cwd=tmp_path, env=ENVIRONMENT,
@@ -91,7 +109,7 @@ def test_help_comes_at_once(tmp_path: Path) -> None:
 def test_importing_loads_no_framework(module: str, tmp_path: Path) -> None:
     script = (
         f"import sys, {module}; "
-        "print(sys.modules.keys() & {'torch', 'onnxruntime', 'onnx', 'numpy', 'rich'})"
+        "print(sys.modules.keys() & {'torch', 'onnxruntime', 'onnx', 'numpy', 'rich', 'typer'})"
     )
     found = process("-c", script, folder=tmp_path)
     assert (found.returncode, found.stdout) == (0, "set()\n")

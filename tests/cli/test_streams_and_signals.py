@@ -15,6 +15,7 @@ import pytest
 
 import onnxsched
 from onnxsched import cli
+from onnxsched.cli import dispatch
 from onnxsched.inspection import inspect_model
 from onnxsched_runtime.annotation import write_annotation
 from onnxsched_runtime.arrays import read_array, write_arrays
@@ -83,7 +84,7 @@ def test_another_files_error_is_not_taken_for_stdouts(
     def failing(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cli, "app", failing)
+    monkeypatch.setattr(dispatch, "app", failing)
     assert cli.run(["doctor"]) == 1
     assert capsys.readouterr().err.startswith("onnxsched: Unforeseen OSError: ")
 
@@ -107,7 +108,7 @@ def test_an_interrupt_that_an_extension_wraps_is_130(
         setattr(error, link, KeyboardInterrupt())
         raise error
 
-    monkeypatch.setattr(cli, "app", importing)
+    monkeypatch.setattr(dispatch, "app", importing)
     assert cli.run(["doctor"]) == 130
     assert capsys.readouterr().err == "onnxsched: Interrupted; nothing was written.\n"
 
@@ -121,7 +122,7 @@ def test_a_circle_of_reasons_ends(
     def failing(*_: Any, **__: Any) -> None:
         raise one
 
-    monkeypatch.setattr(cli, "app", failing)
+    monkeypatch.setattr(dispatch, "app", failing)
     assert cli.run(["doctor"]) == 1
     assert "Unforeseen RuntimeError: one" in capsys.readouterr().err
 
