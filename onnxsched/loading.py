@@ -203,7 +203,7 @@ def _joined_parts(concat: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> list[s
 
 def _check(model: onnx.ModelProto, path: str | Path) -> None:
     try:
-        with _norm_registered():
+        with _norm_registered(), _ranks_passed(model):
             onnx.checker.check_model(serialized(model) or str(path))
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
@@ -216,6 +216,23 @@ def _check(model: onnx.ModelProto, path: str | Path) -> None:
                 f"Input '{value.name}' of '{path}' is a sequence, map or optional; only models "
                 "whose inputs are tensors can be measured."
             )
+
+
+@contextmanager
+def _ranks_passed(model: onnx.ModelProto) -> Iterator[None]:
+    """Let the checker pass inputs and outputs of unknown rank, which are bound and inferred."""
+    kinds = [
+        value.type.tensor_type
+        for value in (*model.graph.input, *model.graph.output)
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+    ]
+    for kind in kinds:
+        kind.shape.SetInParent()
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            kind.ClearField("shape")
 
 
 @contextmanager

@@ -50,6 +50,19 @@ def test_a_symbol_is_bound_everywhere(tmp_path: Path) -> None:
     assert found.tensors["y"] == TensorType(FLOAT, (5, 3))
 
 
+def test_inputs_and_outputs_may_be_of_unknown_rank(tmp_path: Path) -> None:
+    model = parsed("(float[1] x) => (float[1] y, float[1] z) { y = Neg(x)  z = Exp(x) }")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.ClearField("shape")
+    with pytest.raises(UsageError, match=r"have no value: x \(of unknown rank\); give .*--shape"):
+        loaded(model, tmp_path)
+    found = loaded(model, tmp_path, {"x": (2, 3)})
+    assert found.bound_shapes == {"x": (2, 3)}
+    assert found.tensors["y"] == found.tensors["z"] == TensorType(FLOAT, (2, 3))
+    feeds = {"x": feeds_for(found.proto)["x"]}
+    assert_same(reference(found.proto, feeds), reference(model, feeds))
+
+
 def test_node_names_become_unique_and_unique_ones_stay(tmp_path: Path) -> None:
     model = parsed(
         """(float[3] x) => (float[3] y) {
