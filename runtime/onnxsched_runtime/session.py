@@ -328,7 +328,9 @@ def _session_options(settings: SessionSettings) -> Any:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     for library in settings.custom_ops:
         try:
-            options.register_custom_ops_library(os.fspath(library))
+            # a bare name is looked for in the folders of libraries only, never in this one
+            found = os.path.abspath(library) if os.path.isfile(library) else os.fspath(library)
+            options.register_custom_ops_library(found)
         except Exception as error:
             raise UsageError(
                 f"The custom operator library '{library}' does not load ({_first_line(error)})."

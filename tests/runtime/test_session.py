@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -46,6 +47,23 @@ def test_a_model_that_is_refused_is_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(b"no model")
     with pytest.raises(ModelError, match=r"^ONNX Runtime refuses the model: [^\n]*\.$"):
         OrtSession(path, SessionSettings(CPU))
+
+
+@pytest.mark.parametrize(("name", "is_there"), [("ops.so", True), ("libops.so", False)])
+def test_a_library_in_this_folder_is_found_and_others_are_left_to_the_system(
+    name: str, is_there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def register_custom_ops_library(self, library: str) -> None:
+            asked.append(library)
+
+    (tmp_path / "ops.so").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    session._session_options(SessionSettings(CPU, custom_ops=(name,)))
+    assert asked == [str(tmp_path / name) if is_there else name]
 
 
 def test_the_types_of_outputs_are_what_ort_infers(tmp_path: Path) -> None:
