@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import onnx
@@ -87,7 +88,8 @@ class ModelSource:
         """Cut the named nodes out, given what flows in and out; weights may flow in, too."""
         nodes = [self.nodes[name] for name in names]
         stored = self._weights.keys() - set(inputs)
-        used = dict.fromkeys(t for node in nodes for t in node_reads(node) if t in stored)
+        needed = chain(outputs, *map(node_reads, nodes))
+        used = dict.fromkeys(tensor for tensor in needed if tensor in stored)
         weights = {name: array for name in used if (array := self.large_weight(name)) is not None}
         initializers = [_placeholder(self._weights[n]) if n in weights else self._weights[n]
                         for n in used]  # fmt: skip

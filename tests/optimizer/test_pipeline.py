@@ -36,7 +36,7 @@ from onnxsched_runtime.errors import (
 )
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from sample_models import build
-from support.models import CPU, MODELS, Array, feeds_for
+from support.models import CPU, MODELS, Array, feeds_for, weight
 from support.optimizing import assert_close, contents, parsed, plain_outputs, saved
 
 SMALL: dict[str, dict[str, int]] = {
@@ -118,6 +118,13 @@ def test_every_kind_of_model_keeps_its_outputs(name: str, policy: str, tmp_path:
         for seed in range(4):
             feeds = feeds_for(model, seed)
             assert_close(session.run(None, feeds), plain_outputs(source, feeds))
+
+
+def test_a_weight_that_nobody_reads_may_be_an_output(tmp_path: Path) -> None:
+    model = parsed("(float[3] x) => (float[3] y, float[900] w) { y = Relu(x) }", w=weight(900))
+    source, target = saved(model, tmp_path), tmp_path / "out.onnx"
+    optimized(source, target)
+    assert_runs_like(target, source, feeds_for(model))
 
 
 def test_the_result_says_what_was_written(tiny: Path, tmp_path: Path) -> None:

@@ -322,6 +322,15 @@ def test_the_whole_as_one_part_is_the_model(name: str) -> None:
     assert_same([values[name] for name in outputs], reference(model, feeds))
 
 
+@pytest.mark.parametrize("size", [3, 900])
+def test_the_whole_returns_a_weight_that_nobody_reads(size: int) -> None:
+    text = f"(float[3] x) => (float[3] y, float[{size}] w) {{ y = Relu(x) }}"
+    model = model_of(text, w=weight(size))
+    feeds = feeds_for(model)
+    values = _run(ModelSource(model, tensor_types(model)).whole(), feeds, ("y", "w"))
+    assert_same([values["y"], values["w"]], reference(model, feeds))
+
+
 def test_extracting_leaves_the_model_as_it_was() -> None:
     model = large_weight()
     source, plan = _plan(model)
