@@ -11,7 +11,6 @@ from typing import Literal
 
 import onnx
 import onnx.inliner
-from onnx import helper
 
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
@@ -29,8 +28,7 @@ from onnxsched_runtime.files import (
     serialized,
     write_model,
 )
-from onnxsched_runtime.model import input_values, name_nodes, node_reads
-from onnxsched_runtime.naming import new_name
+from onnxsched_runtime.model import give_outputs_a_node, input_values, name_nodes, node_reads
 from onnxsched_runtime.session import optimize_file
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource
@@ -128,7 +126,7 @@ def load_model(
     declare_types(baseline)
     converted = _in_float16(baseline) if precision == "fp16" else baseline
     proto, on_cpu = _optimized(converted, device, custom_ops)
-    _give_outputs_a_node(proto)
+    give_outputs_a_node(proto)
     name_nodes(proto)
     simplify(proto, tensor_types(proto))
     tensors = tensor_types(proto)
@@ -160,7 +158,7 @@ def _in_float16(baseline: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(baseline)
     store_constants(copy)
-    _give_outputs_a_node(copy)
+    give_outputs_a_node(copy)
     return in_float16(copy)
 
 
@@ -286,45 +284,6 @@ def _optimized(
             ) from error
     optimized.ir_version = max(_MIN_IR, min(optimized.ir_version, _MAX_IR))
     return optimized, on_cpu
-
-
-def _give_outputs_a_node(model: onnx.ModelProto) -> None:
-    """Put an Identity before outputs that ORT has folded to constants, in place.
-
-    Raises:
-        ModelError: An output is an input passed through.
-    """
-    graph = model.graph
-    written = {name for node in graph.node for name in node.output}
-    weights = {weight.name: weight for weight in graph.initializer}
-    taken = written | weights.keys() | {value.name for value in graph.input}
-    instead: dict[str, str] = {}
-    for value in graph.output:
-        if value.name in written:
-            continue
-        if value.name not in weights:
-            raise ModelError(
-                f"Output '{value.name}' is an input passed through, which no operator computes; "
-                "remove it from the model's outputs."
-            )
-        constant = new_name(f"{value.name}/constant", taken)
-        weights[value.name].name = constant
-        instead[value.name] = constant
-    _read_instead(graph, instead)
-    for name, constant in instead.items():
-        graph.node.append(helper.make_node("Identity", [constant], [name]))
-
-
-def _read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
-    """Let every node read other tensors, those in subgraphs included, in place."""
-    if not instead:
-        return
-    for node in graph.node:
-        if not instead.keys().isdisjoint(node.input):
-            node.input[:] = [instead.get(name, name) for name in node.input]
-        for attribute in node.attribute:
-            for body in (*attribute.graphs, attribute.g):
-                _read_instead(body, instead)
 
 
 def _require_arrays(tensors: Mapping[str, TensorType]) -> None:

@@ -21,7 +21,13 @@ from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.files import read_model, saved_by_ort, scratch_folder
 from onnxsched_runtime.fusing import fused
-from onnxsched_runtime.model import declared_types, input_values, name_nodes, node_reads
+from onnxsched_runtime.model import (
+    declared_types,
+    give_outputs_a_node,
+    input_values,
+    name_nodes,
+    node_reads,
+)
 from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.session import OrtSession, lower_to_file
@@ -55,6 +61,7 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
         with saved_by_ort(scratch):
             lower_to_file(source.whole(), lowered, settings)
         model = read_model(lowered)
+    give_outputs_a_node(model)
     name_nodes(model)
     untyped = ModelSource(model, _declared(model), source.variant)
     known = dict(untyped.tensors)

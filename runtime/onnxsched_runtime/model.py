@@ -9,6 +9,8 @@ import onnx
 from onnx import helper
 
 from onnxsched_runtime.device import Placement
+from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.plan import Operation
 from onnxsched_runtime.tensor import TensorType
 
@@ -54,6 +56,45 @@ def name_nodes(model: onnx.ModelProto) -> None:
             name = f"{stem}_{last[stem]}"
         node.name = name
         taken.add(name)
+
+
+def give_outputs_a_node(model: onnx.ModelProto) -> None:
+    """Put an Identity before outputs that ORT has folded to constants, in place.
+
+    Raises:
+        ModelError: An output is an input passed through.
+    """
+    graph = model.graph
+    written = {name for node in graph.node for name in node.output}
+    weights = {weight.name: weight for weight in graph.initializer}
+    taken = written | weights.keys() | {value.name for value in graph.input}
+    instead: dict[str, str] = {}
+    for value in graph.output:
+        if value.name in written:
+            continue
+        if value.name not in weights:
+            raise ModelError(
+                f"Output '{value.name}' is an input passed through, which no operator computes; "
+                "remove it from the model's outputs."
+            )
+        constant = new_name(f"{value.name}/constant", taken)
+        weights[value.name].name = constant
+        instead[value.name] = constant
+    _read_instead(graph, instead)
+    for name, constant in instead.items():
+        graph.node.append(helper.make_node("Identity", [constant], [name]))
+
+
+def _read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
+    """Let every node read other tensors, those in subgraphs included, in place."""
+    if not instead:
+        return
+    for node in graph.node:
+        if not instead.keys().isdisjoint(node.input):
+            node.input[:] = [instead.get(name, name) for name in node.input]
+        for attribute in node.attribute:
+            for body in (*attribute.graphs, attribute.g):
+                _read_instead(body, instead)
 
 
 def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:

@@ -352,6 +352,22 @@ def test_a_lowered_model_runs_by_the_schedule_of_the_portable_one(
             models.assert_same(session.run(None, feeds), models.reference(model, feeds))
 
 
+def test_an_output_that_lowering_folds_to_a_constant_is_still_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_cuda.install(monkeypatch)
+    model = models.model_of(
+        "(float[3] x) => (float[3] y, float[3] w) { w = Identity(k)  y = Add(x, w) }",
+        k=models.weight(3),
+    )
+    lowered = lowered_on_the_cpu(model)
+    annotation = models.annotation_of(model, device=Device("cuda"))
+    annotation = replace(annotation, variant=lowered.variant)
+    feeds = models.feeds_for(model)
+    with Session(model, annotation, lowered=lowered) as session:
+        models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
 @settings(deadline=None)
 @given(
     shape=st.lists(st.sampled_from([1, 1, 2, 3]), min_size=1, max_size=4),
