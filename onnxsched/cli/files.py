@@ -25,8 +25,9 @@ def inspect(
     """Show the schedule: streams, segments, and why what is not captured is not."""
     from onnxsched.inspection import inspect_model
     from onnxsched.schedule_file import placements_to_json
+    from onnxsched_runtime.files import require_target
 
-    render.require_target("--schedule", schedule, model)
+    require_target("--schedule", schedule, model)
     render.require_json_target(json_to, model, schedule)
     found = inspect_model(model)
     if schedule is not None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from onnxsched_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from onnxsched.benchmark import BenchResult
@@ -53,35 +50,10 @@ def require_json_target(target: str | None, *others: Path | None) -> None:
     Raises:
         UsageError: As `require_target` says.
     """
+    from onnxsched_runtime.files import require_target
+
     if target != "-":
         require_target("--json", target, *others)
-
-
-def require_target(option: str, target: str | Path | None, *others: Path | None) -> None:
-    """Check before the work starts that a file can be written, and takes the place of no other.
-
-    Links are followed, as they are when it is written.
-
-    Args:
-        option: What it is given with.
-        target: The file; None is fine.
-        others: What the command reads or writes besides.
-
-    Raises:
-        UsageError: Its folder is not there, it is a folder itself, or one of the others.
-    """
-    if target is None:
-        return
-    path = os.path.realpath(target)
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder):
-        raise UsageError(f"There is no folder '{folder}' for {option}; make it first.")
-    if os.path.isdir(path):
-        raise UsageError(f"{option} '{target}' is a folder; give the path of a file to write.")
-    if any(path == os.path.realpath(other) for other in others if other is not None):
-        raise UsageError(
-            f"{option} '{target}' is a file that this command reads or writes, too; give another."
-        )
 
 
 def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None]) -> None:

@@ -23,7 +23,7 @@ from onnxsched_runtime.arguments import zeros
 from onnxsched_runtime.arrays import read_array, write_arrays
 from onnxsched_runtime.errors import OnnxschedError, UsageError, unforeseen
 from onnxsched_runtime.executors.ranks import RankExecutor
-from onnxsched_runtime.files import written_whole
+from onnxsched_runtime.files import require_target, written_whole
 from onnxsched_runtime.group import joined_process_group, leave_process_group
 from onnxsched_runtime.load import Session, load
 
@@ -95,11 +95,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--bench {options.bench} is too few; give at least 0.")
     is_writer = os.environ.get("RANK", "0") == "0"  # others may be on hosts without the folder
     if is_writer and options.json not in (None, "-"):
-        folder = Path(options.json).absolute().parent
-        if not os.path.isdir(folder):
-            raise UsageError(f"There is no folder '{folder}' for --json; make it first.")
-        if os.path.isdir(options.json):
-            raise UsageError(f"--json {options.json} is a folder; give the path of a file.")
+        inputs = [text.partition("=")[2] for text in options.input]
+        require_target("--json", options.json, options.model, *inputs)
 
 
 def _run(session: Session, options: argparse.Namespace) -> dict[str, Any]:

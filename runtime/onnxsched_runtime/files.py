@@ -1,4 +1,4 @@
-"""ONNX models as files: read, written whole or not at all, and passed on in temporary ones."""
+"""Models and results as files: read, written whole or not at all, or passed on for a while."""
 
 from __future__ import annotations
 
@@ -38,6 +38,33 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     if not model.graph.node:
         raise ModelError(f"'{file}' holds no operators; export the model again.")
     return model
+
+
+def require_target(option: str, target: str | Path | None, *others: str | Path | None) -> None:
+    """Check before the work starts that a file can be written, and takes the place of no other.
+
+    Links are followed, as they are when it is written.
+
+    Args:
+        option: What it is given with.
+        target: The file; None is fine.
+        others: What the command reads or writes besides.
+
+    Raises:
+        UsageError: Its folder is not there, it is a folder itself, or one of the others.
+    """
+    if target is None:
+        return
+    path = os.path.realpath(target)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise UsageError(f"There is no folder '{folder}' for {option}; make it first.")
+    if os.path.isdir(path):
+        raise UsageError(f"{option} '{target}' is a folder; give the path of a file to write.")
+    if any(path == os.path.realpath(other) for other in others if other is not None):
+        raise UsageError(
+            f"{option} '{target}' is a file that this command reads or writes, too; give another."
+        )
 
 
 @contextmanager

@@ -78,11 +78,13 @@ def test_torchrun_runs_and_times_a_schedule(path: Path, tmp_path: Path) -> None:
         *((("--timeout", seconds), "is no time") for seconds in ("inf", "1e30", "-1", "0", "nan")),
         (("--bench", "-20"), "--bench -20 is too few"),
         (("--json", "none/result.json"), "There is no folder"),
-        (("--json", "."), "--json . is a folder"),
+        (("--json", "."), "--json '.' is a folder"),
+        (("--json", "./none.onnx"), "--json './none.onnx' is a file that this command reads"),
+        (("--json", "x.npy", "--input", "x=./x.npy"), "--json 'x.npy' is a file that this"),
     ],
 )
 def test_what_cannot_end_well_is_refused_first(
-    options: tuple[str, str],
+    options: tuple[str, ...],
     sentence: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
