@@ -35,7 +35,8 @@ def run_files(
         The outputs by name.
 
     Raises:
-        UsageError: A file is missing or no array, or does not fit the input.
+        UsageError: A file is missing or no array, or does not fit the input; or an output to be
+            written is no array.
         ModelError: The model can't be read, or carries no schedule.
         DeviceError: The schedule's device is not on this machine.
         OnnxschedError: An output can't be written.

@@ -7,7 +7,8 @@ import re
 import tempfile
 import tokenize
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +45,61 @@ def write_arrays(outputs: Mapping[str, Any], folder: Path) -> None:
     """Write every output or none; each element of a sequence has a file of its own.
 
     Raises:
+        UsageError: An output is no array, as a map is none.
         OnnxschedError: They can't be written.
     """
-    files: dict[str, Any] = {}
+    files: dict[str, np.ndarray] = {}
     for name, value in outputs.items():
         stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
         while any(file.startswith(f"{stem}.") for file in files):
             stem += "_"
         if isinstance(value, list):
-            files |= {f"{stem}.{number}.npy": element for number, element in enumerate(value)}
+            files |= {f"{stem}.{i}.npy": _stored(name, part) for i, part in enumerate(value)}
         else:
-            files[f"{stem}.npy"] = value
+            files[f"{stem}.npy"] = _stored(name, value)
     if taken := [file for file in files if os.path.isdir(folder / file)]:
-        raise OnnxschedError(
-            f"The outputs can't be written to '{folder}' ('{taken[0]}' is a folder there)."
-        )
+        raise _unwritten(folder, f"'{taken[0]}' is a folder there")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".onnxsched-", dir=folder) as scratch:
-            for file, value in files.items():
-                np.save(Path(scratch, file), np.asarray(value))
+        with (
+            _made(folder),
+            tempfile.TemporaryDirectory(prefix=".onnxsched-", dir=folder) as scratch,
+        ):
+            for file, array in files.items():
+                np.save(Path(scratch, file), array, allow_pickle=False)
             for file in files:
                 os.replace(Path(scratch, file), folder / file)
-    except (OSError, ValueError) as error:
-        raise OnnxschedError(f"The outputs can't be written to '{folder}' ({error}).") from error
+    except OSError as error:
+        raise _unwritten(folder, error.strerror or error) from error
+
+
+def _unwritten(folder: Path, reason: object) -> OnnxschedError:
+    return OnnxschedError(
+        f"The outputs can't be written to '{folder}' ({reason}); choose another folder."
+    )
+
+
+def _stored(name: str, value: Any) -> np.ndarray:
+    """A value as a file holds it; strings not as objects, which would be pickled."""
+    array = np.asarray(value)
+    if array.dtype.kind != "O":
+        return array
+    if not all(isinstance(item, str) for item in array.flat):
+        raise UsageError(
+            f"Output '{name}' holds a map or nothing, which no .npy file can; leave out the "
+            "folder for outputs, or this output of the model."
+        )
+    return array.astype(str)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder, and those that it lies in; gone again if something fails."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise

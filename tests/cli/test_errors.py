@@ -327,15 +327,22 @@ def test_a_full_disk_is_1_and_leaves_the_old_file(
     )  # fmt: skip
 
 
-def test_outputs_are_written_all_or_none(fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, array: Any) -> None:
+@pytest.mark.parametrize("target", [".", "results", "results/deep", "folder/deep"])
+def test_outputs_are_written_all_or_none(
+    target: str, folder: Path, fail: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, array: Any, allow_pickle: bool) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    code, text = fail("run", "out.onnx", "--output-dir", ".")
-    assert code == 1
-    assert "No space left on device" in text
+    before = sorted(folder.rglob("*"))
+    code, text = fail("run", "out.onnx", "--output-dir", target)
+    assert (code, text) == (
+        1, f"The outputs can't be written to '{target}' (No space left on device); choose "
+        "another folder.",
+    )  # fmt: skip
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

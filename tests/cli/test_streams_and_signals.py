@@ -6,12 +6,16 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 import onnxsched
 from onnxsched import cli
@@ -155,6 +159,34 @@ def test_outputs_are_all_written_or_none(tmp_path: Path) -> None:
         write_arrays({"a": np.ones(1), "b": np.ones(1)}, tmp_path)
     assert np.load(tmp_path / "a.npy") == [0]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npy", "b.npy"]
+
+
+texts = st.text().filter(lambda text: not text.endswith("\0"))  # where numpy pads texts with it
+
+
+@given(value=arrays.arrays(object, arrays.array_shapes(min_dims=0, min_side=0), elements=texts))
+def test_texts_are_read_as_they_were_written(value: np.ndarray) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_arrays({"x": value}, Path(folder))
+        found = read_array("x", Path(folder, "x.npy"))
+    assert (found.shape, found.tolist()) == (value.shape, value.tolist())
+
+
+def test_a_written_text_is_an_input_again(folder: Path) -> None:
+    model = model_of("(string[2] x) => (string[2] y) { y = Identity(x) }")
+    saved(annotated(model), folder, "text.onnx")
+    np.save(folder / "x.npy", np.array(["a", "longer"]))
+    for file in ("x.npy", "results/y.npy"):
+        command = f"run text.onnx --input x={file} --output-dir results"
+        assert shell(command, folder)[::2] == (0, "")
+        assert np.load(folder / "results" / "y.npy").tolist() == ["a", "longer"]
+
+
+@pytest.mark.parametrize("value", [{"a": 1.0}, [{1: 0.5}], None])
+def test_outputs_that_are_no_arrays_are_refused(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^Output 'y' holds a map or nothing, .*; leave out .*"):
+        write_arrays({"x": np.zeros(1), "y": value}, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("damage", [[], None, {"n": None}, {"n": ["x", None]}, {"n": [1]}])
