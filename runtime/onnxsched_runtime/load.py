@@ -180,7 +180,12 @@ class Session:
         """The outputs, as ONNX Runtime shows them."""
         return list(self._outputs)
 
-    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[Any]:
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: None = None,
+    ) -> list[Any]:
         """Run once; calls from several threads take turns.
 
         Args:
@@ -188,12 +193,15 @@ class Session:
             input_feed: A value for every input, of its exact shape. If all are GPU tensors
                 (torch, or anything with DLPack), outputs are torch tensors on the GPU, ready on
                 torch's current stream; else outputs are numpy arrays.
+            run_options: None, as nothing else can be obeyed.
 
         Raises:
-            UsageError: An input is missing, unknown, or of another shape or type; or the session
-                is closed.
+            UsageError: An input is missing, unknown, or of another shape or type; there are
+                options; or the session is closed.
             RankError: Another process died, hangs or failed.
         """
+        if run_options is not None:
+            raise UsageError("A schedule has no options for a single run; leave run_options out.")
         names = self._output_names
         if output_names and (unknown := [n for n in output_names if n not in names]):
             raise UsageError(f"There is no output '{unknown[0]}'; there are {names}.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -271,6 +272,13 @@ def test_an_unknown_output_is_refused_by_name(towers: Session) -> None:
         towers.run([1, "z"], ZEROS)  # type: ignore[list-item]
     with pytest.raises(UsageError, match=r"There is no output 'z'; there are \['p', 'q'\]\."):
         towers.run(["p", "z"], ZEROS)
+
+
+def test_run_options_may_be_given_if_they_are_none(towers: Session) -> None:
+    for session in (towers, models.plain_session(two_towers())):
+        assert len(session.run(None, ZEROS, None)) == 2
+    with pytest.raises(UsageError, match=r"has no options for a single run; leave run_options"):
+        towers.run(None, ZEROS, onnxruntime.RunOptions())
 
 
 def test_a_way_to_capture_that_there_is_not_is_refused(tmp_path: Path) -> None:
