@@ -188,9 +188,9 @@ def run_model(
     """Run the schedule once."""
     from onnxsched.running import run_files
 
-    pairs = [text.partition("=") for text in inputs or []]
-    if wrong := [name for name, sign, file in pairs if not (name and sign and file)]:
+    if wrong := [text for text in inputs or [] if not all(text.partition("="))]:
         raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
+    pairs = [text.partition("=") for text in inputs or []]
     outputs = run_files(
         model,
         {name: Path(file) for name, _, file in pairs},

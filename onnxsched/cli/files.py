@@ -64,6 +64,7 @@ def _changed(source: Path, target: Path, change: Callable[[Any], _Found]) -> _Fo
     """Write a model changed; returns what the change came to."""
     from onnxsched_runtime.files import read_model, write_model
 
+    render.require_target("--output", target)
     content = read_model(source)
     found = change(content)
     write_model(content, target)

@@ -135,9 +135,9 @@ def _run_count(options: argparse.Namespace) -> int:
 
 
 def _feeds(session: Session, named: Sequence[str]) -> dict[str, np.ndarray]:
-    pairs = [text.partition("=") for text in named]
-    if wrong := [name for name, sign, file in pairs if not (name and sign and file)]:
+    if wrong := [text for text in named if not all(text.partition("="))]:
         raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
+    pairs = [text.partition("=") for text in named]
     given = {name: read_array(name, Path(file)) for name, _, file in pairs}
     drawn = {a.name: zeros(a) for a in session.get_inputs() if a.name not in given}
     return {**drawn, **given}

@@ -37,6 +37,8 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         raise ModelError(f"The weights beside '{file}' can't be read ({error}).") from error
     if not model.graph.node:
         raise ModelError(f"'{file}' holds no operators; export the model again.")
+    if not model.graph.output:
+        raise ModelError(f"'{file}' has no outputs, so it computes nothing; export it with some.")
     return model
 
 

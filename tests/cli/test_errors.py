@@ -40,6 +40,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved(scheduled, folder, "trained.onnx")
     sequence = parsed("(seq(float[2]) s) => (int64 y) { y = SequenceLength(s) }")
     saved(sequence, folder, "sequence.onnx")
+    saved(parsed("(float[3] x) => () { y = Exp(x) }"), folder, "mute.onnx")
     saved(build("tiny", image=32), folder, "larger.onnx")
     flat = parsed("(float[3] input) => (float[3] logits) { logits = Exp(input) }")
     saved(flat, folder, "flat.onnx")
@@ -144,6 +145,7 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (("bench", "out.onnx", "--throughput", "--fail-under", "9"), "and --fail-under"),
         (("run", "none.onnx"), "There is no file 'none.onnx'"),
         (("run", "out.onnx", "--input", "input"), "--input input can't be read"),
+        (("run", "out.onnx", "--input", "=x.npy"), "--input =x.npy can't be read"),
         (("run", "out.onnx", "--input", "input=none.npy"), "no file 'none.npy' for input 'input'"),
         (("run", "out.onnx", "--input", "input=tiny.onnx"), "'tiny.onnx' is no .npy file"),
         (("run", "out.onnx", "--input", "input=several.npz"), "several arrays"),
@@ -164,6 +166,9 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (("inspect", "none.onnx"), "There is no file 'none.onnx'"),
         (("strip", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
         (("restore", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
+        (("strip", "out.onnx", "-o", "none/new.onnx"), "There is no folder"),
+        (("strip", "out.onnx", "-o", "folder"), "--output 'folder' is a folder"),
+        (("restore", "out.onnx", "-o", "file/new.onnx"), "There is no folder"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_2(arguments: tuple[str, ...], message: str, fail: Any) -> None:
@@ -206,6 +211,7 @@ def test_a_file_that_a_command_needs_is_not_overwritten(
     ("arguments", "message"),
     [
         (("optimize", "garbage.onnx", "-o", "new.onnx"), "can't be read as an ONNX model"),
+        (("optimize", "mute.onnx", "-o", "new.onnx"), "'mute.onnx' has no outputs"),
         (("inspect", "garbage.onnx"), "can't be read as an ONNX model"),
         (("bench", "tiny.onnx"), "carries no onnxsched schedule; run `onnxsched optimize`"),
         (("run", "tiny.onnx"), "carries no onnxsched schedule"),
@@ -297,8 +303,6 @@ def test_a_schedule_that_is_too_slow_is_6(
     [
         (*OPTIMIZE, "-o", "pipe"),
         ("strip", "out.onnx", "-o", "pipe"),
-        ("strip", "out.onnx", "-o", "none/new.onnx"),
-        ("restore", "out.onnx", "-o", "file/new.onnx"),
         ("run", "out.onnx", "--output-dir", "file/deep"),
         ("inspect", "out.onnx", "--json", "pipe"),
         ("inspect", "out.onnx", "--schedule", "pipe"),

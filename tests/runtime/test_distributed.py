@@ -14,6 +14,8 @@ import pytest
 
 from onnxsched_runtime import distributed
 from onnxsched_runtime.annotation import write_annotation
+from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.load import load
 from support.models import MODELS, annotation_of, assert_same, feeds_for, fork_join, reference
 from support.ranks import Ended, environment, run_ranks
 
@@ -40,6 +42,13 @@ def assert_all_end(ended: list[Ended], sentence: str, *, but: int | None = None)
         if rank != but:
             assert (process.code, process.stderr) == (1, f"onnxsched: {sentence}\n")
             assert process.after_s < 30
+
+
+@pytest.mark.parametrize("text", ["x", "=x.npy", "x=", ""])
+def test_an_input_that_is_no_pair_is_shown_as_it_was_given(text: str, path: Path) -> None:
+    with load(path) as session, pytest.raises(UsageError) as caught:
+        distributed._feeds(session, [text])
+    assert str(caught.value) == f"--input {text} can't be read: write NAME=FILE.npy."
 
 
 def test_two_processes_compute_every_model(tmp_path: Path) -> None:
