@@ -38,7 +38,7 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import fingerprint, write_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
-from onnxsched_runtime.files import write_model
+from onnxsched_runtime.files import require_target, write_model
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.variant import Variant
 
@@ -137,7 +137,7 @@ def optimize(
         NumericsError: The scheduled model computes something else than plain ORT.
         OnnxschedError: `target` can't be written.
     """
-    _check_arguments(target, streams, policy, precision, schedule)
+    _check_arguments(source, target, streams, policy, precision, schedule)
     given = None if schedule is None else read_schedule_file(schedule)
     machine = _machine(device, streams, given)
     chosen, libraries = machine.devices[0], tuple(custom_ops)
@@ -188,6 +188,7 @@ def optimize(
 
 
 def _check_arguments(
+    source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     streams: int | None,
     policy: str,
@@ -203,13 +204,7 @@ def _check_arguments(
     if schedule is not None and (policy != "auto" or streams is not None):
         option = "--streams" if policy == "auto" else "--policy"
         raise UsageError(f"--schedule and {option} contradict each other; give one.")
-    folder = Path(target).absolute().parent
-    if not os.path.isdir(folder):
-        raise UsageError(f"There is no folder '{folder}' to write to; make it first.")
-    if os.path.isdir(target):
-        raise UsageError(f"'{target}' is a folder; give the path of a file to write.")
-    if schedule is not None and os.path.realpath(schedule) == os.path.realpath(target):
-        raise UsageError(f"--schedule {schedule} is the file to write to; give another.")
+    require_target("--output", target, schedule, models=[source])
 
 
 def _machine(device: str, streams: int | None, given: ScheduleFile | None) -> Machine:

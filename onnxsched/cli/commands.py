@@ -67,8 +67,8 @@ def optimize(
     from onnxsched_runtime.files import require_target
 
     libraries = custom_ops or []
-    require_target("--output", output, schedule, *libraries)
-    render.require_json_target(json_to, model, output, schedule, *libraries)
+    require_target("--output", output, schedule, *libraries, models=[model])
+    render.require_json_target(json_to, output, schedule, *libraries, models=[model])
     if budget is not None and not budget >= 0:
         raise UsageError(f"--budget {budget} is no time; give seconds, at least 0.")
     if no_cache and cache_dir is not None:
@@ -119,7 +119,7 @@ def bench(
     """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
     from onnxsched.benchmark import bench as run
 
-    render.require_json_target(json_to, model, original, *(custom_ops or []))
+    render.require_json_target(json_to, *(custom_ops or []), models=[model, original])
     for option, value in (("--warmup", warmup), ("--duration", duration)):
         if not 0 <= value < 1e6:
             raise UsageError(f"{option} {value} is no time that can be measured for.")
@@ -217,7 +217,7 @@ def verify(
     from onnxsched.comparison import Tolerances
     from onnxsched.verify import verify as run
 
-    render.require_json_target(json_to, actual, expected, *(custom_ops or []))
+    render.require_json_target(json_to, *(custom_ops or []), models=[actual, expected])
     relative, relative_of = _tolerances("--rtol", rtol or [])
     absolute, absolute_of = _tolerances("--atol", atol or [])
     tolerances = Tolerances(

@@ -27,8 +27,8 @@ def inspect(
     from onnxsched.schedule_file import placements_to_json
     from onnxsched_runtime.files import require_target
 
-    require_target("--schedule", schedule, model)
-    render.require_json_target(json_to, model, schedule)
+    require_target("--schedule", schedule, model, models=[model])
+    render.require_json_target(json_to, schedule, models=[model])
     found = inspect_model(model)
     if schedule is not None:
         render.write_json(schedule, placements_to_json(found.annotation.placements))
@@ -62,9 +62,9 @@ def restore(
 
 def _changed(source: Path, target: Path, change: Callable[[Any], _Found]) -> _Found:
     """Write a model changed; returns what the change came to."""
-    from onnxsched_runtime.files import read_model, write_model
+    from onnxsched_runtime.files import read_model, require_target, write_model
 
-    render.require_target("--output", target)
+    require_target("--output", target, models=[source])
     content = read_model(source)
     found = change(content)
     write_model(content, target)

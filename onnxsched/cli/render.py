@@ -44,8 +44,15 @@ def progress() -> Iterator[Progress]:
         )
 
 
-def require_json_target(target: str | None, *others: Path | None) -> None:
+def require_json_target(
+    target: str | None, *others: Path | None, models: Sequence[Path | None] = ()
+) -> None:
     """Check before the work starts that JSON has a place to go to; `-` always is one.
+
+    Args:
+        target: The file.
+        others: What the command reads or writes besides.
+        models: Models that it reads.
 
     Raises:
         UsageError: As `require_target` says.
@@ -53,7 +60,7 @@ def require_json_target(target: str | None, *others: Path | None) -> None:
     from onnxsched_runtime.files import require_target
 
     if target != "-":
-        require_target("--json", target, *others)
+        require_target("--json", target, *others, *models, models=models)
 
 
 def emit(target: str | None, content: Mapping[str, Any], show: Callable[[], None]) -> None:

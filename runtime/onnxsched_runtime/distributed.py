@@ -96,7 +96,7 @@ def _check(options: argparse.Namespace) -> None:
     is_writer = os.environ.get("RANK", "0") == "0"  # others may be on hosts without the folder
     if is_writer and options.json not in (None, "-"):
         inputs = [text.partition("=")[2] for text in options.input]
-        require_target("--json", options.json, options.model, *inputs)
+        require_target("--json", options.json, options.model, *inputs, models=[options.model])
 
 
 def _run(session: Session, options: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,12 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     return model
 
 
-def require_target(option: str, target: str | Path | None, *others: str | Path | None) -> None:
+def require_target(
+    option: str,
+    target: str | os.PathLike[str] | None,
+    *others: str | os.PathLike[str] | None,
+    models: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
     """Check before the work starts that a file can be written, and takes the place of no other.
 
     Links are followed, as they are when it is written.
@@ -51,9 +56,11 @@ def require_target(option: str, target: str | Path | None, *others: str | Path |
         option: What it is given with.
         target: The file; None is fine.
         others: What the command reads or writes besides.
+        models: Models that it reads, whose weights may lie in files of their own.
 
     Raises:
-        UsageError: Its folder is not there, it is a folder itself, or one of the others.
+        UsageError: Its folder is not there, it is a folder itself, or one of the others, or it
+            holds a model's weights.
     """
     if target is None:
         return
@@ -63,10 +70,40 @@ def require_target(option: str, target: str | Path | None, *others: str | Path |
         raise UsageError(f"There is no folder '{folder}' for {option}; make it first.")
     if os.path.isdir(path):
         raise UsageError(f"{option} '{target}' is a folder; give the path of a file to write.")
-    if any(path == os.path.realpath(other) for other in others if other is not None):
+    taken = {os.path.realpath(other) for other in others if other is not None}
+    if os.path.exists(path):
+        taken.update(*(_weight_files(model) for model in models if model is not None))
+    if path in taken:
         raise UsageError(
             f"{option} '{target}' is a file that this command reads or writes, too; give another."
         )
+
+
+def _weight_files(path: str | os.PathLike[str]) -> set[str]:
+    """The files beside a model that hold its weights; none where it can't be read."""
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except (DecodeError, OSError):
+        return set()
+    folder = os.path.dirname(path)
+    graphs = [model.graph, *(onnx.GraphProto(node=function.node) for function in model.functions)]
+    return {
+        os.path.realpath(os.path.join(folder, entry.value))
+        for graph in graphs
+        for tensor in _stored(graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Weights and constants, those of subgraphs included."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for body in (attribute.g, *attribute.graphs):
+                yield from _stored(body)
 
 
 @contextmanager

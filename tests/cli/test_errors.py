@@ -56,6 +56,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").touch()
     (folder / "folder").mkdir()
     (folder / "link.onnx").symlink_to("out.onnx")
+    (folder / "link.weights").symlink_to("folder/weights")
+    split = onnx.load(folder / "out.onnx")
+    onnx.save(split, folder / "split.onnx", save_as_external_data=True,
+              location="folder/weights", size_threshold=0)  # fmt: skip
     return folder
 
 
@@ -195,6 +199,15 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...], message: str, fail: Any) -
         (*OPTIMIZE, "--json", "folder/../new.onnx"),
         (*OPTIMIZE, "--schedule", "partial.json", "--json", "partial.json"),
         (*OPTIMIZE, "--schedule", "partial.json", "-o", "folder/../partial.json"),
+        ("optimize", "split.onnx", "--device", "cpu", "-o", "folder/weights"),
+        ("optimize", "split.onnx", "-o", "new.onnx", "--json", "folder/weights"),
+        ("strip", "split.onnx", "-o", "folder/weights"),
+        ("strip", "split.onnx", "-o", "link.weights"),
+        ("restore", "split.onnx", "-o", "folder/../folder/weights"),
+        ("inspect", "split.onnx", "--json", "folder/weights"),
+        ("inspect", "split.onnx", "--schedule", "folder/weights"),
+        ("verify", "out.onnx", "split.onnx", "--json", "folder/weights"),
+        ("bench", "out.onnx", "--original", "split.onnx", "--json", "folder/weights"),
     ],
     ids=" ".join,
 )

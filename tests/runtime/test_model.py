@@ -18,7 +18,13 @@ from onnx import TensorProto
 
 from onnxsched_runtime import files
 from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
-from onnxsched_runtime.files import read_model, saved_by_ort, scratch_folder, write_model
+from onnxsched_runtime.files import (
+    read_model,
+    require_target,
+    saved_by_ort,
+    scratch_folder,
+    write_model,
+)
 from onnxsched_runtime.model import node_reads, operations_from_model
 from onnxsched_runtime.partition import plan_execution
 from onnxsched_runtime.plan import ExecutionPlan
@@ -271,6 +277,36 @@ def test_weights_are_no_reads_of_an_operation_and_order_is_the_launch_order() ->
     assert operations[2].writes == ("c",)
     assert operations[2].host_reason == "If decides at run time"
     assert operations[3].host_reason is None
+
+
+def _beside(tensor: TensorProto) -> onnx.NodeProto:
+    """A Constant of a tensor that lies in a file of its own."""
+    tensor.data_type, tensor.data_location = TensorProto.FLOAT, TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights")
+    return onnx.helper.make_node("Constant", [], ["c"], value=tensor)
+
+
+@pytest.mark.parametrize("place", ["initializer", "constant", "branch", "function"])
+def test_a_file_of_weights_is_no_target_wherever_they_are_used(place: str, tmp_path: Path) -> None:
+    constant = _beside(TensorProto(name="w"))
+    graph = onnx.GraphProto(name="g")
+    model = onnx.helper.make_model(graph)
+    if place == "initializer":
+        model.graph.initializer.append(constant.attribute[0].t)
+    elif place == "constant":
+        model.graph.node.append(constant)
+    elif place == "branch":
+        branch = onnx.helper.make_graph([constant], "b", [], [])
+        model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch))
+    else:
+        model.functions.add(name="f").node.append(constant)
+    (tmp_path / "in.onnx").write_bytes(model.SerializeToString())
+    for name in ("weights", "other"):
+        (tmp_path / name).touch()
+    require_target("-o", tmp_path / "other", models=[tmp_path / "in.onnx"])
+    require_target("-o", tmp_path / "weights", models=[tmp_path / "none.onnx"])
+    with pytest.raises(UsageError, match="is a file that this command reads or writes"):
+        require_target("-o", tmp_path / "weights", models=[tmp_path / "in.onnx"])
 
 
 def _plan(model: onnx.ModelProto) -> tuple[ModelSource, ExecutionPlan]:
