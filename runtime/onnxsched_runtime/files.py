@@ -61,6 +61,7 @@ def require_target(
     Raises:
         UsageError: Its folder is not there, it is a folder itself, or one of the others, or it
             holds a model's weights.
+        OnnxschedError: It can't be written.
     """
     if target is None:
         return
@@ -77,6 +78,8 @@ def require_target(
         raise UsageError(
             f"{option} '{target}' is a file that this command reads or writes, too; give another."
         )
+    with _draft_of(target):
+        pass
 
 
 def _weight_files(path: str | os.PathLike[str]) -> set[str]:
@@ -115,14 +118,20 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OnnxschedError: The file can't be written.
     """
+    with _draft_of(path) as draft:
+        yield draft
+        os.replace(draft, os.path.realpath(path))
+
+
+@contextmanager
+def _draft_of(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to be, in a folder of its own beside `path`, both gone at the end."""
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):
         raise OnnxschedError(f"'{path}' can't be written (it is no regular file); choose another.")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            draft = Path(scratch) / target.name
-            yield draft
-            os.replace(draft, target)
+            yield Path(scratch) / target.name
     except OSError as error:
         reason = error.strerror or error
         raise OnnxschedError(f"'{path}' can't be written ({reason}); choose another.") from error
