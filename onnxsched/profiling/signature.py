@@ -91,6 +91,7 @@ class OperatorSignatures:
         if "MatMul" in node.op_type or "Gemm" in node.op_type:
             flags = {a.name for a in node.attribute if a.name in ("transA", "transBatchA") and a.i}
             shape = self.shape(node.input[0])
-            inner = -1 if "transA" not in flags else 0 if "transBatchA" in flags else -2
+            is_turned = "transA" in flags and len(shape) > 1  # of a vector nothing is
+            inner = -1 if not is_turned else 0 if "transBatchA" in flags else -2
             return 2 * outputs * (shape[inner] if shape else 1)
         return outputs

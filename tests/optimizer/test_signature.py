@@ -120,6 +120,16 @@ def test_operations_of_products_by_head() -> None:
     assert OperatorSignatures(as_it_is(model)).flop_count(node) == 2 * 2 * 5 * 9 * 7
 
 
+@pytest.mark.parametrize("turned", [0, 1])
+def test_operations_of_products_of_a_vector(turned: int) -> None:
+    text = f"""(float[4] x) => (float[5] y) {{
+        y = com.microsoft.FusedMatMul<transA = {turned}>(x, w)
+    }}"""
+    model = written(text, w=weight(4, 5))
+    [node] = model.graph.node
+    assert OperatorSignatures(as_it_is(model)).flop_count(node) == 2 * 5 * 4
+
+
 def test_what_is_not_known_counts_nothing() -> None:
     model = onnx.shape_inference.infer_shapes(
         parsed("(float[4] x) => (int64[1,n] y) { y = NonZero(x) }")
