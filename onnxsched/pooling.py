@@ -103,7 +103,11 @@ def _agreed(node: onnx.NodeProto, sizes: Sequence[int]) -> dict[str, list[int] |
     auto_pad = given.get("auto_pad", b"NOTSET")
     is_rounded_up = bool(given.get("ceil_mode"))
     is_same = auto_pad in _SAME
-    pads = [0] * (2 * rank) if auto_pad == b"VALID" else list(given.get("pads") or [0] * 2 * rank)
+    none = [0] * (2 * rank)
+    pads = list(given.get("pads") or none) if auto_pad == b"NOTSET" else none
+    lengths = {len(kernel), len(strides), len(dilations), len(pads) / 2}
+    if lengths != {rank} or min(*kernel, *strides, *dilations) < 1:
+        return {}  # ORT says what is wrong
     if is_same:
         pads = _same_pads(sizes, kernel, strides, auto_pad)
         if min(pads) < 0:

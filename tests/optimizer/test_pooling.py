@@ -14,6 +14,7 @@ from hypothesis.strategies import DrawFn
 
 from onnxsched.pooling import agree_on_pool
 from onnxsched.shapes import tensor_types
+from onnxsched_runtime.errors import ModelError
 from support.models import feeds_for, reference
 from support.optimizing import assert_close, loaded
 from support.simplifying import image_model
@@ -97,6 +98,30 @@ def test_pools_are_loaded_with_the_shape_that_they_make(
     feeds = feeds_for(model, seed=0)
     for proto in (found.proto, found.baseline):
         assert_close(reference(proto, feeds), reference(model, feeds), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kernel_shape": [2]},
+        {"kernel_shape": [0, 2]},
+        {"strides": [2]},
+        {"strides": [0, 0]},
+        {"strides": [2, -1]},
+        {"pads": [1, 1]},
+        {"pads": [1, 1, 1]},
+        {"dilations": [1]},
+        {"auto_pad": "SAME_UPPER", "dilations": [2, 2], "strides": [0, 1]},
+        {"auto_pad": "SAME_LOWER", "dilations": [2, 2], "kernel_shape": [2, 2, 2]},
+    ],
+    ids=str,
+)
+def test_pools_that_make_no_sense_are_left_to_ort(
+    attributes: dict[str, Any], tmp_path: Path
+) -> None:
+    given = {"kernel_shape": [2, 2], "ceil_mode": 1, **attributes}
+    with pytest.raises(ModelError, match="ONNX Runtime refuses the model"):
+        loaded(pooled("MaxPool", given, [8, 8], 17), tmp_path)
 
 
 def test_every_pool_of_several_is_seen(tmp_path: Path) -> None:
