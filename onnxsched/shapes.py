@@ -11,7 +11,7 @@ from onnx import helper
 
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.model import declared_types, input_values, is_fixed
-from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.tensor import TensorType, fits_no_memory
 
 _VALUE_COUNT = 128
 """Initializers of more elements hold weights, not shapes: inference does without their values."""
@@ -41,8 +41,8 @@ def bind_shapes(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -
     A symbol bound through one input is bound in all others.
 
     Raises:
-        UsageError: A shape names no input, contradicts the model or another shape, or leaves a
-            dimension without a value.
+        UsageError: A shape names no input, contradicts the model or another shape, leaves a
+            dimension without a value, or is larger than any memory.
     """
     inputs = {value.name: value for value in input_values(model)}
     if unknown := shapes.keys() - inputs.keys():
@@ -63,6 +63,7 @@ def bind_shapes(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -
                 unbound.append(f"{name}[{axis}]" + (f" ('{dim.dim_param}')" * bool(dim.dim_param)))
         if not value.type.tensor_type.HasField("shape"):
             unbound.append(f"{name} (of unknown rank)")
+        _require_size(name, value)
     if unbound:
         raise UsageError(
             f"These dimensions have no value: {', '.join(unbound)}; give each input its shape "
@@ -87,6 +88,14 @@ def _bind(
     del kind.shape.dim[:]
     for size in shape:
         kind.shape.dim.add().dim_value = size
+
+
+def _require_size(name: str, value: onnx.ValueInfoProto) -> None:
+    shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    if fits_no_memory(shape):
+        raise UsageError(
+            f"Input '{name}' of shape {shape} fits into no memory; give a smaller one."
+        )
 
 
 def _forget_symbolic_shapes(model: onnx.ModelProto) -> None:

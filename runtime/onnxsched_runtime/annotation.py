@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +20,7 @@ from onnx import TensorProto
 from onnxsched_runtime.convolution import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import AnnotationError, UsageError
-from onnxsched_runtime.tensor import TensorType
+from onnxsched_runtime.tensor import TensorType, fits_no_memory
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 SCHEMA = "1"
@@ -212,7 +211,7 @@ def _shape(sizes: Any) -> tuple[int, ...]:
     if not isinstance(sizes, list):
         raise ValueError(f"{sizes!r} is no shape")
     shape = tuple(map(_size, sizes))
-    if math.prod(size or 1 for size in shape) >= 2**60:
+    if fits_no_memory(shape):
         raise ValueError(f"{sizes!r} is larger than any memory")
     return shape
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from onnx import TensorProto
@@ -25,6 +26,11 @@ _BITS: dict[int, int] = {
     TensorProto.FLOAT8E5M2: 8,
 }
 """Element types that can live in a device buffer, with their size in bits."""
+
+
+def fits_no_memory(shape: Iterable[int]) -> bool:
+    """Whether a tensor of a shape is larger than any memory; a size of 0 counts as 1."""
+    return math.prod(size or 1 for size in shape) >= 2**60
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,7 @@ def test_a_static_model_is_left_as_it_is(name: str) -> None:
         ({"x": (4,), "z": (4, 2)}, "gives 'x' 1 dimensions, it has 2"),
         ({"x": (4, 5), "z": (4, 2)}, r"gives x\[1\] 5, but it is 3"),
         ({"x": (4, 3), "z": (6, 2)}, r"gives z\[0\] 6, but it is 4"),
+        ({"x": (2**40, 3), "z": (2**40, 2**20)}, r"Input 'z' of shape \[\d+, 1048576\] fits into"),
         ({"q": (4,)}, r"names 'q', which is no input; the inputs are \['x', 'z'\]"),
     ],
 )
