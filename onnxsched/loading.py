@@ -15,22 +15,15 @@ import onnx.inliner
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.half_precision import in_float16, store_constants
+from onnxsched.optimizing import optimized
 from onnxsched.pooling import agree_on_pool, has_doubtful_pool
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched.simplification import simplify
 from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import ModelError, OnnxschedError
-from onnxsched_runtime.files import (
-    read_model,
-    saved_by_ort,
-    scratch_folder,
-    serialized,
-    write_model,
-)
+from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.files import read_model, serialized
 from onnxsched_runtime.model import give_outputs_a_node, input_values, name_nodes, node_reads
-from onnxsched_runtime.session import optimize_file
-from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
@@ -115,7 +108,7 @@ def load_model(
     baseline = read_model(path)
     _check(baseline, path)
     _keep_weights(baseline)
-    baseline.ir_version = max(_MIN_IR, min(baseline.ir_version, _MAX_IR))
+    _allow_node_keys(baseline)
     if baseline.functions:
         baseline = onnx.inliner.inline_local_functions(baseline)
     bind_shapes(baseline, shapes or {})
@@ -125,7 +118,8 @@ def load_model(
         pass
     declare_types(baseline)
     converted = _in_float16(baseline) if precision == "fp16" else baseline
-    proto, on_cpu = _optimized(converted, device, custom_ops)
+    proto, on_cpu = optimized(converted, device, custom_ops)
+    _allow_node_keys(proto)
     give_outputs_a_node(proto)
     name_nodes(proto)
     simplify(proto, tensor_types(proto))
@@ -139,6 +133,11 @@ def load_model(
     }
     reasons = host_reasons(proto, tensors, on_cpu)
     return Model(proto, tensors, reasons, bound, baseline, precision=precision)
+
+
+def _allow_node_keys(model: onnx.ModelProto) -> None:
+    """Give a model an IR version that has them and that ORT reads, in place."""
+    model.ir_version = max(_MIN_IR, min(model.ir_version, _MAX_IR))
 
 
 def _keep_weights(model: onnx.ModelProto) -> None:
@@ -264,26 +263,6 @@ def _norm_registered() -> Iterator[None]:
         yield
     finally:
         onnx.defs.deregister_schema(name, 1, "")
-
-
-def _optimized(
-    model: onnx.ModelProto, device: Device, custom_ops: tuple[str, ...]
-) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """Constants folded and operators fused by ORT; and which nodes need the CPU."""
-    settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
-    with scratch_folder() as scratch:
-        source, target = scratch / "bound.onnx", scratch / "optimized.onnx"
-        write_model(model, source)
-        with saved_by_ort(scratch):
-            on_cpu = optimize_file(source, target, settings)
-        try:
-            optimized = read_model(target)
-        except OnnxschedError as error:
-            raise ModelError(
-                "Nothing is left to schedule: every output of the model is a constant."
-            ) from error
-    optimized.ir_version = max(_MIN_IR, min(optimized.ir_version, _MAX_IR))
-    return optimized, on_cpu
 
 
 def _require_arrays(tensors: Mapping[str, TensorType]) -> None:

@@ -1,0 +1,73 @@
+"""What ORT makes of a model: constants folded, functions expanded, operators fused."""
+
+from __future__ import annotations
+
+import onnx
+
+from onnxsched.shapes import tensor_types
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import ModelError, OnnxschedError
+from onnxsched_runtime.files import read_model, saved_by_ort, scratch_folder, write_model
+from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.session import optimize_file
+from onnxsched_runtime.settings import SessionSettings
+
+_NEVER_FOLDED = "DequantizeLinear"
+"""ORT keeps it before what it may fuse it with."""
+
+
+def optimized(
+    model: onnx.ModelProto, device: Device, custom_ops: tuple[str, ...]
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Let ORT optimize a model, and its own result for as long as that helps.
+
+    ORT expands operators that it has no kernel for after it has folded constants, so what they
+    consist of is folded, and fused, the next time only.
+
+    Returns:
+        The optimized model, and the nodes that need the CPU with their operator types.
+
+    Raises:
+        ModelError: ORT refuses the model, or all of it is constant.
+        DeviceError: The device is not available.
+    """
+    settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
+    found, on_cpu = _optimized_once(model, settings)
+    while _is_half_folded(found):
+        count = len(found.graph.node)
+        found, on_cpu = _optimized_once(found, settings)
+        if len(found.graph.node) >= count:
+            break
+    return found, on_cpu
+
+
+def _optimized_once(
+    model: onnx.ModelProto, settings: SessionSettings
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    with scratch_folder() as scratch:
+        source, target = scratch / "bound.onnx", scratch / "optimized.onnx"
+        write_model(model, source)
+        with saved_by_ort(scratch):
+            on_cpu = optimize_file(source, target, settings)
+        try:
+            return read_model(target), on_cpu
+        except OnnxschedError as error:
+            raise ModelError(
+                "Nothing is left to schedule: every output of the model is a constant."
+            ) from error
+
+
+def _is_half_folded(model: onnx.ModelProto) -> bool:
+    """Whether an operator reads weights alone, or the shape of a tensor that has a fixed one."""
+    weights = {weight.name for weight in model.graph.initializer}
+    shaped = []
+    for node in model.graph.node:
+        reads = node_reads(node)
+        if reads and node.op_type != _NEVER_FOLDED and weights.issuperset(reads):
+            return True
+        if node.op_type == "Shape":
+            shaped.append(node.input[0])
+    if not shaped:
+        return False
+    types = tensor_types(model)
+    return any(name in types and types[name].shape is not None for name in shaped)
