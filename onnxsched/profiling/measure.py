@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import onnx
 
-from onnxsched.inputs import repeated_array
+from onnxsched.inputs import random_inputs, repeated_array
 from onnxsched.loading import Model
 from onnxsched.profile import Multiprocessor, OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
@@ -19,6 +19,7 @@ from onnxsched.profiling.roofline import roofline_from_profiles, roofline_model
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.model import input_values
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 
@@ -113,12 +114,43 @@ def _measure_on_cpu(
 ) -> Iterator[tuple[str, OperatorProfile]]:
     source = model.source
     settings = SessionSettings(device, thread_count=1, custom_ops=custom_ops)
-    for node in nodes:
-        segment = operator_segment(model, node, Placement(device, 0))
+    segments = [operator_segment(model, node, Placement(device, 0)) for node in nodes]
+    values = _integers(model, (n for segment in segments for n in segment.inputs), settings)
+    for node, segment in zip(nodes, segments, strict=True):
         generator = np.random.default_rng(0)
-        feeds = {n: repeated_array(model.tensors[n], generator) for n in segment.inputs}
+        feeds = {
+            n: values[n] if n in values else repeated_array(model.tensors[n], generator)
+            for n in segment.inputs
+        }
         with OrtSession(source.extract(segment), settings) as session:
             yield node.name, OperatorProfile(_time_on_cpu(session, feeds))
+
+
+def _integers(
+    model: Model, names: Iterable[str], settings: SessionSettings
+) -> dict[str, np.ndarray]:
+    """Integers and booleans among tensors, from a run of the model.
+
+    They may be divisors, shapes or indices, and an operator fails where they are made up.
+    """
+    kind_of = onnx.helper.tensor_dtype_to_np_dtype
+    wanted = [
+        name
+        for name in dict.fromkeys(names)
+        if kind_of(model.tensors[name].element_type).kind in "iub"
+    ]
+    if not wanted:
+        return {}
+    drawn = random_inputs(model.baseline, model.tensors, seed=0)
+    inputs = [value.name for value in input_values(model.proto)]
+    computed = [name for name in wanted if name not in inputs]
+    values = {name: drawn[name] for name in wanted if name in inputs}
+    if computed:
+        part = model.source.part([n.name for n in model.proto.graph.node], inputs, computed)
+        with OrtSession(part, settings) as session:
+            found = session.run({name: drawn[name] for name in inputs}, computed)
+        values |= dict(zip(computed, found, strict=True))
+    return values
 
 
 def _time_on_cpu(session: OrtSession, feeds: dict[str, np.ndarray]) -> tuple[float, ...]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from onnxsched.loading import Model, graph_from_model
@@ -171,3 +173,30 @@ def test_a_large_product_is_bound_by_compute_and_a_sum_by_memory(
     }"""
     profile = measured(loaded(parsed(text), tmp_path), cache)
     assert profile.bounds == {"product": "compute", "sum": "memory"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(int64[3] x) => (int64[3] y) { d = Add(x, one)  y = Div(x, d) }",
+        "(int64[3] x) => (int64[3] y) { d = Add(x, one)  y = Mod(x, d) }",
+        """(int64[2] x, float[3] z) => (float[1,3] y) {
+            a = Max(x, one)
+            b = Concat<axis = 0>(one, three)
+            s = Mul(a, b)
+            y = Reshape(z, s)
+        }""",
+    ],
+)
+def test_divisors_and_shapes_are_what_the_model_computes(
+    text: str, tmp_path: Path, cache: MeasurementCache
+) -> None:
+    model = parsed(text)
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array([value]), name)
+        for name, value in (("one", 1), ("three", 3))
+    )
+    found = loaded(model, tmp_path)
+    assert found.host_reasons == {}
+    profile = measured(found, cache)
+    assert all(operator.samples_us for operator in profile.operators.values())
