@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxsched.arms import ARMS, SCHEDULE, arm_names, baseline_of, needed_by_ort_graph, open_arm
 from onnxsched.environment import describe_environment, pairs_through_host
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import random_blamed, random_inputs
 from onnxsched.racing import time_runs_us
 from onnxsched.summary import Ratio, Summary, ratio, summarize
 from onnxsched_runtime import cuda
@@ -131,6 +131,7 @@ def bench(
     *,
     against: Sequence[str] = (),
     original: str | os.PathLike[str] | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
     warmup_ms: float = 200.0,
     duration_s: float = 3.0,
     iterations: int = 100,
@@ -144,6 +145,7 @@ def bench(
         against: Names in `ARMS`; if empty, all that device and model allow but `schedule-ort`.
             `ort` or `ort-graph` and the schedule itself are always measured.
         original: What the plain ORT arms run; the annotated model without its schedule if None.
+        inputs: Values for inputs; others are drawn at random.
         warmup_ms: Every arm runs at least this long before it is measured.
         duration_s: Measure at least this long in all.
         iterations: At least this many samples an arm.
@@ -151,7 +153,7 @@ def bench(
         progress: Told what is being done.
 
     Raises:
-        UsageError: There is no such file or arm.
+        UsageError: There is no such file or arm, or a value does not fit.
         AnnotationError: The model carries no schedule.
         DeviceError: The schedule's device is not on this machine.
     """
@@ -163,9 +165,10 @@ def bench(
     libraries = tuple(custom_ops)
     lowered = lowered_source(model, annotation, libraries)
     baseline = baseline_of(model, annotation, original, device, libraries)
-    feeds = random_inputs(model, annotation.tensors, seed=0)
+    feeds = random_inputs(model, annotation.tensors, 0, given := inputs or {})
     outputs = [value.name for value in model.graph.output]
     with cuda.one_graph_stream(), cuda.other_contexts(devices), ExitStack() as stack:
+        stack.enter_context(random_blamed(feeds, given))
         runs = []
         sources = {name: baseline if name.startswith("ort") else lowered for name in names}
         steps = len(names) * (2 if device.kind == "cuda" else 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxsched.capturability import random_tensors
 from onnxsched.comparison import Difference, Tolerances, compare
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import model_inputs, random_blamed
 from onnxsched.loading import Model
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import NumericsError
@@ -52,16 +52,15 @@ def run_plain(model: Model, device: Device, seed: int, custom_ops: tuple[str, ..
 
     Raises:
         ModelError: ORT refuses the model.
+        RunError: The model fails on these inputs.
     """
     names = tuple(value.name for value in model.baseline.graph.output)
-    feeds = tuple(
-        random_inputs(model.baseline, model.tensors, seed + number) for number in range(_RUN_COUNT)
-    )
+    feeds = tuple(model_inputs(model, seed + number) for number in range(_RUN_COUNT))
     source = ModelSource(model.baseline, model.tensors).whole()
     settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
 
     def outputs(settings: SessionSettings) -> tuple[list[Any], ...]:
-        with OrtSession(source, settings) as plain:
+        with OrtSession(source, settings) as plain, random_blamed(feeds[0], model.given):
             return tuple(plain.run(feed, names) for feed in feeds)
 
     full = replace(settings, variant=Variant(tf32=False))

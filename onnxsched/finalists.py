@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from onnxsched.annotate import annotation_for
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import model_inputs
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.measure import Progress
@@ -31,7 +31,7 @@ def measure_finalists(
     Where memory is limited, those that can be held at the same time.
     """
     first = subjects[0].portable
-    feeds = random_inputs(first.baseline, first.tensors, seed=0)
+    feeds = model_inputs(first, seed=0)
     with ExitStack() as stack:
         built: list[tuple[Outcome, Session]] = []
         for number, outcome in enumerate(finalists):

@@ -1,14 +1,18 @@
-"""Seeded inputs that a model accepts: varied, and with every index in range."""
+"""Inputs of a model: given, or seeded, varied, and with every index in range."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
+from onnxsched.loading import Model
+from onnxsched_runtime.errors import RunError, UsageError
 from onnxsched_runtime.model import input_values
 from onnxsched_runtime.tensor import TensorType
 
@@ -18,8 +22,26 @@ _INDEX_KEEPING = {"Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "S
 _DRAWN_COUNT = 1 << 20
 
 
+def with_given(model: Model, given: Mapping[str, np.ndarray]) -> Model:
+    """The model with values for its inputs, or for some of them.
+
+    Raises:
+        UsageError: A value is for no input, or of another type or shape.
+    """
+    values = random_inputs(model.baseline, model.tensors, 0, given)
+    return replace(model, given={name: values[name] for name in given})
+
+
+def model_inputs(model: Model, seed: int) -> dict[str, np.ndarray]:
+    """The values that a model was given for its inputs, and drawn ones for the others."""
+    return random_inputs(model.baseline, model.tensors, seed, model.given)
+
+
 def random_inputs(
-    model: onnx.ModelProto, tensors: Mapping[str, TensorType], seed: int
+    model: onnx.ModelProto,
+    tensors: Mapping[str, TensorType],
+    seed: int,
+    given: Mapping[str, np.ndarray] = {},
 ) -> dict[str, np.ndarray]:
     """Draw a value for every input: normal floats, indices below what they index, else 0 or 1.
 
@@ -27,14 +49,56 @@ def random_inputs(
         model: The model; used to find what integer inputs index.
         tensors: Types of the inputs, static.
         seed: Equal seeds give equal inputs.
+        given: Values that are taken instead, by input.
+
+    Raises:
+        UsageError: A value is for no input, or of another type or shape.
     """
     generator = np.random.default_rng(seed)
     limits = _index_limits(model)
-    return {
+    drawn = {
         value.name: random_array(tensors[value.name], generator, limits.get(value.name, 2))
         for value in input_values(model)
         if value.name in tensors
     }
+    if unknown := given.keys() - drawn.keys():
+        raise UsageError(f"There is no input '{min(unknown)}'; the inputs are {list(drawn)}.")
+    return drawn | {name: _fitting(name, given[name], drawn[name]) for name in given}
+
+
+def _fitting(name: str, value: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The value of an input, laid out as sessions take it.
+
+    Raises:
+        UsageError: It is of another type or shape than what is drawn.
+    """
+    array = np.asarray(value, object if like.dtype.kind == "O" else None, order="C")
+    if array.shape != like.shape:
+        raise UsageError(
+            f"Input '{name}' takes shape {list(like.shape)}, got {list(array.shape)}; give a "
+            "value of that shape, or optimize for another with --shape."
+        )
+    if array.dtype != like.dtype:
+        raise UsageError(f"Input '{name}' takes {like.dtype}, got {array.dtype}; convert it.")
+    return array
+
+
+@contextmanager
+def random_blamed(feeds: Iterable[str], given: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Say of a run that fails that its inputs were drawn, unless all were given.
+
+    Raises:
+        RunError: The run failed.
+    """
+    try:
+        yield
+    except RunError as error:
+        if given.keys() >= set(feeds):
+            raise
+        raise RunError(
+            f"The model fails on random inputs ({str(error).rstrip('.')}); give real ones with "
+            "--input NAME=FILE.npy."
+        ) from error
 
 
 def random_array(kind: TensorType, generator: np.random.Generator, limit: int = 1) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
 import onnx.inliner
 
@@ -66,6 +67,8 @@ class Model:
     """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
     rewrite: str = NO_REWRITE
     """What has made `proto` of the operators that were loaded; a name that `rewritten` knows."""
+    given: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+    """Values of inputs that are not to be drawn at random."""
 
     @property
     def form(self) -> Form:

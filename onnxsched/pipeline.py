@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
 
 from onnxsched.annotate import annotation_for
 from onnxsched.checking import check_numerics, run_plain
@@ -22,6 +25,7 @@ from onnxsched.environment import (
     machine_of,
     pairs_through_host,
 )
+from onnxsched.inputs import with_given
 from onnxsched.loading import Model, Precision, graph_from_model, load_model, with_refusals
 from onnxsched.machine import Machine
 from onnxsched.memory import fits_on_first
@@ -95,6 +99,7 @@ def optimize(
     policy: str = "auto",
     schedule: str | os.PathLike[str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
     budget_s: float | None = None,
     variants: bool = True,
     split: bool = True,
@@ -118,6 +123,8 @@ def optimize(
         schedule: A JSON file with a schedule that is obeyed instead, as policy `file`; see
             docs/annotation.md. Its devices are taken where `device` is `auto`.
         shapes: Shapes of inputs whose dimensions are symbols.
+        inputs: Values for inputs, with which the model is run and compared; others are drawn at
+            random.
         budget_s: For trying variants and schedules; operators are measured before, once. 30 if
             None, more where there are more than 360 operators, and twice that on several GPUs.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
@@ -131,7 +138,8 @@ def optimize(
         progress: Told what is being done.
 
     Raises:
-        UsageError: An argument, a shape or `schedule` does not fit, or a file is not there.
+        UsageError: An argument, a shape, a value or `schedule` does not fit, or a file is not
+            there.
         ModelError: The model can't be read or is not supported.
         DeviceError: A device is not available, or all together have no room for the model.
         NumericsError: The scheduled model computes something else than plain ORT.
@@ -150,6 +158,7 @@ def optimize(
     with cuda.one_graph_stream(), ProfilingWorker() if is_gpu else nullcontext() as worker:
         progress("loading", 0, 1)
         model = load_model(Path(source), chosen, shapes, libraries, precision)
+        model = with_given(model, inputs or {})
         graph = graph_from_model(model)
         enough_s = max(_LEAST_BUDGET_S, len(graph) / _OPERATORS_A_SECOND)
         enough_s *= _SEVERAL if is_gpu and len(machine.devices) > 1 else 1.0
@@ -226,6 +235,10 @@ def _decision_key(model: Model, request: Request) -> str:
         asked += [request.split, *([str(device), device_name(device)] for device in devices)]
     if request.schedule is not None:
         asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
+    asked += [
+        [name, hashlib.sha256(array.tobytes()).hexdigest()]
+        for name, array in sorted(model.given.items())
+    ]
     parts = ["decision", fingerprint(model.proto), operators, *asked]
     return json.dumps(parts, sort_keys=True)
 

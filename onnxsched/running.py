@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import random_blamed, random_inputs
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.arrays import read_array, write_arrays
 from onnxsched_runtime.files import read_model
@@ -43,10 +43,11 @@ def run_files(
     """
     model = read_model(path)
     annotation = read_annotation(model)
-    feeds: dict[str, Any] = dict(random_inputs(model, annotation.tensors, seed))
-    feeds |= {name: read_array(name, file) for name, file in inputs.items()}
+    given = {name: read_array(name, file) for name, file in inputs.items()}
+    feeds = random_inputs(model, annotation.tensors, seed, given)
     names = [value.name for value in model.graph.output]
-    with Session(model, annotation, custom_ops=tuple(custom_ops)) as session:
+    session = Session(model, annotation, custom_ops=tuple(custom_ops))
+    with session, random_blamed(feeds, given):
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
     if output_dir is not None:
         write_arrays(outputs, output_dir)

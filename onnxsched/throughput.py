@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 from onnxsched.environment import describe_environment
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import random_blamed, random_inputs
 from onnxsched.summary import Summary, summarize
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
@@ -81,6 +81,7 @@ def measure_throughput(
     path: str | os.PathLike[str],
     *,
     duration_s: float = 1.0,
+    inputs: Mapping[str, np.ndarray] | None = None,
     custom_ops: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> ThroughputResult:
@@ -92,11 +93,12 @@ def measure_throughput(
     Args:
         path: An annotated model.
         duration_s: How long each load is kept up; every copy serves at least one request.
+        inputs: Values for inputs; others are drawn at random.
         custom_ops: Shared libraries with custom operators.
         progress: Told what is being done.
 
     Raises:
-        UsageError: There is no such file.
+        UsageError: There is no such file, or a value does not fit.
         AnnotationError: The model carries no schedule.
         DeviceError: A device of the schedule is not on this machine.
     """
@@ -104,12 +106,12 @@ def measure_throughput(
     annotation = read_annotation(model)
     libraries = tuple(custom_ops)
     lowered = lowered_source(model, annotation, libraries)
-    feeds = random_inputs(model, annotation.tensors, seed=0)
+    feeds = random_inputs(model, annotation.tensors, 0, given := inputs or {})
     loads = []
     wanted = [(arm, count) for count in COPIES for arm in ARMS]
     for number, (arm, count) in enumerate(wanted):
         progress("serving", number, len(wanted))
-        with ExitStack() as stack:
+        with ExitStack() as stack, random_blamed(feeds, given):
             sessions = [
                 stack.enter_context(Session(model, copy, custom_ops=libraries, lowered=lowered))
                 for copy in _copies(model, annotation, arm, count)

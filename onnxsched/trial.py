@@ -14,7 +14,7 @@ from itertools import permutations
 from typing import Self
 
 from onnxsched.contraction import Contraction
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import model_inputs
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule
 from onnxsched_runtime import cuda
@@ -90,7 +90,7 @@ class TrialRunner:
 
     def _fill_inputs(self, model: Model) -> None:
         """Give inputs numbers: kernels that multiply zeros may take another time."""
-        arrays = random_inputs(model.baseline, model.tensors, seed=0)
+        arrays = model_inputs(model, seed=0)
         runner = self._runner
         streams = {placement.device: stream for placement, stream in runner.streams.items()}
         for device, stream in streams.items():

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from onnxsched.exploration import Trials, explored, explored_on_all
 from onnxsched.finalists import measure_finalists, session_of
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import model_inputs
 from onnxsched.interruption import Interruption
 from onnxsched.loading import AS_LOADED
 from onnxsched.machine import Machine
@@ -185,7 +185,7 @@ def _tried_in_turn(trials: Sequence[Trials]) -> list[Outcome]:
     ]
     waiting.sort(key=lambda pair: expected(pair[0]))
     first, count = trials[0].subject.portable, len(waiting)
-    feeds = random_inputs(first.baseline, first.tensors, seed=0)
+    feeds = model_inputs(first, seed=0)
     tried: list[Outcome] = []
     while waiting and waiting[0][1].is_time_left():
         outcome, of = waiting.pop(0)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from onnxsched.comparison import Difference, Run, Tolerances, compare
 from onnxsched.environment import choose_device
-from onnxsched.inputs import random_inputs
+from onnxsched.inputs import random_blamed, random_inputs
 from onnxsched.shapes import bind_shapes, tensor_types
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.errors import AnnotationError, ModelError, UsageError
@@ -29,6 +30,7 @@ def verify(
     tolerances: Tolerances,
     run_count: int = 3,
     seed: int = 0,
+    inputs: Mapping[str, np.ndarray] | None = None,
     device: str = "auto",
     custom_ops: Sequence[str] = (),
 ) -> tuple[Difference, ...]:
@@ -42,12 +44,13 @@ def verify(
         tolerances: How far outputs may differ.
         run_count: How many different inputs, at least 1.
         seed: Of the first input.
+        inputs: Values for inputs, the same in all runs; others are drawn at random.
         device: Where plain models run.
         custom_ops: Shared libraries with custom operators.
 
     Raises:
-        UsageError: A file is missing, the models have different inputs or outputs, or a tolerance
-            names no output.
+        UsageError: A file is missing, the models have different inputs or outputs, a value
+            does not fit, or a tolerance names no output.
         ModelError: A model can't be read.
         DeviceError: A device is not available.
     """
@@ -60,8 +63,9 @@ def verify(
     outputs = _same_ends(models, (actual, expected))
     _require_outputs(tolerances, outputs)
     types = tensor_types(models[1])
-    feeds = [random_inputs(models[1], types, seed + number) for number in range(run_count)]
-    with ExitStack() as stack:
+    given = inputs or {}
+    feeds = [random_inputs(models[1], types, seed + number, given) for number in range(run_count)]
+    with ExitStack() as stack, random_blamed(feeds[0], given):
         runs = [
             _open(Path(path), model, annotation, outputs, device, tuple(custom_ops), stack)
             for path, model, annotation in zip(

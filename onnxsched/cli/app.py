@@ -16,6 +16,9 @@ app = typer.Typer(
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model written by optimize.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the model.")]
 Json = Annotated[str | None, typer.Option("--json", help="Write JSON to a file, or - for stdout.")]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", help="NAME=FILE.npy; random where not given.")
+]
 CustomOps = Annotated[
     list[Path] | None, typer.Option("--custom-ops", help="A library of custom operators.")
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from onnxsched.cli import render
-from onnxsched.cli.app import CustomOps, Json, Model, Output, app
+from onnxsched.cli.app import CustomOps, Inputs, Json, Model, Output, app
 from onnxsched_runtime.errors import NumericsError, SlowerError, UsageError
 
 
@@ -30,6 +30,7 @@ def optimize(
     shape: Annotated[
         list[str] | None, typer.Option(help="NAME:1x3x224x224, where it is not fixed.")
     ] = None,
+    inputs: Inputs = None,
     precision: Annotated[
         str, typer.Option(help="keep, or fp16 to compute in half precision.")
     ] = "keep",
@@ -82,6 +83,7 @@ def optimize(
             policy=policy,
             schedule=schedule,
             shapes=parse_shapes(shape or []),
+            inputs=_arrays(inputs),
             budget_s=budget,
             variants=not no_variants,
             split=not no_split,
@@ -104,6 +106,7 @@ def bench(
     original: Annotated[
         Path | None, typer.Option(help="The model before optimize, for the plain ORT arms.")
     ] = None,
+    inputs: Inputs = None,
     warmup: Annotated[float, typer.Option(help="Milliseconds before measuring, an arm.")] = 200.0,
     duration: Annotated[float, typer.Option(help="Seconds to measure, at least.")] = 3.0,
     iterations: Annotated[int, typer.Option(help="Samples of each arm, at least.", min=1)] = 100,
@@ -125,7 +128,7 @@ def bench(
             raise UsageError(f"{option} {value} is no time that can be measured for.")
     if throughput:
         _require_throughput_alone(context)
-        _bench_throughput(model, duration, custom_ops, json_to)
+        _bench_throughput(model, duration, inputs, custom_ops, json_to)
         return
     if fail_under is not None and not fail_under >= 0:
         raise UsageError(f"--fail-under {fail_under} is no ratio; give a number, at least 0.")
@@ -134,6 +137,7 @@ def bench(
             model,
             against=[name.strip() for name in against.split(",") if name.strip()],
             original=original,
+            inputs=_arrays(inputs),
             warmup_ms=warmup,
             duration_s=duration,
             iterations=iterations,
@@ -159,7 +163,11 @@ def _require_throughput_alone(context: typer.Context) -> None:
 
 
 def _bench_throughput(
-    model: Path, duration_s: float, custom_ops: list[Path] | None, json_to: str | None
+    model: Path,
+    duration_s: float,
+    inputs: list[str] | None,
+    custom_ops: list[Path] | None,
+    json_to: str | None,
 ) -> None:
     from onnxsched.throughput import ARMS, COPIES, measure_throughput
 
@@ -167,6 +175,7 @@ def _bench_throughput(
         served = measure_throughput(
             model,
             duration_s=duration_s / (len(COPIES) * len(ARMS)),
+            inputs=_arrays(inputs),
             custom_ops=[str(path) for path in custom_ops or []],
             progress=progress,
         )
@@ -176,9 +185,7 @@ def _bench_throughput(
 @app.command(name="run")
 def run_model(
     model: Model,
-    inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="NAME=FILE.npy; random where not given.")
-    ] = None,
+    inputs: Inputs = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="A folder for the outputs, one .npy each.")
     ] = None,
@@ -188,17 +195,29 @@ def run_model(
     """Run the schedule once."""
     from onnxsched.running import run_files
 
-    if wrong := [text for text in inputs or [] if not all(text.partition("="))]:
-        raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
-    pairs = [text.partition("=") for text in inputs or []]
     outputs = run_files(
         model,
-        {name: Path(file) for name, _, file in pairs},
+        _files(inputs),
         output_dir,
         seed=seed,
         custom_ops=[str(path) for path in custom_ops or []],
     )
     render.run_outputs(outputs)
+
+
+def _files(texts: list[str] | None) -> dict[str, Path]:
+    """Read `NAME=FILE.npy` options."""
+    if wrong := [text for text in texts or [] if not all(text.partition("="))]:
+        raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
+    pairs = [text.partition("=") for text in texts or []]
+    return {name: Path(file) for name, _, file in pairs}
+
+
+def _arrays(texts: list[str] | None) -> dict[str, Any]:
+    """The arrays in the files of `NAME=FILE.npy` options."""
+    from onnxsched_runtime.arrays import read_array
+
+    return {name: read_array(name, file) for name, file in _files(texts).items()}
 
 
 @app.command()
@@ -209,6 +228,7 @@ def verify(
     atol: Annotated[list[str] | None, typer.Option(help="[NAME:]X, absolute.")] = None,
     runs: Annotated[int, typer.Option(help="How many different inputs.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of the first input.", min=0)] = 0,
+    inputs: Inputs = None,
     device: Annotated[str, typer.Option(help="Where models without a schedule run.")] = "auto",
     custom_ops: CustomOps = None,
     json_to: Json = None,
@@ -229,6 +249,7 @@ def verify(
         tolerances=tolerances,
         run_count=runs,
         seed=seed,
+        inputs=_arrays(inputs),
         device=device,
         custom_ops=[str(path) for path in custom_ops or []],
     )

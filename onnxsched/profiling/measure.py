@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import onnx
 
-from onnxsched.inputs import random_inputs, repeated_array
+from onnxsched.inputs import model_inputs, repeated_array
 from onnxsched.loading import Model
 from onnxsched.profile import Multiprocessor, OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
@@ -115,7 +115,10 @@ def _measure_on_cpu(
     source = model.source
     settings = SessionSettings(device, thread_count=1, custom_ops=custom_ops)
     segments = [operator_segment(model, node, Placement(device, 0)) for node in nodes]
-    values = _integers(model, (n for segment in segments for n in segment.inputs), settings)
+    values = {
+        **_integers(model, (n for segment in segments for n in segment.inputs), settings),
+        **model.given,
+    }
     for node, segment in zip(nodes, segments, strict=True):
         generator = np.random.default_rng(0)
         feeds = {
@@ -141,7 +144,7 @@ def _integers(
     ]
     if not wanted:
         return {}
-    drawn = random_inputs(model.baseline, model.tensors, seed=0)
+    drawn = model_inputs(model, seed=0)
     inputs = [value.name for value in input_values(model.proto)]
     computed = [name for name in wanted if name not in inputs]
     values = {name: drawn[name] for name in wanted if name in inputs}

@@ -9,6 +9,7 @@
     ├── SlowerError                    6   a benchmark below its required ratio
     ├── ScheduleError                  1   a policy broke a law: our bug, never the user's
     ├── PlanError                      1   a plan broke a law: our bug, never the user's
+    ├── RunError                       1   an operator failed on the values it was given
     ├── CaptureError                   1   CUDA or ORT refused a graph capture
     └── RankError                      1   a process of several died, hangs or differs
 
@@ -70,6 +71,10 @@ class ScheduleError(OnnxschedError):
 
 class PlanError(OnnxschedError):
     """An execution plan broke a law of `check_plan`."""
+
+
+class RunError(OnnxschedError):
+    """An operator failed on the values it was given."""
 
 
 class CaptureError(OnnxschedError):

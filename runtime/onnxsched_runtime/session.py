@@ -24,7 +24,7 @@ import onnxruntime
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.calling import called
-from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
+from onnxsched_runtime.errors import DeviceError, ModelError, RunError, UsageError
 from onnxsched_runtime.settings import BufferView, SessionSettings, cuda_options
 from onnxsched_runtime.source import ModelPart
 from onnxsched_runtime.tensor import TensorType
@@ -93,24 +93,24 @@ class OrtSession:
         """Run on bound buffers; with a stream of ours, only launch.
 
         Raises:
-            OnnxschedError: An operator failed.
+            RunError: An operator failed.
         """
         try:
             called(self._device, self._session.run_with_iobinding, binding, self._run_options)
         except Exception as error:
-            raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
+            raise RunError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Any]:
         """Run on host values and wait for the results.
 
         Raises:
-            OnnxschedError: An operator failed.
+            RunError: An operator failed.
         """
         try:
             results = list(called(self._device, self._session.run, outputs, dict(feeds)))
         except Exception as error:
-            raise OnnxschedError(f"ONNX Runtime failed: {_first_line(error)}.") from error
+            raise RunError(f"ONNX Runtime failed: {_first_line(error)}.") from error
         self._has_run()
         return results
 
@@ -171,7 +171,7 @@ class BoundRun:
         """Run; with a stream of ours, only launch.
 
         Raises:
-            OnnxschedError: An operator failed.
+            RunError: An operator failed.
         """
         self.session.run_bound(self.binding)
 

@@ -356,3 +356,34 @@ def test_help_is_shown_where_nothing_is_asked_for(call: Any) -> None:
 def test_every_command_explains_itself(command: str, call: Any) -> None:
     assert command in call("--help")
     assert call(command, "--help").startswith(f"Usage: onnxsched {command}")
+
+
+def test_inputs_with_a_meaning_are_given_in_files(
+    folder: Path, call: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """(float[1,2,4] x, float[1] size) => (float[1,2,h] y) {
+        wide = Cast<to = 7>(size)
+        sizes = Concat<axis = 0>(first, wide)
+        y = Resize(x, none, none, sizes)
+    }"""
+    model = parsed(text, first=np.array([1, 2]))
+    model.graph.node[2].input[1] = model.graph.node[2].input[2] = ""
+    saved(model, folder, "resize.onnx")
+    np.save("size.npy", np.array([8], np.float32))
+    given = ("--input", "size=size.npy")
+    made = ("optimize", "resize.onnx", "-o", "new.onnx", "--device", "cpu", "--no-cache")
+    call(*made, *given)
+    asked: list[tuple[str, ...]] = [
+        ("verify", "new.onnx", "resize.onnx", "--device", "cpu"),
+        ("bench", "new.onnx", *QUICK),
+        ("bench", "new.onnx", "--throughput", "--duration", "0.01"),
+        ("run", "new.onnx"),
+    ]
+    for command in asked:
+        call(*command, *given)
+    assert call("run", "new.onnx", *given).startswith("y  float32[1, 2, 8]")
+    for command in [made, *asked]:
+        assert run(list(command)) == 1
+        sentence = capsys.readouterr().err
+        assert sentence.startswith("onnxsched: The model fails on random inputs (ONNX Runtime")
+        assert sentence.endswith("); give real ones with --input NAME=FILE.npy.\n")

@@ -8,8 +8,9 @@ import pytest
 from onnx import TensorProto
 
 from onnxsched import inputs
-from onnxsched.inputs import random_array, random_inputs, repeated_array
+from onnxsched.inputs import random_array, random_blamed, random_inputs, repeated_array
 from onnxsched.shapes import tensor_types
+from onnxsched_runtime.errors import ModelError, RunError, UsageError
 from onnxsched_runtime.tensor import TensorType
 from support.models import MODELS, Array, reference, weight
 from support.optimizing import parsed
@@ -132,3 +133,43 @@ def test_what_is_only_timed_repeats_what_was_drawn(
     flat = array.ravel()
     assert np.array_equal(flat[:7], drawn.ravel()[:7])
     assert np.array_equal(flat[7:], flat[: max(0, flat.size - 7)])
+
+
+def test_what_is_given_is_not_drawn_and_changes_nothing_else() -> None:
+    model = MODELS["two_towers"]()
+    left = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    found = random_inputs(model, tensor_types(model), 5, {"left": left})
+    np.testing.assert_array_equal(found["left"], left)
+    assert found["left"].flags.c_contiguous
+    np.testing.assert_array_equal(found["right"], drawn(model, 5)["right"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("middle", np.zeros(3, np.float32), "no input 'middle'; the inputs are ['left', 'right']"),
+        ("left", np.zeros((2, 4), np.float32), "takes shape [2, 3], got [2, 4]"),
+        ("left", np.zeros((2, 3)), "takes float32, got float64"),
+    ],
+)
+def test_what_is_given_must_fit(name: str, value: Array, reason: str) -> None:
+    model = MODELS["two_towers"]()
+    with pytest.raises(UsageError) as caught:
+        random_inputs(model, tensor_types(model), 0, {name: value})
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "is_blamed"), [("", True), ("x", True), ("xz", False)])
+def test_random_inputs_are_blamed_unless_all_were_given(given: str, is_blamed: bool) -> None:
+    with (
+        pytest.raises(RunError) as caught,
+        random_blamed("xz", dict.fromkeys(given, np.zeros(1))),
+    ):
+        raise RunError("It failed.")
+    sentence = "The model fails on random inputs (It failed); give real ones with --input "
+    assert str(caught.value).startswith(sentence if is_blamed else "It failed.")
+
+
+def test_random_inputs_are_not_blamed_for_other_errors() -> None:
+    with pytest.raises(ModelError, match=r"^Refused\.$"), random_blamed("x", {}):
+        raise ModelError("Refused.")

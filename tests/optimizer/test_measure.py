@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxsched.inputs import with_given
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.profile import Profile
 from onnxsched.profiling import measure, roofline
@@ -199,4 +200,17 @@ def test_divisors_and_shapes_are_what_the_model_computes(
     found = loaded(model, tmp_path)
     assert found.host_reasons == {}
     profile = measured(found, cache)
+    assert all(operator.samples_us for operator in profile.operators.values())
+
+
+def test_operators_read_the_inputs_that_were_given(
+    tmp_path: Path, cache: MeasurementCache
+) -> None:
+    model = parsed(
+        "(float[1,2] x, float[2] scales) => (float[2,2] y) { y = Resize(x, none, scales) }"
+    )
+    model.graph.node[0].input[1] = ""
+    found = loaded(model, tmp_path)
+    assert found.host_reasons == {}
+    profile = measured(with_given(found, {"scales": np.array([2, 1], np.float32)}), cache)
     assert all(operator.samples_us for operator in profile.operators.values())

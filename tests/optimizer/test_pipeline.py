@@ -514,3 +514,15 @@ def test_garbage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in.onnx").write_bytes(b"garbage")
     with pytest.raises(ModelError, match=r"in\.onnx' can't be read as an ONNX model"):
         optimized(tmp_path / "in.onnx", tmp_path / "out.onnx")
+
+
+def test_a_decision_is_for_the_inputs_that_were_given(tmp_path: Path) -> None:
+    source = saved(parsed("(float[3] x) => (float[3] y) { y = Neg(x) }"), tmp_path)
+    kept: dict[str, Any] = {"cache_dir": tmp_path / "cache", "budget_s": 0}
+    first = {"x": np.array([1, 2, 3], np.float32)}
+    other = {"x": np.array([1, 2, 4], np.float32)}
+    found = [
+        optimized(source, tmp_path / "out.onnx", inputs=given, **kept).from_cache
+        for given in (None, first, first, other)
+    ]
+    assert found == [False, False, True, False]
