@@ -207,10 +207,10 @@ def test_operators_read_the_inputs_that_were_given(
     tmp_path: Path, cache: MeasurementCache
 ) -> None:
     model = parsed(
-        "(float[1,2] x, float[2] scales) => (float[2,2] y) { y = Resize(x, none, scales) }"
+        "(float[1,1,2] x, float[3] scales) => (float[2,1,2] y) { y = Resize(x, none, scales) }"
     )
     model.graph.node[0].input[1] = ""
     found = loaded(model, tmp_path)
     assert found.host_reasons == {}
-    profile = measured(with_given(found, {"scales": np.array([2, 1], np.float32)}), cache)
+    profile = measured(with_given(found, {"scales": np.array([2, 1, 1], np.float32)}), cache)
     assert all(operator.samples_us for operator in profile.operators.values())
