@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnx.inliner
+from onnx import helper, numpy_helper
 
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
@@ -114,6 +115,7 @@ def load_model(
     _allow_node_keys(baseline)
     if baseline.functions:
         baseline = onnx.inliner.inline_local_functions(baseline)
+    _densify(baseline.graph)
     bind_shapes(baseline, shapes or {})
     _narrow_concats(baseline)
     name_nodes(baseline)
@@ -153,6 +155,28 @@ def _keep_weights(model: onnx.ModelProto) -> None:
     inputs = [value for value in model.graph.input if value.name not in weights]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
+
+
+def _densify(graph: onnx.GraphProto) -> None:
+    """Make sparse constants dense, those of subgraphs included, in place.
+
+    ORT saves them as sparse weights, which no schedule knows.
+    """
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "sparse_value":
+                dense = _dense(attribute.sparse_tensor)
+                attribute.CopyFrom(helper.make_attribute("value", dense))
+            for body in (*attribute.graphs, attribute.g):
+                _densify(body)
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    values, indices = (numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
+    places = indices if indices.ndim == 1 else np.ravel_multi_index([*indices.T], sparse.dims)
+    array = np.zeros(sparse.dims, values.dtype)
+    array.flat[places] = values
+    return numpy_helper.from_array(array)
 
 
 def _in_float16(baseline: onnx.ModelProto) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.errors import ModelError, UsageError
 from onnxsched_runtime.tensor import TensorType
 from sample_models import build
-from support.models import CPU, MODELS, annotated, assert_same, feeds_for, reference, weight
+from support.models import CPU, MODELS, Array, annotated, assert_same, feeds_for, reference, weight
 from support.optimizing import assert_close, loaded, parsed, saved
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -111,6 +112,51 @@ def test_functions_are_inlined(tmp_path: Path) -> None:
     found = loaded(model, tmp_path)
     assert [node.op_type for node in found.proto.graph.node] == ["Neg", "Add"]
     assert not found.baseline.functions
+
+
+def sparse_constant(array: Array, is_flat: bool) -> onnx.NodeProto:
+    """A Constant `w` of the elements that are not 0, and where they are."""
+    places = array.ravel().nonzero()[0] if is_flat else np.argwhere(array)
+    values, indices = (
+        onnx.numpy_helper.from_array(part, "w") for part in (array[array != 0], places)
+    )
+    sparse = onnx.helper.make_sparse_tensor(values, indices, array.shape)
+    return onnx.helper.make_node("Constant", [], ["w"], sparse_value=sparse)
+
+
+SPARSE = {
+    "graph": "(float[2,3] x, bool f) => (float[2,4] y) { y = MatMul(x, w) }",
+    "branch": """(float[2,3] x, bool f) => (float[2,4] y) {
+        y = If(f) <
+            then_branch = yes () => (float[2,4] u) { u = MatMul(x, w) },
+            else_branch = no () => (float[2,4] v) { v = MatMul(x, w) }
+        >
+    }""",
+    "function": "(float[2,3] x, bool f) => (float[2,4] y) { y = local.times(x) }",
+}
+TIMES = '<domain: "local", opset_import: ["" : 17]> times (a) => (b) { b = MatMul(a, w) }'
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize("place", SPARSE)
+def test_sparse_constants_become_dense(place: str, is_flat: bool, tmp_path: Path) -> None:
+    array = weight(3, 4) * (weight(3, 4) > 0)
+    model = parsed(SPARSE[place], functions=TIMES if place == "function" else "")
+    bodies: dict[str, list[Any]] = {
+        "graph": [model.graph],
+        "branch": [attribute.g for attribute in model.graph.node[0].attribute],
+        "function": list(model.functions),
+    }
+    for body in bodies[place]:
+        body.node.insert(0, sparse_constant(array, is_flat))
+    found = loaded(model, tmp_path)
+    graph_from_model(found)
+    feeds = feeds_for(model)
+    for proto in (found.proto, found.baseline):
+        named = {value.name for value in proto.graph.input}
+        given = {name: value for name, value in feeds.items() if name in named}
+        assert_same(reference(proto, given), [feeds["x"] @ array])
+    assert "sparse" not in str(found.proto)
 
 
 def test_weights_beside_the_file_are_read(tmp_path: Path) -> None:
