@@ -1,0 +1,141 @@
+"""A model as users give it: valid, and in the form that all else starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx import helper, numpy_helper
+
+from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.files import read_model, serialized
+
+_MIN_IR, _MAX_IR = 10, 13
+"""Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
+
+
+def read_valid_model(path: str | Path) -> onnx.ModelProto:
+    """Read a model; its functions are written out, and its weights dense and no inputs.
+
+    Raises:
+        UsageError: There is no such file.
+        ModelError: It can't be read, is invalid, or holds what is not supported.
+    """
+    model = read_model(path)
+    _check(model, path)
+    _keep_weights(model)
+    allow_node_keys(model)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    _densify(model.graph)
+    return model
+
+
+def _check(model: onnx.ModelProto, path: str | Path) -> None:
+    try:
+        with _norm_registered(), _ranks_passed(model):
+            onnx.checker.check_model(serialized(model) or str(path))
+    except onnx.checker.ValidationError as error:
+        reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
+        raise ModelError(f"'{path}' is no valid ONNX model: {reason}.") from error
+    if model.graph.sparse_initializer:
+        raise ModelError(f"'{path}' has sparse weights, which are not supported; make them dense.")
+    for value in model.graph.input:
+        if not value.type.HasField("tensor_type"):
+            raise ModelError(
+                f"Input '{value.name}' of '{path}' is a sequence, map or optional; only models "
+                "whose inputs are tensors can be measured."
+            )
+
+
+@contextmanager
+def _ranks_passed(model: onnx.ModelProto) -> Iterator[None]:
+    """Let the checker pass inputs and outputs of unknown rank, which are bound and inferred."""
+    kinds = [
+        value.type.tensor_type
+        for value in (*model.graph.input, *model.graph.output)
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+    ]
+    for kind in kinds:
+        kind.shape.SetInParent()
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            kind.ClearField("shape")
+
+
+@contextmanager
+def _norm_registered() -> Iterator[None]:
+    """Let onnx know the one operator that ORT's fusions, and ours, add to ONNX's own domain."""
+    name, schema = "SimplifiedLayerNormalization", onnx.defs.OpSchema
+    if onnx.defs.has(name):
+        yield
+        return
+    optional = schema.FormalParameterOption.Optional
+    kinds = [f"tensor({kind})" for kind in ("float16", "bfloat16", "float", "double")]
+    onnx.defs.register_schema(
+        schema(
+            name,
+            "",
+            1,
+            inputs=[schema.FormalParameter("X", "T"), schema.FormalParameter("scale", "V")],
+            outputs=[
+                schema.FormalParameter("Y", "V"),
+                schema.FormalParameter("inv_std_var", "U", param_option=optional),
+            ],
+            type_constraints=[(variable, kinds, "") for variable in "TUV"],
+            attributes=[
+                schema.Attribute("axis", schema.AttrType.INT, required=False),
+                schema.Attribute("epsilon", schema.AttrType.FLOAT, required=False),
+                schema.Attribute("stash_type", schema.AttrType.INT, required=False),
+            ],
+        )
+    )
+    try:
+        yield
+    finally:
+        onnx.defs.deregister_schema(name, 1, "")
+
+
+def allow_node_keys(model: onnx.ModelProto) -> None:
+    """Give a model an IR version that has them and that ORT reads, in place."""
+    model.ir_version = max(_MIN_IR, min(model.ir_version, _MAX_IR))
+
+
+def _keep_weights(model: onnx.ModelProto) -> None:
+    """Let weights be no inputs as well, in place.
+
+    Before IR version 4 all had to be, and meant nothing by it; later it means that a caller may
+    replace them, which keeps ORT from folding and fusing, and no schedule offers.
+    """
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+
+
+def _densify(graph: onnx.GraphProto) -> None:
+    """Make sparse constants dense, those of subgraphs included, in place.
+
+    ORT saves them as sparse weights, which no schedule knows.
+    """
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "sparse_value":
+                dense = _dense(attribute.sparse_tensor)
+                attribute.CopyFrom(helper.make_attribute("value", dense))
+            for body in (*attribute.graphs, attribute.g):
+                _densify(body)
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    values, indices = (numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
+    places = indices if indices.ndim == 1 else np.ravel_multi_index([*indices.T], sparse.dims)
+    array = np.zeros(sparse.dims, values.dtype)
+    array.flat[places] = values
+    return numpy_helper.from_array(array)
