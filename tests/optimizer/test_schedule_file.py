@@ -174,7 +174,9 @@ def test_the_model_is_not_written_over_its_schedule(target: str, tmp_path: Path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "s.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("s.json")
-    with pytest.raises(UsageError, match="is the file to write to; give another"):
+    with pytest.raises(
+        UsageError, match="is a file that this command reads or writes, too; give another"
+    ):
         optimize("none.onnx", tmp_path / target, schedule=tmp_path / "s.json")
     assert (tmp_path / "s.json").read_text() == "{}"
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -146,7 +146,16 @@ def test_streams_share_the_cores(
     assert thread_count(streams) == count
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C does what it does by default; who starts tests in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.timeout(60, method="thread")
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_run_leaves_no_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diamond()
     before = threading.active_count()
