@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched.graph import RANDOM_TYPES
 from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.model import give_outputs_a_node
 from onnxsched_runtime.session import to_float16
 
 _HAS_FLOAT32_INPUTS = {"Resize"}
@@ -17,7 +18,7 @@ _HAS_FLOAT32_INPUTS = {"Resize"}
 
 
 def in_float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A model, whose constants are weights, with float32 made float16 inside.
+    """A copy of a model with float32 made float16 inside.
 
     Raises:
         ModelError: An output is no tensor, but holds float32.
@@ -28,7 +29,11 @@ def in_float16(model: onnx.ModelProto) -> onnx.ModelProto:
                 f"Output '{value.name}' is a sequence or optional of float32, which can't keep "
                 "its type in half precision; leave --precision fp16 out."
             )
-    return to_float16(model, set(_float32_types(model)))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    store_constants(copy)
+    give_outputs_a_node(copy)  # the converter knows no output that is a weight
+    return to_float16(copy, set(_float32_types(copy)))
 
 
 def _holds_float32(kind: onnx.TypeProto) -> bool:

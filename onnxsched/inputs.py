@@ -28,6 +28,8 @@ def with_given(model: Model, given: Mapping[str, np.ndarray]) -> Model:
     Raises:
         UsageError: A value is for no input, or of another type or shape.
     """
+    if not given:
+        return model
     values = random_inputs(model.baseline, model.tensors, 0, given)
     return replace(model, given={name: values[name] for name in given})
 

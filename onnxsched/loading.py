@@ -13,7 +13,7 @@ import onnx
 
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
-from onnxsched.half_precision import in_float16, store_constants
+from onnxsched.half_precision import in_float16
 from onnxsched.optimizing import optimized
 from onnxsched.pooling import agree_on_pool, has_doubtful_pool
 from onnxsched.reading import allow_node_keys, read_valid_model
@@ -110,7 +110,7 @@ def load_model(
     while has_doubtful_pool(baseline) and agree_on_pool(baseline, tensor_types(baseline)):
         pass
     declare_types(baseline)
-    converted = _in_float16(baseline) if precision == "fp16" else baseline
+    converted = in_float16(baseline) if precision == "fp16" else baseline
     proto, on_cpu = optimized(converted, device, custom_ops)
     allow_node_keys(proto)
     give_outputs_a_node(proto)
@@ -126,15 +126,6 @@ def load_model(
     }
     reasons = host_reasons(proto, tensors, on_cpu)
     return Model(proto, tensors, reasons, bound, baseline, precision=precision)
-
-
-def _in_float16(baseline: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in float16; the converter knows no output that is a weight."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(baseline)
-    store_constants(copy)
-    give_outputs_a_node(copy)
-    return in_float16(copy)
 
 
 def _narrow_concats(model: onnx.ModelProto) -> None:

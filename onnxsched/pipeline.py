@@ -145,7 +145,8 @@ def optimize(
         NumericsError: The scheduled model computes something else than plain ORT.
         OnnxschedError: `target` can't be written.
     """
-    _check_arguments(source, target, streams, policy, precision, schedule)
+    _check_arguments(streams, policy, precision, schedule)
+    require_target("--output", target, schedule, *custom_ops, models=[source])
     given = None if schedule is None else read_schedule_file(schedule)
     machine = _machine(device, streams, given)
     chosen, libraries = machine.devices[0], tuple(custom_ops)
@@ -197,8 +198,6 @@ def optimize(
 
 
 def _check_arguments(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
     streams: int | None,
     policy: str,
     precision: str,
@@ -213,7 +212,6 @@ def _check_arguments(
     if schedule is not None and (policy != "auto" or streams is not None):
         option = "--streams" if policy == "auto" else "--policy"
         raise UsageError(f"--schedule and {option} contradict each other; give one.")
-    require_target("--output", target, schedule, models=[source])
 
 
 def _machine(device: str, streams: int | None, given: ScheduleFile | None) -> Machine:

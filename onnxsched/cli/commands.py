@@ -65,10 +65,8 @@ def optimize(
     """
     from onnxsched.pipeline import optimize as run
     from onnxsched.shapes import parse_shapes
-    from onnxsched_runtime.files import require_target
 
     libraries = custom_ops or []
-    require_target("--output", output, schedule, *libraries, models=[model])
     render.require_json_target(json_to, output, schedule, *libraries, models=[model])
     if budget is not None and not budget >= 0:
         raise UsageError(f"--budget {budget} is no time; give seconds, at least 0.")
