@@ -10,8 +10,8 @@ import onnx
 from onnxsched.loading import Model
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.annotation import Annotation
-from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Placement
+from onnxsched_runtime.kernels import Kernels
 from onnxsched_runtime.lowering import origins, to_lowered, to_portable
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
@@ -30,7 +30,7 @@ def annotation_for(
         schedule: A schedule that passes `check_schedule`.
         variant: How sessions execute the model.
         details: What else the annotation tells people and tools.
-        kernels: The kernels of fused convolutions, where they were measured.
+        kernels: The kernels of its convolutions and pools, where they were measured.
     """
     return Annotation(
         placements=_placements(model.proto, schedule),

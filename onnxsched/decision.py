@@ -13,9 +13,9 @@ from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot, check_schedule
-from onnxsched_runtime.convolution import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.kernels import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.variant import Variant
 
 
@@ -41,7 +41,7 @@ class Decision:
     refusals: Mapping[str, str]
     """Why a node can't be captured, for those where the attempt failed."""
     kernels: Kernels = field(default_factory=dict)
-    """The fastest kernels of its fused convolutions."""
+    """The fastest kernels of its convolutions and pools."""
 
 
 def decide(outcomes: Sequence[Outcome], subjects: Sequence[Subject], policy: str) -> Decision:

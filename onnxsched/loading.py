@@ -19,9 +19,9 @@ from onnxsched.pooling import agree_on_pool, has_doubtful_pool
 from onnxsched.reading import allow_node_keys, read_valid_model
 from onnxsched.shapes import bind_shapes, declare_types, tensor_types
 from onnxsched.simplification import simplify
-from onnxsched_runtime.convolution import Kernels
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.kernels import Kernels
 from onnxsched_runtime.model import give_outputs_a_node, input_values, name_nodes, node_reads
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
@@ -57,7 +57,7 @@ class Model:
     is_lowered: bool = False
     """`proto` is what ORT makes of it for a GPU."""
     kernels: Kernels = field(default_factory=dict)
-    """The fastest kernels of its fused convolutions, where they were measured."""
+    """The fastest kernels of its convolutions and pools, where they were measured."""
     precision: Precision = "keep"
     """`fp16` where `proto` computes in float16 what the baseline computes in float32."""
     rewrite: str = NO_REWRITE

@@ -17,10 +17,10 @@ from onnxsched.rewriting import Rewrites, joined, rewritten
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.calling import called
-from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
 from onnxsched_runtime.fused import fused_nodes
+from onnxsched_runtime.kernels import Computed, Kernel
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.lowering import lower
 from onnxsched_runtime.source import ModelSource
@@ -291,8 +291,8 @@ def lowered_model(
     )
 
 
-def _fastest_kernels(source: ModelSource, device: Device) -> dict[FusedConvolution, Kernel]:
-    """The fastest kernel of each fused convolution, measured."""
+def _fastest_kernels(source: ModelSource, device: Device) -> dict[Computed, Kernel]:
+    """The fastest kernel of each fused convolution and pool, measured."""
     found = {
         node.what: called(device, cuda.fastest_kernel, node.what, device)
         for node in fused_nodes(source).values()

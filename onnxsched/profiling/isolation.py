@@ -24,10 +24,10 @@ from onnxsched.loading import Model
 from onnxsched.profile import OperatorProfile
 from onnxsched.profiling.gpu import measure_on_gpu
 from onnxsched_runtime import cuda
-from onnxsched_runtime.convolution import kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError, UsageError
 from onnxsched_runtime.files import read_model, scratch_folder, write_model
+from onnxsched_runtime.kernels import kernels_from_json, kernels_to_json
 from onnxsched_runtime.session import load_cuda_libraries
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import Variant

@@ -17,9 +17,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from onnxsched_runtime.convolution import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import AnnotationError, UsageError
+from onnxsched_runtime.kernels import Kernels, kernels_from_json, kernels_to_json
 from onnxsched_runtime.tensor import TensorType, fits_no_memory
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
@@ -47,7 +47,7 @@ class Annotation:
     variant: Variant = DEFAULT_VARIANT
     """How its sessions execute it."""
     kernels: Kernels = field(default_factory=dict)
-    """Which kernels of cuDNN's fused convolutions are computed by."""
+    """Which kernels of cuDNN's its convolutions and pools are computed by."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON for people and tools: policy, bound shapes, measured times, environment."""
 

@@ -79,7 +79,7 @@ def lowered_source(
 
 
 def _are_launchable(source: ModelSource, device: Device) -> bool:
-    """Whether cuDNN has a kernel for each fused convolution; they are kept for those who run."""
+    """Whether cuDNN has a kernel for each fused node; they are kept for those who run."""
     try:
         for node in fused_nodes(source).values():
             wanted = source.kernels.get(node.what)

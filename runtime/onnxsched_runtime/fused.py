@@ -1,23 +1,27 @@
-"""Fused convolutions in a lowered model: what each computes, and on which tensors. Pure."""
+"""Nodes of our domain in a lowered model: what each computes, and on which tensors. Pure."""
 
 from __future__ import annotations
 
 import numpy as np
 from onnx import NodeProto, numpy_helper
 
-from onnxsched_runtime.convolution import FusedConvolution, FusedNode
+from onnxsched_runtime.kernels import FusedConvolution, FusedNode, Pool
 from onnxsched_runtime.model import attributes_of, is_fused
 from onnxsched_runtime.source import ModelSource
 
 
 def fused_nodes(source: ModelSource) -> dict[str, FusedNode]:
-    """The fused convolutions of a model, by the names of their nodes."""
+    """The fused convolutions and pools of a model, by the names of their nodes."""
     nodes = source.model.graph.node
     return {node.name: fused_node(node, source) for node in nodes if is_fused(node)}
 
 
 def fused_node(node: NodeProto, source: ModelSource) -> FusedNode:
-    """What a node that `fused` has made computes, and on which tensors."""
+    """What a node that `fused` or `pooled` has made computes, and on which tensors."""
+    return _convolution(node, source) if node.op_type == "Conv" else _pool(node, source)
+
+
+def _convolution(node: NodeProto, source: ModelSource) -> FusedNode:
     values = attributes_of(node)
     image, filters, bias, added = node.input
     kind = source.kind_of(image)
@@ -34,6 +38,23 @@ def fused_node(node: NodeProto, source: ModelSource) -> FusedNode:
         bool(values["rectified"]),
     )
     return FusedNode(what, image, filters, bias or None, added or None, node.output[0])
+
+
+def _pool(node: NodeProto, source: ModelSource) -> FusedNode:
+    values = attributes_of(node)
+    image, output = node.input[0], node.output[0]
+    kind = source.kind_of(image)
+    what = Pool(
+        kind.element_type,
+        _onnx_order(kind.shape),
+        _onnx_order(source.kind_of(output).shape),
+        tuple(values["kernel_shape"]),
+        tuple(values["strides"]),
+        tuple(values["pads"]),
+        averages=node.op_type == "AveragePool",
+        counts_padding=bool(values["count_include_pad"]),
+    )
+    return FusedNode(what, image, filters=None, bias=None, added=None, output=output)
 
 
 def channels_last(filters: np.ndarray) -> np.ndarray:

@@ -21,7 +21,8 @@ from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import VIEWS
 
 _DOMAINS = ("", "ai.onnx")
-_NHWC_DOMAIN = "com.ms.internal.nhwc"
+NHWC_DOMAIN = "com.ms.internal.nhwc"
+"""Of what ONNX Runtime has lowered to channels last."""
 _ELEMENT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _KEEPS_SIGNS = ("MaxPool", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 """What can as well be done after a Relu, bit for bit."""
@@ -208,7 +209,7 @@ def _is_relu(node: NodeProto) -> bool:
 
 
 def _keeps_signs(node: NodeProto) -> bool:
-    is_known = node.domain in (*_DOMAINS, _NHWC_DOMAIN)
+    is_known = node.domain in (*_DOMAINS, NHWC_DOMAIN)
     if not is_known or node.op_type not in _KEEPS_SIGNS or len(node.output) > 1:
         return False
     return node.op_type != "MaxPool" or not may_see_padding_alone(node)
@@ -221,20 +222,21 @@ def _moved_by(node: NodeProto) -> Sequence[str]:
 
 def _is_fusable(node: NodeProto, source: ModelSource) -> bool:
     """Whether cuDNN can be asked for a convolution: one of images, with weights as stored."""
-    if node.op_type != "Conv" or node.domain != _NHWC_DOMAIN:
+    if node.op_type != "Conv" or node.domain != NHWC_DOMAIN:
         return False
     values = attributes_of(node)
     kinds = [source.tensors.get(name) for name in (node.input[0], node.output[0])]
     stored = [name for name in node.input[1:] if name]
     return (
         values.get("auto_pad", b"NOTSET") == b"NOTSET"
-        and all(map(_is_image, kinds))
+        and all(map(is_image, kinds))
         and all(source.is_weight(name) for name in stored)
         and len(source.kind_of(node.input[1]).shape or ()) == 4
     )
 
 
-def _is_image(kind: TensorType | None) -> bool:
+def is_image(kind: TensorType | None) -> bool:
+    """Whether a tensor is an image of numbers that cuDNN is asked to compute with."""
     return (
         kind is not None
         and kind.element_type in _ELEMENT_TYPES

@@ -30,6 +30,7 @@ from onnxsched_runtime.model import (
 )
 from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.ordering import topological
+from onnxsched_runtime.pooling import pooled
 from onnxsched_runtime.session import OrtSession, lower_to_file
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource
@@ -76,7 +77,7 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     gather_as_transposed(model)
     made = replace(source, model=model, tensors=tensors, is_lowered=True)
     is_fused = source.variant.fuses and source.variant.tf32  # cuDNN's kernels may use it
-    return fused(made) if is_fused else made
+    return pooled(fused(made)) if is_fused else made
 
 
 def show_idle_transposes_as_views(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched_runtime.convolution import Kernels
+from onnxsched_runtime.kernels import Kernels
 from onnxsched_runtime.model import input_values, node_reads
 from onnxsched_runtime.plan import Segment
 from onnxsched_runtime.tensor import TensorType
@@ -48,7 +48,7 @@ class ModelSource:
     is_lowered: bool = False
     """ORT has made all of its optimizations; sessions make no more."""
     kernels: Kernels = field(default_factory=dict)
-    """Which of cuDNN's kernels its fused convolutions are computed by, as far as that is known."""
+    """Which of cuDNN's kernels its convolutions and pools are computed by, as far as known."""
 
     @cached_property
     def nodes(self) -> dict[str, onnx.NodeProto]:

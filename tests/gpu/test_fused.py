@@ -15,11 +15,11 @@ from onnxsched.loading import Model, load_model
 from onnxsched.variants import lowered_model
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
-from onnxsched_runtime.convolution import Kernel, Kernels
-from onnxsched_runtime.cuda.convolutions import propose_kernels
+from onnxsched_runtime.cuda.fused_kernels import propose_kernels
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.fused import fused_nodes
+from onnxsched_runtime.kernels import FusedConvolution, Kernel, Kernels, Pool
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
@@ -116,12 +116,19 @@ def _assert_near(session: Session, plain: OrtSession, model: Model, seeds: range
 
 
 def test_every_convolution_is_fused_and_rectifies_by_itself(lowered: Model) -> None:
-    nodes = fused_nodes(lowered.source).values()
-    assert len(nodes) == 6
-    assert all(node.what.is_rectified for node in nodes)
-    assert [node.what.adds for node in nodes].count(True) == 1
+    found = {node.what for node in fused_nodes(lowered.source).values()}
+    convolutions = [what for what in found if isinstance(what, FusedConvolution)]
+    assert len(convolutions) == 6
+    assert all(what.is_rectified for what in convolutions)
+    assert [what.adds for what in convolutions].count(True) == 1
     assert "Relu" not in {node.op_type for node in lowered.proto.graph.node}
-    assert lowered.kernels.keys() == {node.what for node in nodes}
+    assert lowered.kernels.keys() == found
+
+
+def test_every_pool_is_launched_by_us(lowered: Model) -> None:
+    found = [node.what for node in fused_nodes(lowered.source).values()]
+    pools = [what for what in found if isinstance(what, Pool)]
+    assert [(pool.window, pool.averages) for pool in pools] == [((3, 3), False)] * 2
 
 
 @pytest.mark.parametrize("capture", ["whole", "ort", "none"])

@@ -21,8 +21,8 @@ from onnxsched.outcomes import Outcome, Subject
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot
-from onnxsched_runtime.convolution import FusedConvolution, Kernels, kernels_to_json
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.kernels import FusedConvolution, Kernels, kernels_to_json
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.graphs import graph_of
 from support.models import CPU

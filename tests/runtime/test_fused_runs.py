@@ -20,15 +20,16 @@ from onnxsched.schedule import Schedule, Slot
 from onnxsched.trial import TrialRunner
 from onnxsched_runtime import cuda, execution
 from onnxsched_runtime.annotation import Annotation
-from onnxsched_runtime.convolution import Kernel
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import OnnxschedError
 from onnxsched_runtime.execution import lowered_source
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.fusing import fused
+from onnxsched_runtime.kernels import Kernel
 from onnxsched_runtime.plan import ExecutionPlan, Operation, Run, check_plan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.pooling import pooled
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import Variant
@@ -77,7 +78,7 @@ def assert_right(executor: StreamExecutor, source: ModelSource, seed: int = 1) -
 def test_fused_models_compute_the_same_on_any_streams_however_they_are_captured(
     data: DataObject, source: ModelSource, capture: Capture
 ) -> None:
-    after = fused(source)
+    after = pooled(fused(source))
     streams = st.integers(0, 2).map(lambda stream: Placement(GPU, stream))
     placements = {node.name: data.draw(streams) for node in after.model.graph.node}
     with fakes(), opened(after, placements, capture) as executor:
@@ -91,9 +92,10 @@ def inception() -> ModelSource:
     start = net.add("Relu", ["x"])
     left = net.add("Relu", [net.conv(start, 4, 3)])
     right = net.add("Relu", [net.conv(net.conv(start, 8), 4, 3, bias=False)])
-    joined = net.add("Concat", [left, right], axis=3)
-    total = net.add("Add", [net.conv(joined, 8), joined])
-    return fused(net.source(net.reshape(net.add("Relu", [total]), 1, -1)))
+    middle = net.pool(net.pool(start), "AveragePool")
+    joined = net.add("Concat", [left, middle, right], axis=3)
+    total = net.add("Add", [net.conv(joined, 12), joined])
+    return pooled(fused(net.source(net.reshape(net.add("Relu", [total]), 1, -1))))
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -173,7 +175,7 @@ def model_of(source: ModelSource) -> Model:
 def test_trials_of_fused_models_compute_the_same_by_every_schedule(
     data: DataObject, source: ModelSource
 ) -> None:
-    model = model_of(fused(source))
+    model = model_of(pooled(fused(source)))
     contraction = contract_chains(graph_from_model(model))
     launches: list[int] = []
 
@@ -196,7 +198,7 @@ def test_trials_of_fused_models_compute_the_same_by_every_schedule(
 def test_trials_over_several_devices_compute_the_same_by_every_schedule(
     data: DataObject, source: ModelSource, device_count: int
 ) -> None:
-    model = model_of(fused(source))
+    model = model_of(pooled(fused(source)))
     contraction = contract_chains(graph_from_model(model), with_inputs=True)
     devices = [Device("cuda", number) for number in range(device_count)]
 

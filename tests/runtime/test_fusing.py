@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnxsched_runtime.fused import channels_last, fused_node, fused_nodes, weight_array
 from onnxsched_runtime.fusing import fused
+from onnxsched_runtime.kernels import FusedConvolution
 from onnxsched_runtime.model import is_fused, node_reads
 from onnxsched_runtime.source import ModelSource
 from support.fused import NHWC_DOMAIN, Lowered, evaluated, feeds_for, lowered_models
@@ -124,6 +125,8 @@ def test_a_fused_node_is_described_as_onnx_would(source: ModelSource) -> None:
     for name, found in fused_nodes(after).items():
         assert fused_node(nodes[name], after) == found
         what = found.what
+        assert isinstance(what, FusedConvolution)
+        assert found.filters is not None
         for shape, tensor in ((what.image, found.image), (what.output, found.output)):
             assert shape == np.moveaxis(values[tensor], -1, 1).shape
         assert what.filters == values[found.filters].shape
@@ -291,6 +294,7 @@ def test_weights_lie_channels_last_beside_images() -> None:
     net = image()
     after = fused(net.source(net.conv("x", 3, 3)))
     (node,) = fused_nodes(after).values()
+    assert node.filters is not None
     stored = numpy_helper.to_array(after.weight(node.filters))
     lies = weight_array(after, node.filters)
     assert lies.flags.c_contiguous

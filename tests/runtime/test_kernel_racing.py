@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from onnxsched_runtime.convolution import FusedConvolution, Kernel
-from onnxsched_runtime.cuda import convolutions, racing
-from onnxsched_runtime.cuda.convolutions import Places
+from onnxsched_runtime.cuda import fused_kernels, racing
+from onnxsched_runtime.cuda.operations import Places
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.kernels import PLAIN, Computed, FusedConvolution, Kernel, Pool
 from support.fake_cuda import FakeGraph, FakeMemory, FakeStream
 
 GPU = Device("cuda")
@@ -26,12 +27,16 @@ DENSE = FusedConvolution(
     has_bias=True, adds=True, is_rectified=False,
 )  # fmt: skip
 GROUPED = replace(DENSE, filters=(6, 1, 1, 1), output=(1, 6, 5, 4))
-Race = Callable[[FusedConvolution, list[float | None]], Kernel | None]
+POOL = Pool(
+    TensorProto.FLOAT, (1, 6, 5, 4), (1, 3, 5, 4), (3, 3), (1, 1), (1,) * 4,
+    averages=True, counts_padding=False,
+)  # fmt: skip
+Race = Callable[[Computed, list[float | None]], Kernel | None]
 
 
 @dataclass(frozen=True)
 class Built:
-    what: FusedConvolution
+    what: Computed
     kernel: Kernel
     device: Device
     workspace_nbytes: int = 32
@@ -45,17 +50,17 @@ class Built:
 def race(monkeypatch: pytest.MonkeyPatch) -> Iterator[Race]:
     """Finds the fastest of kernels with these times; None is one that cuDNN does not support."""
 
-    def raced(what: FusedConvolution, times: list[float | None]) -> Kernel | None:
+    def raced(what: Computed, times: list[float | None]) -> Kernel | None:
         kernels = [((-1,),) if us is None else ((n,),) for n, us in enumerate(times)]
         monkeypatch.setattr(racing, "propose_kernels", lambda what, device: kernels)
-        monkeypatch.setattr(racing, "FusedKernel", Built)
+        monkeypatch.setattr(racing, "build_kernel", Built)
         monkeypatch.setattr(racing, "DeviceMemory", FakeMemory)
         monkeypatch.setattr(racing, "_time_us", lambda built, *_: times[built.kernel[0][0]])
-        monkeypatch.setattr(convolutions, "_kept", {})
+        monkeypatch.setattr(fused_kernels, "_kept", {})
         racing.fastest_kernel.cache_clear()
         found = racing.fastest_kernel(what, GPU)
         if found is not None:
-            kept = convolutions.fused_kernel(what, GPU, found)
+            kept = fused_kernels.fused_kernel(what, GPU, found)
             assert isinstance(kept, Built), "what was built for the race is not built again"
         return found
 
@@ -83,6 +88,25 @@ def test_of_grouped_convolutions_the_first_that_is_supported_is_taken(race: Race
     assert race(GROUPED, [None, 5.0, 1.0]) == ((1,),)
 
 
+def test_of_pools_the_plain_one_is_left_for_what_is_clearly_faster(race: Race) -> None:
+    assert race(POOL, [5.0, 4.9, 3.0]) == ((2,),)
+    assert race(POOL, [5.0, 4.9]) == ((0,),)
+
+
+def test_the_plain_kernel_of_a_pool_is_proposed_first_and_of_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OnnxschedError("cuDNN reports NOT_SUPPORTED.")
+
+    monkeypatch.setattr(fused_kernels, "_proposed", refuse)
+    monkeypatch.setattr(fused_kernels, "current_device", lambda device: nullcontext())
+    fused_kernels.propose_kernels.cache_clear()
+    assert fused_kernels.propose_kernels(POOL, GPU) == (PLAIN,)
+    assert fused_kernels.propose_kernels(DENSE, GPU) == ()
+    fused_kernels.propose_kernels.cache_clear()
+
+
 def test_there_may_be_none(race: Race) -> None:
     assert race(DENSE, [None, None]) is None
     assert race(DENSE, []) is None
@@ -101,10 +125,10 @@ def test_where_there_is_no_room_to_try_any_none_is_chosen(
     assert racing.fastest_kernel(DENSE, GPU) is None
 
 
-@pytest.mark.parametrize("what", [DENSE, replace(DENSE, has_bias=False, adds=False)])
+@pytest.mark.parametrize("what", [DENSE, replace(DENSE, has_bias=False, adds=False), POOL])
 @pytest.mark.parametrize("drawn_count", [1 << 20, 7])
 def test_kernels_are_timed_on_numbers_in_memory_of_their_own(
-    what: FusedConvolution, drawn_count: int, monkeypatch: pytest.MonkeyPatch
+    what: Computed, drawn_count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memories: list[FakeMemory] = []
 
@@ -118,17 +142,22 @@ def test_kernels_are_timed_on_numbers_in_memory_of_their_own(
     racing._drawn.cache_clear()
     with racing._tensors(what, GPU) as places:
         sizes = {
-            places.image: 480, places.filters: 72, places.output: 240,
+            places.image: 480, places.output: 240,
+            **({} if places.filters is None else {places.filters: 72}),
             **({} if places.bias is None else {places.bias: 12}),
             **({} if places.added is None else {places.added: 240}),
         }  # fmt: skip
-        assert (places.bias is None, places.added is None) == (not what.has_bias, not what.adds)
+        there = [getattr(places, name) is not None for name in ("filters", "bias", "added")]
+        if isinstance(what, FusedConvolution):
+            assert there == [True, what.has_bias, what.adds]
+        else:
+            assert there == [False] * 3
         ends = sorted(sizes)
         assert all(a + sizes[a] <= b for a, b in pairwise(ends))
         assert all((start - memories[0].pointer) % 16 == 0 for start in ends)
         assert ends[0] == memories[0].pointer
         assert ends[-1] + sizes[ends[-1]] <= memories[0].pointer + memories[0].nbytes
-        for start in (places.image, places.filters):
+        for start in filter(None, (places.image, places.filters)):
             held = np.frombuffer(ctypes.string_at(start, sizes[start]), np.float32)
             count = min(drawn_count, held.size)
             assert np.unique(held).size == count, "random numbers"
@@ -140,11 +169,8 @@ def test_what_is_hopeless_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) ->
     bounds: list[Places] = []
 
     class Timed(Built):
-        def bind(self, places: Places) -> Places:
-            return places
-
-        def launch(self, bound: Places, stream: Any) -> None:
-            bounds.append(bound)
+        def bind(self, places: Places) -> Callable[[Any], None]:
+            return lambda stream: bounds.append(places)
 
     counts: list[int] = []
 

@@ -19,16 +19,16 @@ import pytest
 
 from onnxsched_runtime import cuda, execution
 from onnxsched_runtime.arena import packed
-from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import runner
+from onnxsched_runtime.kernels import Computed, Kernel, Pool
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelPart
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.wiring import ChainNode, WiredNode
-from support.fused import convolved
+from support.fused import convolved, pooled_windows
 
 
 class FakeStream:
@@ -120,34 +120,49 @@ class FakeChain:
 
 
 class FakeKernel:
-    """A fused convolution, computed on the host memory that it is bound to."""
+    """A fused convolution or pool, computed on the host memory that it is bound to."""
 
     workspace_nbytes = 64
     wanted: ClassVar[list[Kernel | None]] = []
     """The kernel that was asked for, by each that was made."""
 
-    def __init__(self, what: FusedConvolution, device: Device, wanted: Kernel | None) -> None:
+    def __init__(self, what: Computed, device: Device, wanted: Kernel | None) -> None:
         self._what = what
         self.device = device
         FakeKernel.wanted.append(wanted)
 
-    def bind(self, places: cuda.Places) -> cuda.Places:
-        assert (places.bias is not None) == self._what.has_bias
-        assert (places.added is not None) == self._what.adds
-        return places
-
-    def launch(self, bound: cuda.Places, stream: FakeStream) -> None:
-        """Compute; what lies in the workspace is lost."""
-        assert stream.is_open
-        assert stream.device == self.device
+    def bind(self, places: cuda.Places) -> Callable[[FakeStream], None]:
         what = self._what
-        ctypes.memset(bound.workspace, 0xFF, self.workspace_nbytes)
-        output = self._at(bound.output, _last(what.output))
-        output[:] = convolved(
-            self._at(bound.image, _last(what.image)),
-            np.moveaxis(self._at(bound.filters, _last(what.filters)), -1, 1),
-            None if bound.bias is None else self._at(bound.bias, what.output[1:2]),
-            None if bound.added is None else self._at(bound.added, _last(what.output)),
+        there = [getattr(places, name) is not None for name in ("filters", "bias", "added")]
+        if isinstance(what, Pool):
+            assert there == [False] * 3
+        else:
+            assert there == [True, what.has_bias, what.adds]
+
+        def launch(stream: FakeStream) -> None:
+            """Compute; what lies in the workspace is lost."""
+            assert stream.is_open
+            assert stream.device == self.device
+            ctypes.memset(places.workspace, 0xFF, self.workspace_nbytes)
+            image = self._at(places.image, _last(what.image))
+            output = self._at(places.output, _last(what.output))
+            output[:] = self._computed(image, places)
+
+        return launch
+
+    def _computed(self, image: np.ndarray, places: cuda.Places) -> np.ndarray:
+        what = self._what
+        if isinstance(what, Pool):
+            return pooled_windows(
+                image, what.window, what.strides, what.pads,
+                averages=what.averages, counts_padding=what.counts_padding,
+            )  # fmt: skip
+        assert places.filters is not None
+        return convolved(
+            image,
+            np.moveaxis(self._at(places.filters, _last(what.filters)), -1, 1),
+            None if places.bias is None else self._at(places.bias, what.output[1:2]),
+            None if places.added is None else self._at(places.added, _last(what.output)),
             strides=what.strides,
             dilations=what.dilations,
             pads=what.pads,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched_runtime.convolution import FusedConvolution, Kernel
+from onnxsched_runtime.kernels import Computed, FusedConvolution, Kernel, Pool
 from onnxsched_runtime.model import FUSED_DOMAIN
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
@@ -70,9 +70,10 @@ class Lowered:
         attributes = {"pads": [size // 2] * 4, "group": group} | attributes
         return self.add("Conv", inputs, NHWC_DOMAIN, **attributes)
 
-    def pool(self, image: str) -> str:
-        """The maxima of neighbours, as many as there are images."""
-        return self.add("MaxPool", [image], NHWC_DOMAIN, kernel_shape=[3, 3], pads=[1] * 4)
+    def pool(self, image: str, op: str = "MaxPool", **attributes: Any) -> str:
+        """The maxima or averages of neighbours, which keep the size unless told otherwise."""
+        attributes = {"kernel_shape": [3, 3], "pads": [1] * 4} | attributes
+        return self.add(op, [image], NHWC_DOMAIN, **attributes)
 
     def reshape(self, tensor: str, *shape: int) -> str:
         """A tensor in another shape."""
@@ -160,15 +161,49 @@ def _sums(
     return np.asarray(np.einsum("nhwcyx,ocyx->nhwo", windows, filters.astype(np.float64)))
 
 
-def _pooled(
+def _max_pooled(
     image: Array,
     *,
     kernel_shape: Sequence[int],
+    pads: Sequence[int] = (0, 0, 0, 0),
+    strides: Sequence[int] = (1, 1),
+    dilations: Sequence[int] = (1, 1),
+    count_include_pad: int = 0,
+) -> Array:
+    assert not count_include_pad
+    return pooled_windows(image, kernel_shape, strides, pads, dilations)
+
+
+def _average_pooled(
+    image: Array,
+    *,
+    kernel_shape: Sequence[int],
+    pads: Sequence[int] = (0, 0, 0, 0),
+    strides: Sequence[int] = (1, 1),
+    dilations: Sequence[int] = (1, 1),
+    count_include_pad: int = 0,
+) -> Array:
+    return pooled_windows(
+        image, kernel_shape, strides, pads, dilations,
+        averages=True, counts_padding=bool(count_include_pad),
+    )  # fmt: skip
+
+
+def pooled_windows(
+    image: Array,
+    window: Sequence[int],
+    strides: Sequence[int],
     pads: Sequence[int],
     dilations: Sequence[int] = (1, 1),
+    *,
+    averages: bool = False,
+    counts_padding: bool = False,
 ) -> Array:
-    windows = _windows(image, kernel_shape, (1, 1), dilations, pads, -np.inf)
-    return np.asarray(windows.max((-2, -1)))
+    """The maxima or averages of windows over images channels last."""
+    outside = -np.inf if not averages else 0.0 if counts_padding else np.nan
+    windows = _windows(image, window, strides, dilations, pads, outside)
+    reduced = np.nanmean if averages else np.max
+    return np.asarray(reduced(windows, (-2, -1)))
 
 
 def _windows(
@@ -191,7 +226,10 @@ def _windows(
 _OPERATORS: Mapping[tuple[str, str], Callable[..., Array]] = {
     (NHWC_DOMAIN, "Conv"): convolved,
     (FUSED_DOMAIN, "Conv"): convolved,
-    (NHWC_DOMAIN, "MaxPool"): _pooled,
+    (NHWC_DOMAIN, "MaxPool"): _max_pooled,
+    (FUSED_DOMAIN, "MaxPool"): _max_pooled,
+    (NHWC_DOMAIN, "AveragePool"): _average_pooled,
+    (FUSED_DOMAIN, "AveragePool"): _average_pooled,
     ("", "Relu"): lambda value: np.maximum(value, 0),
     ("", "Add"): np.add,
     ("", "Concat"): lambda *values, axis: np.concatenate(values, axis),
@@ -208,20 +246,20 @@ def lowered_models(draw: DrawFn, max_steps: int = 7, *, on_cpu: bool = False) ->
     Args:
         draw: Hypothesis.
         max_steps: How many steps they grow in, each of a few operators.
-        on_cpu: Only with operators that ORT's CPU provider runs, or that become fused.
+        on_cpu: Only with operators that ORT's CPU provider runs, or that become ours.
     """
     shape = (draw(st.integers(1, 2)), draw(st.integers(2, 4)), draw(st.integers(2, 4)), 2)
     lowered = Lowered(shape, draw(st.integers(0, 2**32)))
     kinds = ["conv", "relu", "add", "concat", "sum", "sum", "inception", "inception", "reshape"]
-    kinds += [] if on_cpu else ["pool", "pool", "grouped", "other form"]
+    kinds += ["pool", "pool"] + ([] if on_cpu else ["grouped", "other form"])
     for _ in range(draw(st.integers(1, max_steps))):
-        _grow(draw, lowered, draw(st.sampled_from(kinds)), on_cpu=on_cpu)
+        _grow(draw, lowered, draw(st.sampled_from(kinds)))
     written = [node.output[0] for node in lowered.nodes]
     some = draw(st.lists(st.sampled_from(written), max_size=2))
     return lowered.source(*dict.fromkeys([written[-1], *some]))
 
 
-def _grow(draw: DrawFn, lowered: Lowered, kind: str, *, on_cpu: bool) -> None:
+def _grow(draw: DrawFn, lowered: Lowered, kind: str) -> None:
     """Add a few operators that read what is there, what was written last more often."""
     images = [t for t, shape in lowered.shapes.items() if len(shape) == 4]
     recent = st.sampled_from([*images, *images[-3:], *images[-1:]])
@@ -239,7 +277,7 @@ def _grow(draw: DrawFn, lowered: Lowered, kind: str, *, on_cpu: bool) -> None:
     def branch() -> str:
         """A convolution and what keeps its signs, perhaps."""
         result = lowered.conv(image, 1, bias=draw(st.booleans()))
-        return lowered.pool(result) if not on_cpu and draw(st.booleans()) else result
+        return lowered.pool(result) if draw(st.booleans()) else result
 
     match kind:
         case "conv":
@@ -251,7 +289,10 @@ def _grow(draw: DrawFn, lowered: Lowered, kind: str, *, on_cpu: bool) -> None:
         case "relu":
             lowered.add("Relu", [image])
         case "pool":
-            lowered.add("Relu", [lowered.pool(image)])
+            op = draw(st.sampled_from(["MaxPool", "AveragePool"]))
+            result = lowered.pool(image, op)
+            if draw(st.booleans()):
+                lowered.add("Relu", [result])
         case "add":
             lowered.add("Add", [image, draw(st.sampled_from(alike))])
         case "concat" if count < 8:
@@ -288,9 +329,18 @@ def convolutions() -> SearchStrategy[FusedConvolution]:
     return st.builds(FusedConvolution, types, four, four, four, pair, pair, four, flag, flag, flag)
 
 
-def kernels() -> SearchStrategy[dict[FusedConvolution, Kernel]]:
-    """Kernels of a few convolutions."""
+def pools() -> SearchStrategy[Pool]:
+    """Any descriptions of pools, whether they make sense or not."""
+    four = st.tuples(*[st.integers(0, 99)] * 4)
+    pair = st.tuples(*[st.integers(1, 3)] * 2)
+    types = st.sampled_from([TensorProto.FLOAT, TensorProto.FLOAT16])
+    flag = st.booleans()
+    return st.builds(Pool, types, four, four, pair, pair, four, flag, flag)
+
+
+def kernels() -> SearchStrategy[dict[Computed, Kernel]]:
+    """Kernels of a few convolutions and pools."""
     knobs = st.lists(st.tuples(st.integers(0, 60), st.integers(-1, 9)), max_size=3)
-    engine = st.tuples(st.integers(0, 99))
+    engine = st.tuples(st.integers(-1, 99))
     kernel = st.builds(lambda number, pairs: (number, *pairs), engine, knobs)
-    return st.dictionaries(convolutions(), kernel, max_size=3)
+    return st.dictionaries(convolutions() | pools(), kernel, max_size=3)

@@ -8,7 +8,6 @@ from onnxsched_runtime.cuda.binding import load_torch, make_current
 from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
 from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
 from onnxsched_runtime.cuda.chains import Chain
-from onnxsched_runtime.cuda.convolutions import FusedKernel, Places, fused_kernel
 from onnxsched_runtime.cuda.devices import (
     device_count,
     device_properties,
@@ -19,7 +18,10 @@ from onnxsched_runtime.cuda.devices import (
     require_device,
     synchronize,
 )
+from onnxsched_runtime.cuda.fused_kernels import FusedKernel, fused_kernel
 from onnxsched_runtime.cuda.graphs import Graph
+from onnxsched_runtime.cuda.operations import Launch, Places
+from onnxsched_runtime.cuda.plain_pools import PlainPool
 from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
 from onnxsched_runtime.cuda.racing import fastest_kernel
 from onnxsched_runtime.cuda.streams import (
@@ -39,7 +41,9 @@ __all__ = [
     "Event",
     "FusedKernel",
     "Graph",
+    "Launch",
     "Places",
+    "PlainPool",
     "Stream",
     "device_count",
     "device_properties",

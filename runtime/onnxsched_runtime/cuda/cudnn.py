@@ -1,4 +1,4 @@
-"""cuDNN's graph API, as far as convolutions need it, through its C interface.
+"""cuDNN's graph API, as far as convolutions and pools need it, through its C interface.
 
 ONNX Runtime's CUDA provider and torch bring the library, and one of them has loaded it.
 """
@@ -16,14 +16,16 @@ from onnxsched_runtime.errors import OnnxschedError
 _NAME = "cudnn64_9.dll" if os.name == "nt" else "libcudnn.so.9"
 
 # kinds of values (cudnnBackendAttributeType_t), and their C types where that is no int
-HANDLE, DATA_TYPE, BOOLEAN, INT64, FLOAT, POINTER = 0, 1, 2, 3, 4, 6
-CONVOLUTION_MODE, HEURISTIC, KNOB_TYPE = 7, 8, 9
+HANDLE, DATA_TYPE, BOOLEAN, INT64, FLOAT, DOUBLE, POINTER = 0, 1, 2, 3, 4, 5, 6
+CONVOLUTION_MODE, HEURISTIC, KNOB_TYPE, NAN_MODE = 7, 8, 9, 10
 NUMERICAL_NOTE, POINTWISE_MODE, DESCRIPTOR = 11, 14, 15
+RESAMPLE_MODE, PADDING_MODE = 21, 22
 _C_TYPES: dict[int, Any] = {
     HANDLE: ctypes.c_void_p,
     BOOLEAN: ctypes.c_bool,
     INT64: ctypes.c_int64,
     FLOAT: ctypes.c_float,
+    DOUBLE: ctypes.c_double,
     POINTER: ctypes.c_void_p,
     DESCRIPTOR: ctypes.c_void_p,
 }
@@ -32,6 +34,7 @@ _C_TYPES: dict[int, Any] = {
 POINTWISE, CONVOLUTION, ENGINE, ENGINE_CONFIG, HEURISTICS, PLAN = 0, 1, 2, 3, 4, 5
 KNOB_CHOICE, CONVOLUTION_FORWARD, POINTWISE_OPERATION = 7, 10, 13
 OPERATION_GRAPH, VARIANT_PACK, TENSOR = 15, 16, 17
+RESAMPLE, RESAMPLE_FORWARD = 24, 25
 
 Attribute = tuple[int, int]
 """Its number (cudnnBackendAttributeName_t) and the kind of its values."""
@@ -53,6 +56,13 @@ TENSOR_STRIDES, NAME, IS_VIRTUAL = (903, INT64), (906, INT64), (907, BOOLEAN)
 NAMES, ADDRESSES, WORKSPACE = (1000, INT64), (1001, POINTER), (1003, POINTER)
 ENGINE_GRAPH, ENGINE_NUMBER = (1300, DESCRIPTOR), (1301, INT64)
 ENGINE_NOTES = (1303, NUMERICAL_NOTE)
+RESAMPLES_BY, RESAMPLES_IN = (1700, RESAMPLE_MODE), (1701, DATA_TYPE)
+RESAMPLED_RANK, WINDOW_ENDS, WINDOW_BEGINS = (1702, INT64), (1703, INT64), (1704, INT64)
+WINDOW_STRIDES, WINDOW = (1705, INT64), (1706, INT64)
+RESAMPLED_NAN, RESAMPLED_PADDING = (1707, NAN_MODE), (1708, PADDING_MODE)
+RESAMPLED, RESAMPLE_RESULT = (1710, DESCRIPTOR), (1711, DESCRIPTOR)
+RESAMPLED_TIMES, RESULT_KEPT_TIMES = (1713, DOUBLE), (1714, DOUBLE)
+RESAMPLE_FORM = (1716, DESCRIPTOR)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Which of cuDNN's kernels is the fastest for a convolution, measured."""
+"""Which of cuDNN's kernels is the fastest for a convolution or a pool, measured."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from itertools import accumulate
 import numpy as np
 import onnx
 
-from onnxsched_runtime.convolution import FusedConvolution, Kernel
 from onnxsched_runtime.cuda.buffers import DeviceMemory
-from onnxsched_runtime.cuda.convolutions import (
+from onnxsched_runtime.cuda.fused_kernels import (
     FusedKernel,
-    Places,
+    build_kernel,
     keep_kernel,
     propose_kernels,
 )
 from onnxsched_runtime.cuda.graphs import Graph
+from onnxsched_runtime.cuda.operations import Places
+from onnxsched_runtime.cuda.plain_pools import PlainPool
 from onnxsched_runtime.cuda.streams import graph_stream, time_launches_us
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import OnnxschedError
+from onnxsched_runtime.kernels import Computed, FusedConvolution, Kernel, Pool
 from onnxsched_runtime.tensor import TensorType
 
 _TRIED_COUNT = 8
@@ -40,12 +42,12 @@ _CLEARLY = 0.97
 
 
 @functools.cache
-def fastest_kernel(what: FusedConvolution, device: Device) -> Kernel | None:
+def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
     """The fastest of those that cuDNN proposes first; None if it has none, or no room to try any.
 
     Measured once a process.
     """
-    best: tuple[float, Kernel, FusedKernel] | None = None
+    best: tuple[float, Kernel, FusedKernel | PlainPool] | None = None
     tried = 0
     with ExitStack() as stack:
         try:
@@ -53,11 +55,11 @@ def fastest_kernel(what: FusedConvolution, device: Device) -> Kernel | None:
         except OnnxschedError:
             return None
         for kernel in propose_kernels(what, device):
-            if tried == (_TRIED_COUNT if what.filters[1] == what.image[1] else 1):
+            if tried == (1 if _is_grouped(what) else _TRIED_COUNT):
                 break
             most_us = math.inf if best is None else _HOPELESS * best[0]
             try:
-                built = FusedKernel(what, kernel, device)
+                built = build_kernel(what, kernel, device)
                 us = _time_us(built, places, most_us)
             except OnnxschedError:
                 continue
@@ -71,20 +73,24 @@ def fastest_kernel(what: FusedConvolution, device: Device) -> Kernel | None:
     return kernel
 
 
-def _time_us(kernel: FusedKernel, places: Places, most_us: float) -> float:
+def _is_grouped(what: Computed) -> bool:
+    return isinstance(what, FusedConvolution) and what.filters[1] < what.image[1]
+
+
+def _time_us(kernel: FusedKernel | PlainPool, places: Places, most_us: float) -> float:
     """The time of a kernel, roughly where it is more than anyone wants to know."""
     device = kernel.device
     with (
         DeviceMemory(kernel.workspace_nbytes, device) as workspace,
         graph_stream(device) as stream,
     ):
-        bound = kernel.bind(replace(places, workspace=workspace.pointer))
-        kernel.launch(bound, stream)
+        launch = kernel.bind(replace(places, workspace=workspace.pointer))
+        launch(stream)
         stream.synchronize()
 
         def launch_repeatedly() -> None:
             for _ in range(_REPEAT_COUNT):
-                kernel.launch(bound, stream)
+                launch(stream)
 
         graph = Graph.capture(stream, launch_repeatedly)
 
@@ -102,26 +108,30 @@ def _time_us(kernel: FusedKernel, places: Places, most_us: float) -> float:
 
 
 @contextmanager
-def _tensors(what: FusedConvolution, device: Device) -> Iterator[Places]:
-    """Memory for a convolution's tensors, with numbers to multiply: zeros may take another time.
+def _tensors(what: Computed, device: Device) -> Iterator[Places]:
+    """Memory for what a kernel reads and writes, with numbers: zeros may take another time.
 
     Raises:
         OnnxschedError: There is no room for them.
     """
-    shapes = (what.image, what.filters, what.output, (what.output[1],), what.output)
+    if isinstance(what, Pool):
+        filters, has_bias, adds = None, False, False
+    else:
+        filters, has_bias, adds = what.filters, what.has_bias, what.adds
+    shapes = (what.image, filters or (0,), what.output, (what.output[1],), what.output)
     sizes = [TensorType(what.element_type, shape).nbytes for shape in shapes]
     starts = list(accumulate((-(-n // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES for n in sizes),
                              initial=0))  # fmt: skip
     with DeviceMemory(starts[-1], device) as memory:
         for start, nbytes in zip(starts, sizes[:2], strict=False):
             _fill(memory, start, nbytes, what.element_type)
-        image, filters, output, bias, added, _ = (memory.pointer + start for start in starts)
+        image, weights, output, bias, added, _ = (memory.pointer + start for start in starts)
         yield Places(
             image,
-            filters,
+            weights if filters else None,
             output,
-            bias if what.has_bias else None,
-            added if what.adds else None,
+            bias if has_bias else None,
+            added if adds else None,
             workspace=0,
         )
 

@@ -95,7 +95,7 @@ class LaneRunner(PlanRunner):
 
     @cached_property
     def _session_lanes(self) -> list[Lane]:
-        """What sessions run: neither copies nor fused convolutions."""
+        """What sessions run: neither copies nor fused nodes."""
         lanes = self._all_lanes
         return [lane for lane in lanes if not self._is_copy(lane) and not self._is_fused(lane)]
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -57,8 +56,8 @@ class PlanRunner(ABC):
         """What several sessions read, as it is stored."""
         self._fused_weights: dict[tuple[Device, str], cuda.Buffer] = {}
         """What fused convolutions read; filters lie channels last."""
-        self._kernels: dict[int, cuda.FusedKernel] = {}
-        """Of fused convolutions, by the index of the segment."""
+        self._kernels: dict[int, cuda.FusedKernel | cuda.PlainPool] = {}
+        """Of fused segments, by the index of the segment."""
         self._fused_workspaces: dict[Placement, cuda.DeviceMemory] = {}
         try:
             used = {piece.main for piece in plan.pieces}
@@ -196,14 +195,13 @@ class PlanRunner(ABC):
         weights = self._fused_weights
         places = cuda.Places(
             image=here[node.image],
-            filters=weights[placement.device, node.filters].pointer,
+            filters=weights[placement.device, node.filters].pointer if node.filters else None,
             output=buffers[segment.outputs[0]].pointer,
             bias=weights[placement.device, node.bias].pointer if node.bias else None,
             added=here[node.added] if node.added else None,
             workspace=self._fused_workspaces[placement].pointer,
         )
-        kernel = self._kernels[index]
-        return FusedRun(kernel, kernel.bind(places), self.streams[placement])
+        return FusedRun(self._kernels[index].bind(places), self.streams[placement])
 
     def close(self) -> None:
         """Free the sessions, then the streams they launch on."""
@@ -232,13 +230,12 @@ class CopyRun:
 class FusedRun:
     """A kernel that no session runs, on fixed buffers."""
 
-    kernel: cuda.FusedKernel
-    bound: Any
+    start: cuda.Launch
     stream: cuda.Stream
 
     def launch(self) -> None:
         """Launch it."""
-        called(self.stream.device, self.kernel.launch, self.bound, self.stream)
+        called(self.stream.device, self.start, self.stream)
 
 
 def view(buffer: cuda.Buffer) -> BufferView:

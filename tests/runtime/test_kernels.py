@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxsched_runtime.convolution import (
+from onnxsched_runtime.kernels import (
+    PLAIN,
     FusedConvolution,
     Kernels,
+    Pool,
     kernels_from_json,
     kernels_to_json,
 )
@@ -24,6 +26,8 @@ FIELDS = [
     1, [1, 3, 8, 8], [4, 3, 3, 3], [1, 4, 8, 8], [1, 1], [1, 1], [1, 1, 1, 1], True, False, True,
 ]  # fmt: skip
 KERNEL = [[47], [3, 2], [8, 0]]
+POOL = Pool(1, (1, 3, 8, 8), (1, 3, 4, 4), (3, 3), (2, 2), (1, 1, 0, 0), True, False)
+POOL_FIELDS = ["pool", 1, [1, 3, 8, 8], [1, 3, 4, 4], [3, 3], [2, 2], [1, 1, 0, 0], True, False]
 
 
 @given(known=kernels())
@@ -32,9 +36,15 @@ def test_what_is_written_is_read(known: Kernels) -> None:
 
 
 def test_it_is_written_field_by_field() -> None:
-    known = {WHAT: ((47,), (3, 2), (8, 0))}
+    known: Kernels = {WHAT: ((47,), (3, 2), (8, 0))}
     assert json.loads(json.dumps(kernels_to_json(known))) == [[FIELDS, KERNEL]]
     assert kernels_from_json([[FIELDS, KERNEL]]) == known
+
+
+def test_a_pool_is_marked_as_one() -> None:
+    known: Kernels = {POOL: PLAIN}
+    assert json.loads(json.dumps(kernels_to_json(known))) == [[POOL_FIELDS, [[-1]]]]
+    assert kernels_from_json([[POOL_FIELDS, [[-1]]]]) == known
 
 
 @pytest.mark.parametrize(
@@ -44,7 +54,9 @@ def test_it_is_written_field_by_field() -> None:
         [[FIELDS, 47]], [[FIELDS, [["a"]]]], [[FIELDS, [[None]]]], [[None, KERNEL]],
         [[FIELDS[:-1], KERNEL]], [[[*FIELDS, 1], KERNEL]], [[[{}, *FIELDS[1:]], KERNEL]],
         [[[1, [None], *FIELDS[2:]], KERNEL]], [[FIELDS, [[float("inf")]]]],
-        [[FIELDS, []]], [[FIELDS, [[]]]], [[FIELDS, [[1, 2]]]], [[FIELDS, [[1], [2]]]],
+        [[POOL_FIELDS[1:], KERNEL]], [[[*POOL_FIELDS, 1], KERNEL]], [["pool", KERNEL]],
+        [[{"pool": 1}, KERNEL]], [[FIELDS, []]],
+        [[FIELDS, [[]]]], [[FIELDS, [[1, 2]]]], [[FIELDS, [[1], [2]]]],
         [[FIELDS, [[1], [2, 3, 4]]]], [[FIELDS, [[1], [[2], 3]]]], [[FIELDS, [[2**63]]]],
     ],
     ids=str,
