@@ -24,7 +24,7 @@ _FORMS = [
     ((3, 20, 12, 17), (2, 3), (2, 1), (0, 1, 0, 1)),
     ((1, 12, 13, 13), (5, 5), (1, 1), (2, 2, 2, 2)),
 ]
-_NEAR = {TensorProto.FLOAT: 1e-6, TensorProto.FLOAT16: 2e-3}
+_NEAR: dict[int, float] = {TensorProto.FLOAT: 1e-6, TensorProto.FLOAT16: 2e-3}
 
 
 def _pool(
