@@ -73,7 +73,7 @@ def wire(
 
     Everything after the second point of a wait follows everything before the first, as if an event
     were recorded there and waited for here. Nodes come in launch order, which decides how a GPU
-    spreads a graph over its queues. O((nodes + waits) x chains).
+    spreads a graph over its queues. O((nodes + waits) x (chains + nodes / 64)).
 
     Args:
         chains: The nodes of each run, predecessors first.
@@ -130,7 +130,10 @@ def _add_chain(
 
 
 def _resolved(vertices: _Vertices) -> tuple[WiredNode, ...]:
-    """The work in launch order, each after the nearest work that it follows."""
+    """The work in launch order, each after the nearest work that it follows.
+
+    What is waited for already by what is waited for is left out: a GPU counts every edge.
+    """
     readers: list[list[int]] = [[] for _ in vertices.keys]
     missing = [len(sources) for sources in vertices.sources]
     for vertex, sources in enumerate(vertices.sources):
@@ -140,13 +143,17 @@ def _resolved(vertices: _Vertices) -> tuple[WiredNode, ...]:
     heapify(ready)
     nearest: list[set[int]] = [set() for _ in vertices.keys]
     wired: list[WiredNode] = []
+    reached: list[int] = []
+    """A bit for each node that one comes after, however far behind."""
     popped = 0
     while ready:
         _, vertex = heappop(ready)
         popped += 1
         follows = nearest[vertex]
         if (work := vertices.work[vertex]) is not None:
-            wired.append(WiredNode(*work, tuple(sorted(follows))))
+            kept, before = _unimplied(follows, reached)
+            wired.append(WiredNode(*work, kept))
+            reached.append(before)
             follows = {len(wired) - 1}
         for reader in readers[vertex]:
             nearest[reader] |= follows
@@ -156,3 +163,14 @@ def _resolved(vertices: _Vertices) -> tuple[WiredNode, ...]:
     if popped < len(vertices.keys):
         raise PlanError("The waits between streams go in a circle.")
     return tuple(wired)
+
+
+def _unimplied(follows: set[int], reached: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """Those that no other of them comes after, and bits of all that are before."""
+    kept: list[int] = []
+    before = 0
+    for node in sorted(follows, reverse=True):  # what comes after a node has a higher number
+        if not before >> node & 1:
+            kept.append(node)
+            before |= reached[node] | 1 << node
+    return tuple(reversed(kept)), before

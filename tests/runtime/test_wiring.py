@@ -74,6 +74,9 @@ def test_a_graph_orders_what_a_plan_orders_and_nothing_else(
         place = {(node.chain, node.index): i for i, node in enumerate(wired)}
         assert sorted(place) == sorted(node for nodes in own.values() for node in nodes)
         known = ancestors(wired)
+        for node in wired:
+            implied = set().union(*(known[p] for p in node.predecessors))
+            assert implied.isdisjoint(node.predecessors)
         for a, b in product(own, own):
             if a != b:
                 for first, second in product(own[a], own[b]):
