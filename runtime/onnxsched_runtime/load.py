@@ -266,6 +266,8 @@ def _close_quietly(executor: Executor) -> None:
 
 def _is_on_gpu(value: Any) -> bool:
     """Whether a value offers its memory by DLPack from a CUDA device (device type 2)."""
+    if (is_cuda := getattr(value, "is_cuda", None)) is not None:  # torch's, soon answered
+        return bool(is_cuda)
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
         return False
     return int(value.__dlpack_device__()[0]) == 2

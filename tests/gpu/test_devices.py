@@ -21,6 +21,7 @@ from onnxsched_runtime.errors import DeviceError
 from onnxsched_runtime.executors.streams import StreamExecutor
 from onnxsched_runtime.files import read_model, write_model
 from onnxsched_runtime.load import Session
+from support import models
 
 pytestmark = pytest.mark.skipif(cuda.device_count() < 2, reason="needs two GPUs")
 _NAMES = ["googlenet", "deepfm", "bert"]
@@ -127,6 +128,26 @@ def test_without_peer_access_copies_go_through_the_host_in_one_graph(
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+def test_tensors_on_the_other_gpu_are_ready_on_its_current_stream(tmp_path: Path) -> None:
+    import torch
+
+    side, steps = 2048, 12
+    text = "\n".join(f"t{n + 1} = MatMul(t{n}, w)" for n in range(steps))
+    model = models.model_of(
+        f"(float[{side},{side}] t0) => (float[{side},{side}] t{steps}) {{ {text} }}",
+        w=np.eye(side, dtype=np.float32),
+    )
+    annotation = models.annotation_of(model, device=Device("cuda"), device_count=1)
+    last = model.graph.node[-1].name
+    there = {**annotation.placements, last: Placement(Device("cuda", 1), 0)}
+    with Session(model, replace(annotation, placements=there)) as session:
+        for seed in range(20):
+            image = torch.full((side, side), float(seed + 1), device="cuda:0")
+            (result,) = session.run(None, {"t0": image})
+            assert result.device == torch.device("cuda:1")
+            assert (result.min().item(), result.max().item()) == (seed + 1, seed + 1)
 
 
 def test_a_schedule_moves_to_the_other_gpu(scheduled: Callable[[str], Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations, permutations
@@ -211,6 +211,42 @@ def test_tensors_in_give_tensors_out(graphs: type[fake_cuda.FakeGraph], name: st
         for feeds, results in kept:
             assert all(isinstance(result, torch.Tensor) for result in results)
             models.assert_same([r.numpy() for r in results], models.reference(model, feeds))
+
+
+def test_outputs_are_ready_on_the_current_stream_of_the_device_that_they_are_on(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    said: list[tuple[str, Device | None]] = []
+
+    def noted(word: str) -> Callable[[Any, Device], None]:
+        return lambda self, device: said.append((word, device))
+
+    def made(self: fake_cuda.FakeBuffer) -> Any:
+        said.append(("made", None))
+        return torch.empty(self.kind.shape or ())
+
+    monkeypatch.setattr(fake_cuda.FakeStream, "wait_for_caller", noted("wait"))
+    monkeypatch.setattr(fake_cuda.FakeStream, "release_to_caller", noted("release"))
+    monkeypatch.setattr(fake_cuda.FakeBuffer, "new_tensor", made)
+    model = models.two_towers()
+    annotation = models.annotation_of(model, device=GPU, device_count=2)
+    feeds = models.feeds_for(model)
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
+    with Session(model, annotation) as session:
+        executor = executor_of(session)
+        names = [value.name for value in model.graph.output]
+        homes = {session.plan.device_of[name] for name in names}
+        assert homes - {executor.main_stream.device}, "one is on another GPU"
+        results = executor.run_on_device(tensors, names)
+    models.assert_same([r.numpy() for r in results], models.reference(model, feeds))
+    words = [word for word, _ in said]
+    assert words == sorted(words, key=["made", "wait", "release"].index)
+    for word in ("wait", "release"):
+        found = [device for said_word, device in said if said_word == word]
+        assert len(found) == len(set(found))
+        assert set(found) == {*homes, executor.main_stream.device}
 
 
 def test_a_tensor_that_does_not_fit_is_named(graphs: type[fake_cuda.FakeGraph]) -> None:

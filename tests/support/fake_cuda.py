@@ -43,7 +43,13 @@ class FakeStream:
     def wait(self, event: FakeStream) -> None:
         assert event.is_open
 
-    wait_for_caller = release_to_caller = synchronize = lambda self: None
+    def wait_for_caller(self, device: Device) -> None:
+        assert self.is_open
+
+    release_to_caller = wait_for_caller
+
+    def synchronize(self) -> None:
+        pass
 
     def close(self) -> None:
         self.is_open = False

@@ -104,8 +104,8 @@ class Buffer:
         Raises:
             UsageError: It has not.
         """
-        own, other = list(self.kind.shape or ()), list(tensor.shape)
-        if own != other:
+        if tensor.shape != (self.kind.shape or ()):
+            own, other = list(self.kind.shape or ()), list(tensor.shape)
             raise UsageError(f"Input '{name}' takes shape {own}, got {other}; reshape it.")
         dtype = torch_dtype(self.kind.element_type)
         if tensor.dtype != dtype:
@@ -122,7 +122,7 @@ class Buffer:
             "shape": (self.kind.nbytes,), "typestr": "|u1", "data": (self.pointer, False),
             "version": 2,
         })  # fmt: skip
-        return torch_module().as_tensor(shown, device=str(self.device))
+        return torch_module().as_tensor(shown, device=torch_device(self.device))
 
     def fill_from(self, other: Buffer, stream: Stream) -> None:
         """Start a copy from another buffer of its kind, on this device or another."""
@@ -134,13 +134,15 @@ class Buffer:
         if self.kind.nbytes:
             self._copy(self.staging.ctypes.data, self.pointer, stream)
 
-    def copy_to_new_tensor(self, stream: Stream) -> Any:
-        """A new torch tensor that `stream` copies the contents into."""
+    def new_tensor(self) -> Any:
+        """A new torch tensor of its shape and type, on its device."""
         dtype = torch_dtype(self.kind.element_type)
-        copy = torch_module().empty(self.kind.shape, dtype=dtype, device=str(self.device))
+        return torch_module().empty(self.kind.shape, dtype=dtype, device=torch_device(self.device))
+
+    def copy_to_tensor(self, tensor: Any, stream: Stream) -> None:
+        """Copy the contents to a device tensor, on a stream."""
         if self.kind.nbytes:
-            self._copy(copy.data_ptr(), self.pointer, stream)
-        return copy
+            self._copy(tensor.data_ptr(), self.pointer, stream)
 
     @property
     def staging(self) -> np.ndarray:
@@ -182,8 +184,16 @@ def torch_dtype(element_type: int) -> Any:
     return special.get(name) or getattr(torch, name)
 
 
+@functools.cache
+def torch_device(device: Device) -> Any:
+    """The device as torch knows it."""
+    return torch_module().device(str(device))
+
+
 def tensor_on_device(value: Any, device: Device) -> Any:
     """A torch tensor over the memory of any DLPack object, moved to the device if elsewhere."""
     torch = torch_module()
     tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
-    return tensor.to(str(device)).contiguous()
+    if tensor.device == torch_device(device) and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch_device(device)).contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -31,18 +31,17 @@ class Stream:
     def __init__(self, device: Device) -> None:
         require_device(device)
         self.device = device
-        with suppress(IndexError):
-            self._stream = _unused.setdefault(device, []).pop()
-            return
-        with current_device(device):
-            self._stream = check(
-                cudart().cudaStreamCreateWithFlags(cudart().cudaStreamNonBlocking)
-            )
-
-    @property
-    def handle(self) -> int:
+        self._events: dict[Device, Event] = {}
+        unused = _unused.setdefault(device, [])
+        if unused:
+            self._stream = unused.pop()
+        else:
+            with current_device(device):
+                self._stream = check(
+                    cudart().cudaStreamCreateWithFlags(cudart().cudaStreamNonBlocking)
+                )
+        self.handle = int(self._stream)
         """The address that ORT takes as `user_compute_stream`."""
-        return int(self._stream)
 
     def record(self) -> Event:
         """Record a new event after all that was issued."""
@@ -54,16 +53,25 @@ class Stream:
         """Let what is issued from now on wait for the event."""
         check(cudart().cudaStreamWaitEvent(self._stream, event.native, 0))
 
-    def wait_for_caller(self) -> None:
-        """Wait for what the caller has issued on torch's current stream."""
-        event = torch_module().cuda.current_stream(self.device.index).record_event()
-        check(cudart().cudaStreamWaitEvent(self._stream, event.cuda_event, 0))
+    def wait_for_caller(self, device: Device) -> None:
+        """Wait for what the caller has issued on torch's current stream of a device."""
+        current = torch_module().cuda.current_stream(device.index).cuda_stream
+        event = self._kept_event(device)
+        check(cudart().cudaEventRecord(event.native, current))
+        check(cudart().cudaStreamWaitEvent(self._stream, event.native, 0))
 
-    def release_to_caller(self) -> None:
-        """Make torch's current stream wait for this one."""
-        event = self.record()
-        current = torch_module().cuda.current_stream(self.device.index).cuda_stream
+    def release_to_caller(self, device: Device) -> None:
+        """Make torch's current stream of a device wait for this one."""
+        current = torch_module().cuda.current_stream(device.index).cuda_stream
+        event = self._kept_event(self.device)
+        event.record(self)
         check(cudart().cudaStreamWaitEvent(current, event.native, 0))
+
+    def _kept_event(self, device: Device) -> Event:
+        """An event that is recorded again and again: a wait is for what it was recorded last."""
+        if device not in self._events:
+            self._events[device] = Event(device)
+        return self._events[device]
 
     def synchronize(self) -> None:
         """Wait on the host until all that was issued is done."""

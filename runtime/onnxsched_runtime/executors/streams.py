@@ -186,11 +186,12 @@ class StreamExecutor:
         ]
 
     def run_on_device(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """Run on device tensors, ordered by torch's current stream, without a host copy.
+        """Run on device tensors, ordered by torch's current streams, without a host copy.
 
         Args:
             feeds: DLPack objects, one for every model input.
-            outputs: Names of model outputs; they come as new torch tensors.
+            outputs: Names of model outputs; they come as new torch tensors, each ready on the
+                current stream of its device.
 
         Raises:
             UsageError: A tensor is of another shape or type than its input.
@@ -200,17 +201,20 @@ class StreamExecutor:
         for name, tensor in tensors.items():
             if name in self._runner.buffers:
                 self._runner.buffers[name].require_fit(name, tensor)
-        self.main_stream.wait_for_caller()
+        buffers = {n: self._runner.buffers[n] for n in outputs if n in self._runner.buffers}
+        # Made before the wait: what torch gives may still be read by what the caller has issued.
+        results = {name: buffer.new_tensor() for name, buffer in buffers.items()}
+        devices = dict.fromkeys([device, *(self._plan.device_of[name] for name in buffers)])
+        for used in devices:
+            self.main_stream.wait_for_caller(used)
         values = self._run_pieces(tensors, lambda b, t, s: b.fill_from_tensor(t, s))
         stream = self._end_stream()
-        results = [
-            _device_value(values[name], device)
-            if name in values
-            else self._runner.buffers[name].copy_to_new_tensor(stream)
-            for name in outputs
-        ]
-        stream.release_to_caller()
-        return results
+        for name, tensor in results.items():
+            if name not in values:
+                buffers[name].copy_to_tensor(tensor, stream)
+        for used in devices:
+            stream.release_to_caller(used)
+        return [_device_value(values[n], device) if n in values else results[n] for n in outputs]
 
     def _end_stream(self) -> cuda.Stream:
         return self._runner.streams[self._plan.pieces[-1].main]
