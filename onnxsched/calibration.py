@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import inf, log, sqrt
 
 import numpy as np
@@ -16,7 +17,7 @@ from onnxsched.simulate import tasks_on
 from onnxsched_runtime.device import Placement
 
 _TYPICAL = np.array([1.05, 0.3, 0.5, 0.5, 0.05])
-TYPICAL = Contention(*map(float, _TYPICAL))
+TYPICAL = replace(Contention(*map(float, _TYPICAL)), link_share=1.0)
 """Near what most models on an H200 calibrate to: for predictions before anything is measured."""
 
 _WIDTHS = np.array([0.4, 0.5, 0.5, 0.3, 0.05])
@@ -44,8 +45,8 @@ def calibrate(
     Args:
         graph: What was scheduled: for trials the chains, since each start costs.
         cost: Of the same graph; its own contention does not matter.
-        measured: Schedules on one device each with its time in microseconds. One of a single
-            stream tells how long work takes alone, the others what running beside others costs.
+        measured: Schedules with their times in microseconds. One of a single stream tells how
+            long work takes alone, the others what running beside others costs.
 
     Returns:
         The contention; `TYPICAL` where nothing was measured.
@@ -114,4 +115,5 @@ def _within_bounds(fields: _Vector) -> _Vector:
 
 
 def _contention(fields: _Vector) -> Contention:
-    return Contention(*map(float, _within_bounds(fields)))
+    fitted = Contention(*map(float, _within_bounds(fields)))
+    return replace(fitted, link_share=TYPICAL.link_share)

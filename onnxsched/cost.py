@@ -48,11 +48,14 @@ class Contention:
     sm_slowdown: float = 0.0
     launch_slowdown: float = 0.0
     """Whatever the share: the front end and the caches are common to all."""
+    link_share: float = 0.0
+    """Of what a transfer takes beyond one of nothing: so long no other can use its link."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        least = min(self.start_us, self.event_us, self.sm_slowdown, self.launch_slowdown)
-        numbers = (self.duration_factor, least, self.start_us, self.event_us)
+        slowdowns = (self.sm_slowdown, self.launch_slowdown, self.link_share)
+        least = min(self.start_us, self.event_us, *slowdowns)
+        numbers = (self.duration_factor, least, self.start_us, self.event_us, self.link_share)
         if not all(map(math.isfinite, numbers)) or self.duration_factor <= 0 or least < 0:
             raise ValueError(f"{self} has a number that is negative or not finite")
         if not self.sm_slowdown + self.launch_slowdown <= 1:

@@ -17,7 +17,8 @@ from onnxsched.interruption import Interruption
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
 from onnxsched.outcomes import Outcome, Subject, expected
-from onnxsched.policies import POLICIES
+from onnxsched.policies import POLICIES, STARTS
+from onnxsched.policies.search import Start, search
 from onnxsched.profiling.measure import Progress
 from onnxsched.refinement import refine
 from onnxsched.schedule import Schedule
@@ -29,6 +30,10 @@ _CALIBRATION_COUNT = 8
 """Trials that the contention of the machine is fitted to."""
 _START_COUNT = 3
 """Schedules that local search starts from."""
+_NARROW = 2
+"""Streams of each device among which search finds more in the same time."""
+_EFFORT = 4
+"""Of search, over several devices, where it knows the contention of the machine."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,11 @@ def explored_on_all(trials: Trials, outcomes: Sequence[Outcome]) -> list[Outcome
     trials.progress("preparing trials", 0, len(tried))
     with _as_far_as_it_goes(trials), _runner(trials) as runner:
         _try_all(trials, tried, runner)
+        cost = _calibrated(subject, tried)
+        tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
         if trials.is_time_left():
-            cost = contract_cost(subject.contraction, subject.cost)
-            _refine_into(found, trials, cost, tried, runner)
+            found += _searched_on_all(trials, cost, tried, runner)
+            _refine_into(found, trials, cost, [*found, *tried], runner)
     return [*tried, *(outcome for outcome in found if _fits(trials, outcome))]
 
 
@@ -173,6 +180,37 @@ def _searched(
     all_found = [found]
     _refine_into(all_found, trials, cost, [found, *tried], runner)
     return all_found
+
+
+def _searched_on_all(
+    trials: Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
+) -> list[Outcome]:
+    """What search finds over several devices, on few streams and then on all, both tried.
+
+    It takes more steps than where it proposes: the contention is that of this machine now, and
+    steps on the simulator are a tenth of the time of trials.
+    """
+    subject, machine = trials.subject, trials.machine
+    graph = subject.contraction.graph
+    best = min(tried, key=expected).candidate.contracted
+    found: list[Outcome] = []
+    starts: list[Start] = [*STARTS, _start(best)]
+    for number, stream_count in enumerate(dict.fromkeys((_NARROW, machine.stream_count))):
+        if not trials.is_time_left():
+            break
+        trials.progress("searching", number, 2)
+        among = replace(machine, stream_count=min(stream_count, machine.stream_count))
+        made = search(graph, cost, among, starts=starts, effort=_EFFORT)
+        schedule = settled(subject.contraction, made)
+        found.append(_found(subject, cost, schedule, _median_us(runner, schedule)))
+        starts.insert(0, _start(schedule))
+    return found
+
+
+def _start(schedule: Schedule) -> Start:
+    """What search starts from where its machine has all streams of a schedule."""
+    used = {slot.placement for slot in schedule.slots}
+    return lambda graph, cost, machine: schedule if used <= set(machine.placements) else None
 
 
 def _found(

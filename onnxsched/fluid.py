@@ -8,6 +8,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from onnxsched.cost import Contention
+from onnxsched.links import Send
 
 Lanes = Sequence[Hashable]
 """The stream of each task."""
@@ -28,6 +29,9 @@ class Tasks:
     """For each task those that it waits for, and for how long beyond their finish."""
     ready_us: Sequence[float]
     """When each can start at the earliest, whatever it waits for."""
+    sends: Sequence[Sequence[Send]] = ()
+    """For each task what it sends over links, in this order once it has finished; those who wait
+    for that do so for longer, where the link is busy. None where links carry all at once."""
 
 
 def run_tasks(tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes) -> Times:
@@ -42,7 +46,7 @@ def run_tasks(tasks: Tasks, contention: Contention, order: Sequence[int], lanes:
         order: The launch order: every task once, after those that it waits for.
         lanes: The stream of each.
     """
-    if contention.slows:
+    if contention.slows or any(tasks.sends):
         return _run_together(tasks, contention, order, lanes)
     return _run_apart(tasks, contention, order, lanes)
 
@@ -79,6 +83,7 @@ def _run_together(
         (can_start_us[task] + contention.start_us, task) for task in order if not missing[task]
     )
     running: list[int] = []
+    free_us: dict[int, float] = {}
     devices, idle = tasks.devices, [1.0 - by_count] * (max(tasks.devices, default=0) + 1)
     now_us = 0.0
     while running or waiting:
@@ -99,6 +104,8 @@ def _run_together(
                 still.append(task)
                 continue
             finishes_us[task] = now_us
+            if tasks.sends and tasks.sends[task]:
+                _queue(tasks.sends[task], now_us, can_start_us, free_us, followers[task])
             for ready in _released(followers[task], now_us, can_start_us, missing):
                 heappush(waiting, (can_start_us[ready] + contention.start_us, ready))
         running = still
@@ -107,6 +114,22 @@ def _run_together(
             starts_us[task] = start_us
             running.append(task)
     return starts_us, finishes_us
+
+
+def _queue(
+    sends: Iterable[Send],
+    now_us: float,
+    can_start_us: list[float],
+    free_us: dict[int, float],
+    followers: Iterable[tuple[int, float]],
+) -> None:
+    """Let tensors wait for their links, and whoever reads them for as long."""
+    delay_us = dict(followers)
+    for link, busy_us, readers in sends:
+        start_us = max(now_us, free_us.get(link, 0.0))
+        free_us[link] = start_us + busy_us
+        for reader in readers:
+            can_start_us[reader] = max(can_start_us[reader], start_us + delay_us[reader])
 
 
 def _released(

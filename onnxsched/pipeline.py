@@ -48,7 +48,7 @@ from onnxsched_runtime.variant import Variant
 
 _LEAST_BUDGET_S, _OPERATORS_A_SECOND = 30.0, 12.0
 """Sessions of a large model take longer to prepare, and it has more schedules."""
-_SEVERAL = 2.0
+_SEVERAL = 3.0
 """Times that for several GPUs, which have schedules of their own beside those on the first."""
 _DEFAULT_STREAMS = {"cuda": 16, "cpu": min(4, os.cpu_count() or 1)}
 
@@ -126,7 +126,7 @@ def optimize(
         inputs: Values for inputs, with which the model is run and compared; others are drawn at
             random.
         budget_s: For trying variants and schedules; operators are measured before, once. 30 if
-            None, more where there are more than 360 operators, and twice that on several GPUs.
+            None, more where there are more than 360 operators, and thrice that on several GPUs.
         variants: Also try other layouts and kernels of ONNX Runtime's, and merged operators; see
             `Variant` and `rewriting`.
         split: On several devices, also cut operators on large images into bands of rows, and

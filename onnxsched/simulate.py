@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnxsched.cost import CostModel
 from onnxsched.fluid import Tasks, run_tasks
 from onnxsched.graph import Edge, OperatorGraph
+from onnxsched.links import outputs_of, sends_between
 from onnxsched.rank import durations_us, upward_ranks_us
 from onnxsched.schedule import Schedule
 from onnxsched_runtime.device import Device
@@ -30,8 +31,9 @@ def simulate(graph: OperatorGraph, cost: CostModel, schedule: Schedule) -> Timel
     """Run a schedule that passes `check_schedule` on the cost model.
 
     An operator starts as soon as the one before it on its stream has finished and all tensors it
-    reads have arrived, and `cost.contention` says what running beside others costs. O(edges +
-    n * (log n + operators that run at once)), and O(n + edges) without contention.
+    reads have arrived, and `cost.contention` says what running beside others costs, and what
+    waits for a link that another tensor is on. O(edges + n * (log n + operators that run at
+    once)), and O(n + edges) without contention.
     """
     placement_of = schedule.placement_of
     placements = [placement_of[operator] for operator in range(len(graph))]
@@ -45,15 +47,18 @@ def tasks_on(graph: OperatorGraph, cost: CostModel, devices: Sequence[Device]) -
     """The operators as tasks, given the device of each. O(n + edges)."""
     costs = [cost.operator(operator, device) for operator, device in enumerate(devices)]
     number = {device: index for index, device in enumerate(dict.fromkeys(devices))}
+    numbers = tuple(number[device] for device in devices)
+    outputs = outputs_of(graph, cost, list(number))
     return Tasks(
         durations_us=tuple(operator.duration_us for operator in costs),
         sm_shares=tuple(operator.sm_share for operator in costs),
-        devices=tuple(number[device] for device in devices),
+        devices=numbers,
         incoming=tuple(
             _arrivals(edges, cost, devices, device)
             for edges, device in zip(graph.incoming, devices, strict=True)
         ),
         ready_us=(0.0,) * len(graph),
+        sends=sends_between(outputs, numbers, len(number)),
     )
 
 

@@ -20,9 +20,12 @@ from onnxsched.policies.wavefront import wavefront
 from onnxsched.schedule import Schedule
 from onnxsched.seeding import band_schedule
 
-__all__ = ["POLICIES", "SPREADING", "Policy"]
+__all__ = ["POLICIES", "SPREADING", "STARTS", "Policy"]
 
 Policy = Callable[[OperatorGraph, CostModel, Machine], Schedule]
+
+STARTS = (heft, hios_lp, band_schedule)
+"""What `search` starts from."""
 
 POLICIES: Mapping[str, Policy] = {
     "sequential": sequential,
@@ -33,7 +36,7 @@ POLICIES: Mapping[str, Policy] = {
     "hios-lp": hios_lp,
     "hios-mr": hios_mr,
     "ios": ios,
-    "search": partial(search, starts=(heft, hios_lp, band_schedule)),
+    "search": partial(search, starts=STARTS),
 }
 
 SPREADING = ("heft", "hios-lp", "hios-mr", "search")

@@ -12,6 +12,7 @@ from onnxsched.cost import Contention, CostModel, OperatorCost
 from onnxsched.delays import Inputs, delays_between
 from onnxsched.fluid import Tasks, Times, run_tasks
 from onnxsched.graph import OperatorGraph
+from onnxsched.links import Outputs, outputs_of, sends_between
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
 from onnxsched.rank import rank_order
@@ -36,7 +37,12 @@ Judgement = tuple[float, int]
 
 
 def search(
-    graph: OperatorGraph, cost: CostModel, machine: Machine, *, starts: Sequence[Start] = ()
+    graph: OperatorGraph,
+    cost: CostModel,
+    machine: Machine,
+    *,
+    starts: Sequence[Start] = (),
+    effort: int = 1,
 ) -> Schedule:
     """Look for the shortest simulated schedule on the streams of all devices.
 
@@ -46,8 +52,8 @@ def search(
     random steps (`onnxsched.steps`; streams are numbered as in `Machine.placements`). One is kept
     where it fits into memory and the simulator finds it no slower, and faster by `WORTH` where it
     spreads more. The seed is fixed, and the result never slower in simulation than any of these.
-    O(n * streams^2 + edges * streams), and at most 10 n simulations and `WORK_LIMIT` operators,
-    for all devices and for one.
+    O(n * streams^2 + edges * streams), and at most `effort` times 10 n simulations and
+    `WORK_LIMIT` operators, for all devices, and once for one.
 
     Raises:
         ScheduleError: The model does not fit into the devices' memory.
@@ -69,7 +75,7 @@ def search(
         best = problem.arrangement(spread(graph, machine))
     if len(machine.placements) > 1 and len(graph) <= LARGEST:
         least_us = max(_ranks_us(problem, contention.start_us), default=0.0)
-        best = _improved(problem, best, least_us)
+        best = _improved(problem, best, least_us, effort)
     return problem.schedule(best)
 
 
@@ -83,6 +89,7 @@ class _Problem:
     inputs: Sequence[Inputs]
     costs: Sequence[Sequence[OperatorCost]]
     """By device and operator."""
+    outputs: Sequence[Outputs]
     on_first: Tasks
     """The operators as tasks of the first device."""
 
@@ -93,7 +100,8 @@ class _Problem:
         costs = [[cost.operator(v, device) for v in range(len(graph))] for device in devices]
         on_first = tasks_on(graph, cost, [devices[0]] * len(graph))
         inputs = delays_between(graph, cost, devices)
-        return cls(graph, machine, cost.contention, inputs, costs, on_first)
+        outputs = outputs_of(graph, cost, devices)
+        return cls(graph, machine, cost.contention, inputs, costs, outputs, on_first)
 
     def times(self, arrangement: Arrangement) -> Times:
         """When each operator starts and finishes, as `simulate` would say."""
@@ -148,6 +156,7 @@ class _Problem:
                 for inputs, device in zip(self.inputs, devices, strict=True)
             ],
             ready_us=self.on_first.ready_us,
+            sends=sends_between(self.outputs, devices, len(self.machine.devices)),
         )
 
 
@@ -203,12 +212,12 @@ def _list_schedule(problem: _Problem, order: Sequence[int]) -> Arrangement:
     return list(order), lanes
 
 
-def _improved(problem: _Problem, start: Arrangement, least_us: float) -> Arrangement:
+def _improved(problem: _Problem, start: Arrangement, least_us: float, effort: int) -> Arrangement:
     """The end of a random walk that never goes up; it stops where nothing can be better."""
     rng = random.Random(0)
     graph, stream_count = problem.graph, len(problem.machine.placements)
     best, (makespan_us, spread_over) = start, problem.judge(start)
-    for _ in range(min(10 * len(graph), WORK_LIMIT // max(1, len(graph)))):
+    for _ in range(effort * min(10 * len(graph), WORK_LIMIT // max(1, len(graph)))):
         if makespan_us <= least_us and spread_over <= 1:
             break
         tried = neighbour(graph, best, stream_count, rng)

@@ -21,6 +21,7 @@ import onnxsched
 from onnxsched import exploration, proposals, scheduling, tuning
 from onnxsched.annotate import annotation_for
 from onnxsched.checking import run_plain
+from onnxsched.contraction import contract_cost
 from onnxsched.decision import Decision, decide
 from onnxsched.inspection import inspect_model
 from onnxsched.loading import Model, graph_from_model
@@ -265,8 +266,13 @@ def renamed(model: Model, variant: Variant, *_: Any) -> Model:
 
 @pytest.fixture
 def gpus(slow: None, monkeypatch: pytest.MonkeyPatch) -> tuple[Device, ...]:
-    """Two GPUs that are the CPU, where local search finds nothing, whatever noise says."""
+    """Two GPUs that are the CPU, where local search and calibration do nothing, despite noise."""
     install(monkeypatch)
+    monkeypatch.setattr(
+        exploration,
+        "_calibrated",
+        lambda subject, tried: contract_cost(subject.contraction, subject.cost),
+    )
     monkeypatch.setattr(
         exploration,
         "refine",
