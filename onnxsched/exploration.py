@@ -32,7 +32,7 @@ _START_COUNT = 3
 """Schedules that local search starts from."""
 _NARROW = 2
 """Streams of each device among which search finds more in the same time."""
-_EFFORT = 4
+_EFFORT = 2
 """Of search, over several devices, where it knows the contention of the machine."""
 
 

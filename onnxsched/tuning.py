@@ -25,6 +25,8 @@ _SAMPLE_COUNT = 12
 _HARDLY_APART = 1.01
 """What trials are from one to the next."""
 _FINALIST_COUNT = 3
+_FORM_COUNT = 2
+"""Forms of the model that are explored over several GPUs."""
 """Candidates that are built as they will run, beside sequential ones."""
 
 
@@ -136,25 +138,32 @@ def _over_devices(trials: Sequence[Trials], is_refined: bool) -> list[Outcome]:
     outcomes = _tried_in_turn([spread, *others])
     if is_refined:
         deadline = (spread.deadline + first.deadline) / 2
-        outcomes = _best_form_explored(trials, outcomes, deadline)
+        outcomes = _best_forms_explored(trials, outcomes, deadline)
     return [*outcomes, *explored(alone, is_refined)[0]]
 
 
-def _best_form_explored(
+def _best_forms_explored(
     trials: Sequence[Trials], outcomes: Sequence[Outcome], deadline: float
 ) -> list[Outcome]:
-    """The outcomes with what is found for the form of the model that is best over several GPUs."""
+    """The outcomes with what is found for the forms of the model that are best over several GPUs.
+
+    For more than the best one: what a form is worth shows once its schedules are improved.
+    """
     spread = [o for o in outcomes if len(o.candidate.schedule.devices) > 1]
-    if not spread:
-        return list(outcomes)
-    form = min(spread, key=expected).form
-    best = next(of for of in trials if of.subject.model.form == form)
-    best = replace(best, deadline=deadline)
-    if best.subject.model.host_reasons or not best.is_time_left():
-        return list(outcomes)
-    own = [outcome for outcome in spread if outcome.form == form]
-    kept = [o for o in outcomes if o.form != form or len(o.candidate.schedule.devices) == 1]
-    return [*kept, *explored_on_all(best, own)]
+    forms = list(dict.fromkeys(outcome.form for outcome in sorted(spread, key=expected)))
+    of_form = {of.subject.model.form: of for of in trials if not of.subject.model.host_reasons}
+    chosen = [of_form[form] for form in forms[:_FORM_COUNT] if form in of_form]
+    found = list(outcomes)
+    for number, of in enumerate(chosen):
+        now = time.monotonic()
+        best = replace(of, deadline=now + (deadline - now) / (len(chosen) - number))
+        if not best.is_time_left():
+            break
+        own = [outcome for outcome in spread if outcome.form == of.subject.model.form]
+        known = set(map(id, own))
+        found = [outcome for outcome in found if id(outcome) not in known]
+        found += explored_on_all(best, own)
+    return found
 
 
 def _on_first_device(trials: Trials) -> tuple[Trials, Trials]:

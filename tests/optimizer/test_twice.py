@@ -304,9 +304,10 @@ def test_copies_stay_where_they_belong_in_a_lowered_model(
         None,
         lambda *_: None,
     )
-    [entry] = [a for a in decision.alternatives if a["rewrite"] == "twice"]
-    others = [a for a in decision.alternatives if len(a["devices"]) > 1 and a is not entry]
-    assert entry["predicted_us"] < 0.8 * min(a["predicted_us"] for a in others)
+    spread = [a for a in decision.alternatives if len(a["devices"]) > 1]
+    twice = [a["predicted_us"] for a in spread if a["rewrite"] == "twice"]
+    others = [a["predicted_us"] for a in spread if a["rewrite"] != "twice"]
+    assert min(twice) < 0.8 * min(others)
     assert (decision.rewrite, decision.variant, decision.schedule.devices) == (
         "twice", variant, gpus,
     )  # fmt: skip
