@@ -57,7 +57,8 @@ class Stream:
         """Wait for what the caller has issued on torch's current stream of a device."""
         current = torch_module().cuda.current_stream(device.index).cuda_stream
         event = self._kept_event(device)
-        check(cudart().cudaEventRecord(event.native, current))
+        with current_device(device):  # whose default stream is meant by 0
+            check(cudart().cudaEventRecord(event.native, current))
         check(cudart().cudaStreamWaitEvent(self._stream, event.native, 0))
 
     def release_to_caller(self, device: Device) -> None:
@@ -65,7 +66,8 @@ class Stream:
         current = torch_module().cuda.current_stream(device.index).cuda_stream
         event = self._kept_event(self.device)
         event.record(self)
-        check(cudart().cudaStreamWaitEvent(current, event.native, 0))
+        with current_device(device):
+            check(cudart().cudaStreamWaitEvent(current, event.native, 0))
 
     def _kept_event(self, device: Device) -> Event:
         """An event that is recorded again and again: a wait is for what it was recorded last."""
