@@ -72,7 +72,7 @@ def _measure_batch(
     segments = [operator_segment(model, node, placement) for node in nodes]
     inputs = tuple(dict.fromkeys(name for segment in segments for name in segment.inputs))
     plan = assemble(segments, inputs, ())
-    runner = SegmentRunner(model.source, plan, custom_ops=custom_ops)
+    runner = SegmentRunner(model.source, plan, custom_ops=custom_ops, in_place=False)
     try:
         stream = runner.streams[placement]
         generator = np.random.default_rng(0)

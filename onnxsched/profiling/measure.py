@@ -20,9 +20,13 @@ from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.model import input_values
+from onnxsched_runtime.moves import free_moves
+from onnxsched_runtime.moving import moved_nodes
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 
+_NOTHING_US = 1e-3
+"""Samples are positive."""
 _CPU_BUDGET_US = 50_000.0
 """No more samples of an operator than fit in here, but at least three."""
 
@@ -85,7 +89,8 @@ def _measure_nodes(
 ) -> tuple[dict[str, OperatorProfile], int]:
     """Profiles by node name, and how many distinct operators had to be run for them."""
     signatures = OperatorSignatures(model)
-    nodes = [n for n in model.proto.graph.node if n.name not in model.host_reasons]
+    free = _free(model)
+    nodes = [n for n in model.proto.graph.node if n.name not in {*model.host_reasons, *free}]
     key_of = {node.name: signatures.of(node) for node in nodes}
     representative: dict[str, onnx.NodeProto] = {}
     for node in nodes:
@@ -98,7 +103,14 @@ def _measure_nodes(
         cache.write(key_of[name], dataclasses.asdict(profile))
         found[key_of[name]] = profile
     host = {name: OperatorProfile(()) for name in model.host_reasons}
-    return {name: found[key] for name, key in key_of.items()} | host, len(missing)
+    known = {name: found[key] for name, key in key_of.items()}
+    return known | host | dict.fromkeys(free, OperatorProfile((_NOTHING_US,))), len(missing)
+
+
+def _free(model: Model) -> frozenset[str]:
+    """Nodes that leave numbers where they are."""
+    outputs = {value.name for value in model.proto.graph.output}
+    return free_moves(moved_nodes(model.source), outputs)
 
 
 def _cached(cache: MeasurementCache, key: str) -> OperatorProfile | None:

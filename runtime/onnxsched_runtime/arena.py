@@ -15,6 +15,7 @@ import numpy as np
 from onnxsched_runtime.clocks import Clock, Clocks
 from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
+from onnxsched_runtime.moves import Place
 from onnxsched_runtime.plan import ExecutionPlan, Record, Run, Step, Wait
 
 ALIGNMENT_NBYTES = 256
@@ -58,7 +59,10 @@ class Lifetime:
 
 
 def plan_arena(
-    plan: ExecutionPlan, nbytes: Mapping[str, int], touched: Touched | None = None
+    plan: ExecutionPlan,
+    nbytes: Mapping[str, int],
+    touched: Touched | None = None,
+    inside: Mapping[str, Place] | None = None,
 ) -> Arena:
     """Give tensors of a plan places.
 
@@ -70,8 +74,9 @@ def plan_arena(
         plan: A plan that passes `check_plan`.
         nbytes: Size of each of its tensors that needs a place.
         touched: What also reads and writes these places.
+        inside: Other tensors, which lie in one of these.
     """
-    lives = lifetimes(plan, nbytes, touched)
+    lives = lifetimes(plan, nbytes, touched, inside)
     if all(life.is_kept for life in lives.values()):
         return packed(nbytes)
     order = sorted(lives, key=lambda name: (-lives[name].nbytes, name))
@@ -134,13 +139,14 @@ def check_arena(
     nbytes: Mapping[str, int],
     arena: Arena,
     touched: Touched | None = None,
+    inside: Mapping[str, Place] | None = None,
 ) -> None:
     """Check that no two tensors that may live together share bytes.
 
     Raises:
         PlanError: names two tensors that do, or one that is misplaced.
     """
-    lives = lifetimes(plan, nbytes, touched)
+    lives = lifetimes(plan, nbytes, touched, inside)
     for name in lives:
         if name not in arena.offsets:
             raise PlanError(f"Tensor '{name}' has no place in memory.")
@@ -163,9 +169,16 @@ def check_arena(
 
 
 def lifetimes(
-    plan: ExecutionPlan, nbytes: Mapping[str, int], touched: Touched | None = None
+    plan: ExecutionPlan,
+    nbytes: Mapping[str, int],
+    touched: Touched | None = None,
+    inside: Mapping[str, Place] | None = None,
 ) -> dict[str, Lifetime]:
-    """When each of these tensors of a plan is in use. O((steps + uses) x streams)."""
+    """When each of these tensors of a plan is in use, or one that lies in it.
+
+    O((steps + uses) x streams).
+    """
+    root = {name: place.root for name, place in (inside or {}).items()}
     others: dict[int, list[str]] = {}
     for name, indices in (touched or {}).items():
         for index in indices:
@@ -176,13 +189,13 @@ def lifetimes(
     uses: dict[str, Clock] = {}
     for placement, tick, start, step in _work(plan):
         beside = others.get(step.segment, []) if isinstance(step, Run) else []
-        for name in (*plan.reads(step), *plan.writes(step), *beside):
+        written = {root.get(name, name) for name in (*plan.writes(step), *beside)}
+        for name in written.union(root.get(name, name) for name in plan.reads(step)):
             if name in nbytes:
                 last = uses.setdefault(name, {})
                 last[placement] = max(last.get(placement, 0), tick)
-        for name in (*plan.writes(step), *beside):
-            if name not in inputs:  # which are there from the start
-                born.setdefault(name, start)
+        for name in written - inputs:  # which are there from the start
+            born[name] = _before_both(born[name], start) if name in born else start
     return {
         name: Lifetime(nbytes[name], born.get(name, {}), uses.get(name, {}), name in kept)
         for name in sorted(nbytes)
@@ -208,6 +221,11 @@ def _work(plan: ExecutionPlan) -> list[tuple[Placement, int, Clock, Step]]:
             stream: clock[stream] for stream, clock in clocks.streams.items() if stream in clock
         }
     return work
+
+
+def _before_both(one: Clock, other: Clock) -> Clock:
+    """What is finished before two steps, each of which may be the first."""
+    return {stream: min(one[stream], other[stream]) for stream in one.keys() & other.keys()}
 
 
 def _aligned(nbytes: int) -> int:

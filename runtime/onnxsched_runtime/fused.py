@@ -6,14 +6,19 @@ import numpy as np
 from onnx import NodeProto, numpy_helper
 
 from onnxsched_runtime.kernels import FusedConvolution, FusedNode, Pool
-from onnxsched_runtime.model import attributes_of, is_fused
+from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of
 from onnxsched_runtime.source import ModelSource
+
+_COMPUTED = ("Conv", "MaxPool", "AveragePool")
 
 
 def fused_nodes(source: ModelSource) -> dict[str, FusedNode]:
     """The fused convolutions and pools of a model, by the names of their nodes."""
-    nodes = source.model.graph.node
-    return {node.name: fused_node(node, source) for node in nodes if is_fused(node)}
+    return {
+        node.name: fused_node(node, source)
+        for node in source.model.graph.node
+        if node.domain == FUSED_DOMAIN and node.op_type in _COMPUTED
+    }
 
 
 def fused_node(node: NodeProto, source: ModelSource) -> FusedNode:

@@ -24,7 +24,8 @@ _DOMAINS = ("", "ai.onnx")
 NHWC_DOMAIN = "com.ms.internal.nhwc"
 """Of what ONNX Runtime has lowered to channels last."""
 _ELEMENT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
-_KEEPS_SIGNS = ("MaxPool", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+_KEEPS_SIGNS = ("MaxPool", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten",
+                "Slice")  # fmt: skip
 """What can as well be done after a Relu, bit for bit."""
 _BRIEF = ("Concat", "Relu", "Transpose", *VIEWS)
 """What is not counted on the way to a tensor."""

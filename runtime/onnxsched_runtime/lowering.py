@@ -28,6 +28,7 @@ from onnxsched_runtime.model import (
     name_nodes,
     node_reads,
 )
+from onnxsched_runtime.moving import moved
 from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.pooling import pooled
@@ -77,7 +78,7 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
     gather_as_transposed(model)
     made = replace(source, model=model, tensors=tensors, is_lowered=True)
     is_fused = source.variant.fuses and source.variant.tf32  # cuDNN's kernels may use it
-    return pooled(fused(made)) if is_fused else made
+    return moved(pooled(fused(made))) if is_fused else made
 
 
 def show_idle_transposes_as_views(

@@ -48,6 +48,11 @@ class TensorType:
         return self.shape is not None and self.element_type in _BITS
 
     @property
+    def item_nbytes(self) -> int:
+        """Size of one number in bytes."""
+        return _BITS[self.element_type] // 8
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes; 0 where it is not static."""
         if self.shape is None:

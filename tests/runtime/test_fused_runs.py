@@ -27,6 +27,7 @@ from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.kernels import Kernel
+from onnxsched_runtime.moving import moved
 from onnxsched_runtime.plan import ExecutionPlan, Operation, Run, check_plan
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.pooling import pooled
@@ -78,7 +79,7 @@ def assert_right(executor: StreamExecutor, source: ModelSource, seed: int = 1) -
 def test_fused_models_compute_the_same_on_any_streams_however_they_are_captured(
     data: DataObject, source: ModelSource, capture: Capture
 ) -> None:
-    after = pooled(fused(source))
+    after = moved(pooled(fused(source)))
     streams = st.integers(0, 2).map(lambda stream: Placement(GPU, stream))
     placements = {node.name: data.draw(streams) for node in after.model.graph.node}
     with fakes(), opened(after, placements, capture) as executor:
@@ -175,7 +176,7 @@ def model_of(source: ModelSource) -> Model:
 def test_trials_of_fused_models_compute_the_same_by_every_schedule(
     data: DataObject, source: ModelSource
 ) -> None:
-    model = model_of(pooled(fused(source)))
+    model = model_of(moved(pooled(fused(source))))
     contraction = contract_chains(graph_from_model(model))
     launches: list[int] = []
 
@@ -198,7 +199,7 @@ def test_trials_of_fused_models_compute_the_same_by_every_schedule(
 def test_trials_over_several_devices_compute_the_same_by_every_schedule(
     data: DataObject, source: ModelSource, device_count: int
 ) -> None:
-    model = model_of(pooled(fused(source)))
+    model = model_of(moved(pooled(fused(source))))
     contraction = contract_chains(graph_from_model(model), with_inputs=True)
     devices = [Device("cuda", number) for number in range(device_count)]
 

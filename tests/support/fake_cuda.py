@@ -23,6 +23,7 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import runner
 from onnxsched_runtime.kernels import Computed, Kernel, Pool
+from onnxsched_runtime.moves import Cut, Reordered
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelPart
@@ -260,7 +261,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "DeviceMemory", FakeMemory)
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
     monkeypatch.setattr(cuda, "Chain", FakeChain)
-    monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes, touched: packed(nbytes))
+    monkeypatch.setattr(runner, "plan_arena", lambda plan, nbytes, *_: packed(nbytes))
     monkeypatch.setattr(execution, "lower", lambda source, device, custom_ops: source)
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "other_contexts", lambda devices: nullcontext())
@@ -268,6 +269,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
     monkeypatch.setattr(runner, "OrtSession", open_session)
     monkeypatch.setattr(cuda, "fused_kernel", FakeKernel)
+    monkeypatch.setattr(cuda, "cutting", _cutting)
+    monkeypatch.setattr(cuda, "reordering", _reordering)
     monkeypatch.setattr(runner, "called", lambda device, function, *values: function(*values))
     monkeypatch.setattr(FakeKernel, "wanted", [])
     monkeypatch.setattr(cuda, "keep_blas_workspace", lambda kind: None)
@@ -275,6 +278,32 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(FakeGraph, "launches", 0)
     monkeypatch.setattr(FakeGraph, "open_count", 0)
     return FakeGraph
+
+
+def _cutting(move: Cut, source: int, target: int, device: Device) -> Callable[[FakeStream], None]:
+    def launch(stream: FakeStream) -> None:
+        assert stream.is_open
+        assert stream.device == device
+        ctypes.memmove(target, source + move.start_nbytes, move.nbytes)
+
+    return launch
+
+
+def _reordering(
+    move: Reordered, source: int, target: int, device: Device
+) -> Callable[[FakeStream], None]:
+    def launch(stream: FakeStream) -> None:
+        assert stream.is_open
+        assert stream.device == device
+        steps = [step * move.item_nbytes for step in move.strides]
+        last = sum((size - 1) * step for size, step in zip(move.shape, steps, strict=True))
+        start = source + move.start * move.item_nbytes
+        memory = (ctypes.c_char * (last + move.item_nbytes)).from_address(start)
+        numbers = np.frombuffer(memoryview(memory), f"u{move.item_nbytes}")
+        ordered = np.lib.stride_tricks.as_strided(numbers, move.shape, steps).copy()
+        ctypes.memmove(target, ordered.ctypes.data, ordered.nbytes)
+
+    return launch
 
 
 def _tensor(value: Any) -> Any:

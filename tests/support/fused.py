@@ -81,6 +81,13 @@ class Lowered:
         self.weights.append(numpy_helper.from_array(np.array(shape, np.int64), name))
         return self.add("Reshape", [tensor, name])
 
+    def cut(self, tensor: str, axis: int, start: int, stop: int) -> str:
+        """Part of a tensor."""
+        names = [f"bound{len(self.weights) + n}" for n in range(3)]
+        for name, value in zip(names, (start, stop, axis), strict=True):
+            self.weights.append(numpy_helper.from_array(np.array([value], np.int64), name))
+        return self.add("Slice", [tensor, *names])
+
     def source(self, *outputs: str) -> ModelSource:
         """The model, as `lower` hands it on."""
 
@@ -223,6 +230,13 @@ def _windows(
     return found[:, :: strides[0], :: strides[1], :, :: dilations[0], :: dilations[1]]
 
 
+def _sliced(value: Array, starts: Array, ends: Array, axes: Array) -> Array:
+    where = [slice(None)] * value.ndim
+    for start, end, axis in zip(starts, ends, axes, strict=True):
+        where[axis] = slice(start, end)
+    return value[tuple(where)]
+
+
 _OPERATORS: Mapping[tuple[str, str], Callable[..., Array]] = {
     (NHWC_DOMAIN, "Conv"): convolved,
     (FUSED_DOMAIN, "Conv"): convolved,
@@ -236,6 +250,14 @@ _OPERATORS: Mapping[tuple[str, str], Callable[..., Array]] = {
     ("", "MatMul"): np.matmul,
     ("", "Reshape"): np.reshape,
     ("", "Transpose"): lambda value, perm: np.transpose(value, perm),
+    ("", "Slice"): _sliced,
+    (FUSED_DOMAIN, "Transpose"): lambda value, perm, starts, stops: np.transpose(
+        value[tuple(map(slice, starts, stops))], perm
+    ),
+    (FUSED_DOMAIN, "Slice"): lambda value, axis, start, stop: np.take(
+        value, range(start, stop), axis
+    ),
+    (FUSED_DOMAIN, "Concat"): lambda *values, axis: np.concatenate(values, axis),
 }
 
 
@@ -251,7 +273,9 @@ def lowered_models(draw: DrawFn, max_steps: int = 7, *, on_cpu: bool = False) ->
     shape = (draw(st.integers(1, 2)), draw(st.integers(2, 4)), draw(st.integers(2, 4)), 2)
     lowered = Lowered(shape, draw(st.integers(0, 2**32)))
     kinds = ["conv", "relu", "add", "concat", "sum", "sum", "inception", "inception", "reshape"]
-    kinds += ["pool", "pool"] + ([] if on_cpu else ["grouped", "other form"])
+    kinds += ["pool", "pool", "rows", "bands", "bands", "other order"] + (
+        [] if on_cpu else ["grouped", "other form"]
+    )
     for _ in range(draw(st.integers(1, max_steps))):
         _grow(draw, lowered, draw(st.sampled_from(kinds)))
     written = [node.output[0] for node in lowered.nodes]
@@ -315,6 +339,26 @@ def _grow(draw: DrawFn, lowered: Lowered, kind: str) -> None:
         case "inception":
             joined = lowered.add("Concat", [branch() for _ in range(2)], axis=3)
             lowered.add("Relu", [joined])
+        case "rows":
+            start = draw(st.integers(0, height - 1))
+            axis = draw(st.sampled_from([1, 1, 2]))
+            stop = draw(st.integers(start + 1, height)) if axis == 1 else width
+            lowered.cut(image, axis, start if axis == 1 else 0, stop)
+        case "bands":
+            parts = [draw(recent) for _ in range(draw(st.integers(1, 2)))]
+            parts = [t for t in parts if lowered.shapes[t][2:] == (width, count)] + [image]
+            parts = [t for t in parts if lowered.shapes[t][0] == lowered.shapes[image][0]]
+            if height > 1 and draw(st.booleans()):
+                parts += [lowered.cut(image, 1, 0, draw(st.integers(1, height)))]
+            if draw(st.booleans()):
+                parts = [conv(part) for part in parts]
+            few = parts if sum(lowered.shapes[t][1] for t in parts) < 12 else parts[-1:]
+            lowered.add("Concat", few, axis=1)
+        case "other order":
+            swapped = lowered.add("Transpose", [image], perm=[0, 3, 1, 2])
+            if count > 1 and draw(st.booleans()):
+                swapped = lowered.cut(swapped, 1, 0, count - 1)
+            lowered.add("Transpose", [swapped], perm=[0, 2, 3, 1])
         case "reshape":
             flat = lowered.reshape(image, -1, count)
             lowered.add("Relu", [flat])

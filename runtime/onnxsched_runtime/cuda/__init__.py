@@ -20,6 +20,7 @@ from onnxsched_runtime.cuda.devices import (
 )
 from onnxsched_runtime.cuda.fused_kernels import FusedKernel, fused_kernel
 from onnxsched_runtime.cuda.graphs import Graph
+from onnxsched_runtime.cuda.moves import cutting, reordering
 from onnxsched_runtime.cuda.operations import Launch, Places
 from onnxsched_runtime.cuda.plain_pools import PlainPool
 from onnxsched_runtime.cuda.profiler import kernel_trace, named_range
@@ -45,6 +46,7 @@ __all__ = [
     "Places",
     "PlainPool",
     "Stream",
+    "cutting",
     "device_count",
     "device_properties",
     "enable_peer_access",
@@ -63,6 +65,7 @@ __all__ = [
     "one_graph_stream",
     "other_contexts",
     "release_blas_variable",
+    "reordering",
     "require_device",
     "synchronize",
     "tensor_on_device",

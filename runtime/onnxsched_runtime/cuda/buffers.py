@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -118,11 +119,7 @@ class Buffer:
 
     def as_bytes(self) -> Any:
         """A torch tensor of bytes over its memory."""
-        shown = _Shown({
-            "shape": (self.kind.nbytes,), "typestr": "|u1", "data": (self.pointer, False),
-            "version": 2,
-        })  # fmt: skip
-        return torch_module().as_tensor(shown, device=torch_device(self.device))
+        return numbers_at(self.pointer, 1, (self.kind.nbytes,), (1,), self.device)
 
     def fill_from(self, other: Buffer, stream: Stream) -> None:
         """Start a copy from another buffer of its kind, on this device or another."""
@@ -172,6 +169,26 @@ class _Shown:
     """Memory as other libraries take it."""
 
     __cuda_array_interface__: dict[str, Any]
+
+
+def numbers_at(
+    address: int, width: int, shape: Sequence[int], strides: Sequence[int], device: Device
+) -> Any:
+    """A torch tensor of integers of `width` bytes over memory of a GPU.
+
+    Args:
+        address: Of its first number.
+        width: 1, 2, 4 or 8.
+        shape: Its shape.
+        strides: How many numbers neighbours lie apart, along each axis.
+        device: The GPU.
+    """
+    shown = _Shown({
+        "shape": tuple(shape), "typestr": f"<i{width}" if width > 1 else "|u1",
+        "data": (address, False), "strides": tuple(width * step for step in strides),
+        "version": 2,
+    })  # fmt: skip
+    return torch_module().as_tensor(shown, device=torch_device(device))
 
 
 @functools.cache

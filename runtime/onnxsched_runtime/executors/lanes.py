@@ -193,7 +193,9 @@ class LaneRunner(PlanRunner):
 
     def _capture_fused(self, lane: Lane, scratch: Mapping[str, cuda.Buffer]) -> None:
         (index,) = lane.segments
-        self._warm_up(lane, self._fused_run(index, scratch).launch)
+        is_move = self.plan.segments[index].nodes[0] in self._moves
+        # Which kernel moves numbers depends on where they lie, and none may be loaded later.
+        self._warm_up(lane, self._fused_run(index, self.buffers if is_move else scratch).launch)
         self._capture_run(lane, self._fused_run(index, self.buffers).launch)
 
     def _capture_session(self, lane: Lane, scratch: Mapping[str, cuda.Buffer]) -> None:

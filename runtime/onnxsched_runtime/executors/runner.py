@@ -15,6 +15,8 @@ from onnxsched_runtime.arena import Arena, Touched, check_arena, plan_arena
 from onnxsched_runtime.calling import called
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.fused import fused_nodes, weight_array
+from onnxsched_runtime.moves import Cut, Joined, Place, check_places, places_inside
+from onnxsched_runtime.moving import moved_nodes
 from onnxsched_runtime.plan import ExecutionPlan, Piece
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import BufferView, SessionSettings
@@ -51,7 +53,7 @@ class PlanRunner(ABC):
         self.buffers: dict[str, cuda.Buffer] = {}
         self.sessions: dict[int, OrtSession] = {}
         """Of segments on the host, by their index."""
-        self._fused = fused_nodes(source)
+        self._fused, self._moves = fused_nodes(source), moved_nodes(source)
         self._weights: dict[tuple[Device, str], cuda.Buffer] = {}
         """What several sessions read, as it is stored."""
         self._fused_weights: dict[tuple[Device, str], cuda.Buffer] = {}
@@ -88,17 +90,29 @@ class PlanRunner(ABC):
             self.streams[placement] = self._resources.enter_context(made(placement.device))
 
     def _open_buffers(self) -> None:
-        """An arena on each device."""
+        """An arena on each device, and what lies in tensors in it."""
         tensors, touched = self._tensors(), self._touched()
+        sizes = {name: self._kind(name).nbytes for name in sorted(tensors)}
+        inside = {name: place for name, place in self._inside().items() if name in sizes}
+        check_places(inside, sizes)
         for device in self.plan.devices:
             nbytes = {
-                name: self._kind(name).nbytes
-                for name, home in sorted(tensors.items())
-                if home == device
+                name: size
+                for name, size in sizes.items()
+                if tensors[name] == device and name not in inside
             }
-            arena = plan_arena(self.plan, nbytes, touched)
-            check_arena(self.plan, nbytes, arena, touched)
+            arena = plan_arena(self.plan, nbytes, touched, inside)
+            check_arena(self.plan, nbytes, arena, touched, inside)
             self.buffers |= self._buffers_in(arena, device, self._resources)
+        for name, place in inside.items():
+            pointer = self.buffers[place.root].pointer + place.start_nbytes
+            self.buffers[name] = cuda.Buffer(self._kind(name), tensors[name], pointer)
+            self._resources.callback(self.buffers[name].close)
+
+    def _inside(self) -> Mapping[str, Place]:
+        """What lies in other tensors."""
+        kept = {value.name for value in self._source.model.graph.output}
+        return places_inside(self.plan, self._moves, kept)
 
     @abstractmethod
     def _tensors(self) -> Mapping[str, Device]:
@@ -158,6 +172,8 @@ class PlanRunner(ABC):
         workspaces: dict[Placement, int] = {}
         for index in indices:
             segment = self.plan.segments[index]
+            if segment.nodes[0] in self._moves:
+                continue
             device, node = segment.placement.device, self._fused[segment.nodes[0]]
             wanted = self._source.kernels.get(node.what)
             kernel = called(device, cuda.fused_kernel, node.what, device, wanted)
@@ -190,6 +206,8 @@ class PlanRunner(ABC):
     def _fused_run(self, index: int, buffers: Mapping[str, cuda.Buffer]) -> FusedRun:
         """A fused segment on fixed buffers; those of one stream share a workspace."""
         segment = self.plan.segments[index]
+        if segment.nodes[0] in self._moves:
+            return FusedRun(self._moving(index, buffers), self.streams[segment.placement])
         node, placement = self._fused[segment.nodes[0]], segment.placement
         here = {self.plan.original(name): buffers[name].pointer for name in segment.inputs}
         weights = self._fused_weights
@@ -202,6 +220,19 @@ class PlanRunner(ABC):
             workspace=self._fused_workspaces[placement].pointer,
         )
         return FusedRun(self._kernels[index].bind(places), self.streams[placement])
+
+    def _moving(self, index: int, buffers: Mapping[str, cuda.Buffer]) -> cuda.Launch:
+        """What moves numbers on fixed buffers, or leaves them where they are."""
+        segment = self.plan.segments[index]
+        device, move = segment.placement.device, self._moves[segment.nodes[0]]
+        if isinstance(move, Joined):
+            return _launch_nothing
+        source, target = (buffers[t].pointer for t in (*segment.inputs, *segment.outputs))
+        if not isinstance(move, Cut):
+            return cuda.reordering(move, source, target, device)
+        if source + move.start_nbytes == target:
+            return _launch_nothing
+        return cuda.cutting(move, source, target, device)
 
     def close(self) -> None:
         """Free the sessions, then the streams they launch on."""
@@ -236,6 +267,10 @@ class FusedRun:
     def launch(self) -> None:
         """Launch it."""
         called(self.stream.device, self.start, self.stream)
+
+
+def _launch_nothing(_: cuda.Stream) -> None:
+    """What lies in its place already needs no kernel."""
 
 
 def view(buffer: cuda.Buffer) -> BufferView:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.executors.runner import WARM_UP_COUNT, CopyRun, FusedRun, PlanRunner, view
 from onnxsched_runtime.group import NcclLinks
+from onnxsched_runtime.moves import Place
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Wait
 from onnxsched_runtime.session import BoundRun
 from onnxsched_runtime.source import ModelSource
@@ -24,6 +27,7 @@ class SegmentRunner(PlanRunner):
         graph_capture: bool = False,
         custom_ops: tuple[str, ...] = (),
         links: NcclLinks | None = None,
+        in_place: bool = True,
     ) -> None:
         """Create streams, buffers and sessions; nothing runs yet.
 
@@ -33,13 +37,18 @@ class SegmentRunner(PlanRunner):
             graph_capture: Let ORT capture each session by itself.
             custom_ops: Libraries of custom operators.
             links: To other processes, where the plan sends and receives.
+            in_place: Let pieces of tensors lie in these, where nothing has to move them then.
         """
         self._links = links
+        self._is_in_place = in_place
         self.bound: dict[int, BoundRun | CopyRun | FusedRun] = {}
         super().__init__(source, plan, custom_ops, graph_capture)
 
     def _tensors(self) -> dict[str, Device]:
         return {name: self.plan.device_of[name] for name in self.plan.device_tensors}
+
+    def _inside(self) -> Mapping[str, Place]:
+        return super()._inside() if self._is_in_place else {}
 
     def _open_runs(self) -> None:
         segments = self.plan.segments

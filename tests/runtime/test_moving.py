@@ -1,0 +1,150 @@
+"""What computes nothing becomes nodes of our domain, which say where numbers lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from onnxsched_runtime.fusing import fused
+from onnxsched_runtime.model import FUSED_DOMAIN
+from onnxsched_runtime.moves import FINEST_NBYTES, Cut, Joined, Reordered, free_moves
+from onnxsched_runtime.moving import moved, moved_nodes
+from onnxsched_runtime.pooling import pooled
+from onnxsched_runtime.source import ModelSource
+from support.fused import Lowered, evaluated, feeds_for, lowered_models
+from support.models import Array
+
+
+def kinds(source: ModelSource) -> list[str]:
+    """The operators of a model, those of our domain marked."""
+    return [
+        f"our {node.op_type}" if node.domain == FUSED_DOMAIN else node.op_type
+        for node in source.model.graph.node
+    ]
+
+
+@settings(deadline=None, max_examples=200)
+@given(source=lowered_models())
+def test_a_model_computes_the_same(source: ModelSource) -> None:
+    before = source.model.SerializeToString()
+    feeds = feeds_for(source)
+    after = moved(pooled(fused(source)))
+    expected, actual = evaluated(source, feeds), evaluated(after, feeds)
+    for value in source.model.graph.output:
+        np.testing.assert_array_equal(actual[value.name], expected[value.name])
+    for node in after.model.graph.node:
+        assert after.tensors[node.output[0]].shape == actual[node.output[0]].shape
+    assert source.model.SerializeToString() == before
+
+
+@settings(deadline=None, max_examples=200)
+@given(source=lowered_models())
+def test_a_move_is_described_as_it_is_done(source: ModelSource) -> None:
+    after = moved(source)
+    values = {name: np.float32(v) for name, v in evaluated(after, feeds_for(source)).items()}
+    for move in moved_nodes(after).values():
+        expected = values[move.output]
+        if isinstance(move, Reordered):
+            read = values[move.source].ravel()[move.start :]
+            strides = [4 * step for step in move.strides]
+            actual: Array = np.lib.stride_tricks.as_strided(read, move.shape, strides)
+            np.testing.assert_array_equal(actual, expected)
+        elif isinstance(move, Cut):
+            piece = values[move.source].tobytes()[move.start_nbytes :][: move.nbytes]
+            assert piece == expected.tobytes()
+        else:
+            for part, start in zip(move.parts, move.starts_nbytes, strict=True):
+                there = expected.tobytes()[start:][: values[part].nbytes]
+                assert there == values[part].tobytes()
+
+
+@settings(deadline=None, max_examples=200)
+@given(source=lowered_models())
+def test_what_is_joined_lies_there_alone_and_begins_where_kernels_may(source: ModelSource) -> None:
+    after = moved(source)
+    graph = after.model.graph
+    joined = [move for move in moved_nodes(after).values() if isinstance(move, Joined)]
+    parts = Counter(part for move in joined for part in move.parts)
+    assert set(parts.values()) <= {1}
+    ends = {value.name for value in (*graph.input, *graph.output)}
+    assert ends.isdisjoint(parts)
+    assert all(start % FINEST_NBYTES == 0 for move in joined for start in move.starts_nbytes)
+
+
+def test_rows_of_one_image_are_cut_and_joined_in_place() -> None:
+    net = Lowered((1, 8, 4, 4))
+    upper, lower = (net.conv(net.cut("x", 1, start, start + 5), 4, 3) for start in (0, 3))
+    parts = [net.cut(upper, 1, 0, 4), net.cut(lower, 1, 1, 5)]
+    net.add("Relu", [net.add("Concat", parts, axis=1)])
+    after = moved(fused(net.source(net.nodes[-1].output[0])))
+    assert kinds(after) == ["our Slice", "our Conv"] * 2 + ["our Slice"] * 2 + ["our Concat"]
+
+
+def test_two_images_have_no_neighbouring_rows() -> None:
+    net = Lowered((2, 4, 4, 4))
+    halves = [net.cut("x", 1, start, start + 2) for start in (0, 2)]
+    source = net.source(net.add("Concat", halves, axis=1))
+    assert kinds(moved(source)) == ["Slice", "Slice", "Concat"]
+
+
+def test_a_part_that_has_another_place_is_copied() -> None:
+    net = Lowered((1, 4, 4, 4))
+    image = net.conv("x", 4)
+    twice = net.add("Concat", [image, image], axis=1)
+    source = net.source(net.conv(twice, 4), net.conv(net.add("Concat", [image, "x"], axis=1), 4))
+    after = moved(fused(source))
+    assert Counter(kinds(after)) == {"our Conv": 3, "our Slice": 3, "our Concat": 2}
+    whole = moved_nodes(after)
+    free = free_moves(whole, {v.name for v in source.model.graph.output})
+    assert free == {name for name, move in whole.items() if isinstance(move, Joined)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "perm", "is_slow"),
+    [
+        ((1, 3, 16, 16), [0, 2, 3, 1], True),
+        ((1, 32, 16, 16), [0, 2, 3, 1], False),
+        ((2, 32, 16, 16), [0, 2, 3, 1], False),
+        ((2, 15, 16, 16), [0, 2, 3, 1], True),
+        ((4, 16, 16, 3), [0, 3, 1, 2], True),
+        ((32, 16, 16, 32), [1, 0, 2, 3], False),
+        ((32, 16, 16, 32), [3, 2, 1, 0], True),
+        ((1, 1, 16, 16), [0, 2, 3, 1], False),
+    ],
+)
+def test_slow_changes_of_order_are_ours(
+    shape: tuple[int, ...], perm: list[int], is_slow: bool
+) -> None:
+    net = Lowered(shape)
+    source = net.source(net.add("Transpose", ["x"], perm=perm))
+    assert kinds(moved(source)) == ["our Transpose" if is_slow else "Transpose"]
+
+
+@pytest.mark.parametrize("element_type", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_a_change_of_order_takes_in_what_is_cut_before(element_type: int) -> None:
+    net = Lowered((1, 3, 8, 4), element_type=element_type)
+    rows = net.cut("x", 2, 3, 7)
+    after = moved(net.source(net.add("Transpose", [rows], perm=[0, 2, 3, 1])))
+    assert kinds(after) == ["our Transpose"]
+    (move,) = moved_nodes(after).values()
+    size = 4 if element_type == TensorProto.FLOAT else 2
+    assert move == Reordered(
+        "x", after.model.graph.output[0].name, (1, 4, 4, 3), size, 12, (96, 4, 1, 32)
+    )
+    assert rows not in after.tensors
+    both = net.source(net.nodes[-1].output[0], rows)
+    assert kinds(moved(both)) == ["Slice", "our Transpose"]
+
+
+@given(start=st.integers(0, 3), count=st.integers(1, 4))
+def test_a_piece_lies_in_its_whole_where_kernels_may_begin(start: int, count: int) -> None:
+    net = Lowered((1, 8, 1, 2))
+    image = net.conv("x", 2)
+    source = fused(net.source(net.conv(net.cut(image, 1, start, start + count), 2)))
+    moves = moved_nodes(moved(source))
+    assert bool(free_moves(moves, set())) == (start % 2 == 0)
