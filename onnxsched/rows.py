@@ -166,7 +166,7 @@ def explicit_window(view: GraphView, node: onnx.NodeProto) -> Window:
 
 
 def _sliding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
-    """The rows of a convolution or pool; None where a window may see nothing but padding."""
+    """The rows of a convolution or pool; None where windows may be beyond the image's edge."""
     is_rounded_up = bool(attributes_of(node).get("ceil_mode"))
     if is_rounded_up and node.op_type != "MaxPool":  # a mean counts rows of padding, or does not
         return None
@@ -179,8 +179,11 @@ def _sliding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
     if is_pool and is_same and any(map(operator.gt, window.strides, spans)):
         return None  # ORT crops the image then
     edges = list(zip(window.begins, window.ends, spans, strict=True))
-    bounded = edges if is_pool else edges[:1]  # ORT bounds all padding of pools
-    is_sound = all(0 <= begin < span and 0 <= end < span for begin, end, span in bounded)
+    if is_pool:  # ORT bounds all padding of pools
+        is_sound = all(0 <= begin < span and 0 <= end < span for begin, end, span in edges)
+    else:  # one of single pixels may pad for a pool behind it
+        begin, end, span = edges[0]
+        is_sound = 0 <= begin <= span and 0 <= end <= span
     if node.op_type == "AveragePool" and attributes_of(node).get("count_include_pad"):
         is_sound &= attributes_of(node).get("pads", [0] * 4)[2:] == [*window.ends]
     if not is_sound:

@@ -58,7 +58,8 @@ class Stack:
             for column, number in zip(columns.values(), (kernel, stride, dilation), strict=True):
                 column.append(number)
             span = (kernel - 1) * dilation + 1
-            begin, end = (draw(st.integers(0, span - 1)) for _ in range(2))
+            most = span - 1 if is_pool else span
+            begin, end = (draw(st.integers(0, most)) for _ in range(2))
             begins.append(begin)
             ends.append(end)
             if auto.startswith("SAME"):
