@@ -15,7 +15,7 @@ from onnxsched_runtime.plan import Operation
 from onnxsched_runtime.tensor import TensorType
 
 FUSED_DOMAIN = "onnxsched"
-"""Of nodes that no session runs: convolutions that are launched through cuDNN."""
+"""Of nodes that no session runs: what cuDNN computes, and what only moves numbers."""
 
 
 def declared_types(
@@ -121,7 +121,7 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def is_fused(node: onnx.NodeProto) -> bool:
-    """Whether a node is launched through cuDNN, not by a session."""
+    """Whether no session runs a node."""
     return bool(node.domain == FUSED_DOMAIN)
 
 

@@ -29,7 +29,7 @@ class Operation:
     host_reason: str | None = None
     """Why it can't be captured into a CUDA graph; None where it can."""
     is_fused: bool = False
-    """Whether it is a convolution that is launched through cuDNN."""
+    """Whether no session runs it: a convolution through cuDNN, say."""
 
 
 @dataclass(frozen=True, slots=True)

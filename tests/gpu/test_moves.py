@@ -24,6 +24,7 @@ from onnxsched_runtime.source import ModelPart
 from onnxsched_runtime.tensor import TensorType
 from support import models
 from support.fused import FUSES
+from support.optimizing import assert_close
 
 _CUDA = Device("cuda")
 CAPTURES: tuple[Capture, ...] = ("whole", "ort", "none")
@@ -131,4 +132,4 @@ def test_bands_of_rows_are_joined_in_place(device_count: int) -> None:
         with open_executor(source, plan, capture=capture) as executor:
             for _ in range(2):
                 (found,) = executor.run(feeds, ["y"])
-                np.testing.assert_allclose(found, expected, atol=0.02)  # in TF32
+                assert_close([found], [expected], 5e-3)  # in TF32
