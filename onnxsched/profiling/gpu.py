@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx
 
-from onnxsched.inputs import repeated_array
+from onnxsched.inputs import random_array
 from onnxsched.loading import Model
 from onnxsched.profile import Kernel, OperatorProfile
 from onnxsched.profiling.kernels import kernels_by_range
@@ -18,11 +19,13 @@ from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import is_fused, node_reads
 from onnxsched_runtime.partition import assemble
 from onnxsched_runtime.plan import Segment
+from onnxsched_runtime.tensor import TensorType
 
 SAMPLE_COUNT = 9
 """Samples of each operator; the median is what scheduling uses."""
 _REPEAT_COUNT = 10
 """Runs inside the CUDA graph of one sample, so that launching does not count."""
+_DRAWN_COUNT = 1 << 20
 _BATCH_COUNT = 32
 """Sessions alive at a time: each may hold tens of megabytes of workspace."""
 
@@ -75,9 +78,9 @@ def _measure_batch(
     runner = SegmentRunner(model.source, plan, custom_ops=custom_ops, in_place=False)
     try:
         stream = runner.streams[placement]
-        generator = np.random.default_rng(0)
         for name in inputs:
-            runner.buffers[name].fill(repeated_array(model.tensors[name], generator), stream)
+            if model.tensors[name].nbytes:
+                runner.buffers[name].repeat(_drawn(model.tensors[name].element_type))
         runner.prepare(plan.pieces[0])
         kernels = _kernels(runner)
         for index, node in enumerate(nodes):
@@ -86,6 +89,12 @@ def _measure_batch(
             yield node.name, OperatorProfile(samples_us, kernels.get(str(index), ()), refusal)
     finally:
         runner.close()
+
+
+@functools.cache
+def _drawn(element_type: int) -> np.ndarray:
+    """Numbers for any tensor of a type, to be repeated: an image may have a hundred million."""
+    return random_array(TensorType(element_type, (_DRAWN_COUNT,)), np.random.default_rng(0))
 
 
 def _kernels(runner: SegmentRunner) -> dict[str, tuple[Kernel, ...]]:

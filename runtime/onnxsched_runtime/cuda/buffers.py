@@ -94,6 +94,13 @@ class Buffer:
             array = array.reshape(staging.shape).view(staging.dtype)
         np.copyto(staging, array)
 
+    def repeat(self, block: np.ndarray) -> None:
+        """Write the same host values again and again, and wait until they are there."""
+        kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
+        for start in range(0, self.kind.nbytes, block.nbytes):
+            nbytes = min(block.nbytes, self.kind.nbytes - start)
+            check(cudart().cudaMemcpy(self.pointer + start, block.ctypes.data, nbytes, kind))
+
     def upload(self, stream: Stream) -> None:
         """Start the copy from pinned memory."""
         if self.kind.nbytes:
