@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from onnxsched.graph import RANDOM_TYPES
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import node_reads, subgraphs
 from onnxsched_runtime.tensor import TensorType
 
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
@@ -75,5 +75,5 @@ def _is_random(node: onnx.NodeProto) -> bool:
 
 
 def _draws(node: onnx.NodeProto) -> bool:
-    bodies = [graph for a in node.attribute for graph in (*a.graphs, a.g)]
-    return _is_random(node) or any(_draws(inner) for body in bodies for inner in body.node)
+    inside = (inner for body in subgraphs(node) for inner in body.node)
+    return _is_random(node) or any(map(_draws, inside))

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched.graph import RANDOM_TYPES
 from onnxsched_runtime.errors import ModelError
-from onnxsched_runtime.model import give_outputs_a_node
+from onnxsched_runtime.model import give_outputs_a_node, subgraphs
 from onnxsched_runtime.session import to_float16
 
 _HAS_FLOAT32_INPUTS = {"Resize"}
@@ -78,9 +78,8 @@ def store_constants(model: onnx.ModelProto) -> None:
         else:
             graph.initializer.add().CopyFrom(value)
             graph.initializer[-1].name = node.output[0]
-        for attribute in node.attribute:
-            for body in (*attribute.graphs, attribute.g):
-                _write_as_tensors(body)
+        for body in subgraphs(node):
+            _write_as_tensors(body)
     del graph.node[:]
     graph.node.extend(kept)
     _forget_types_of_weights(graph)
@@ -91,9 +90,8 @@ def _write_as_tensors(graph: onnx.GraphProto) -> None:
         if (value := _constant_value(node)) is not None:
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("value", value))
-        for attribute in node.attribute:
-            for body in (*attribute.graphs, attribute.g):
-                _write_as_tensors(body)
+        for body in subgraphs(node):
+            _write_as_tensors(body)
 
 
 def _constant_value(node: onnx.NodeProto) -> TensorProto | None:

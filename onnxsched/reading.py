@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.files import read_model, serialized
+from onnxsched_runtime.model import subgraphs
 
 _MIN_IR, _MAX_IR = 10, 13
 """Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
@@ -129,8 +130,8 @@ def _densify(graph: onnx.GraphProto) -> None:
             if node.op_type == "Constant" and attribute.name == "sparse_value":
                 dense = _dense(attribute.sparse_tensor)
                 attribute.CopyFrom(helper.make_attribute("value", dense))
-            for body in (*attribute.graphs, attribute.g):
-                _densify(body)
+        for body in subgraphs(node):
+            _densify(body)
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:

@@ -92,9 +92,16 @@ def _read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
     for node in graph.node:
         if not instead.keys().isdisjoint(node.input):
             node.input[:] = [instead.get(name, name) for name in node.input]
-        for attribute in node.attribute:
-            for body in (*attribute.graphs, attribute.g):
-                _read_instead(body, instead)
+        for body in subgraphs(node):
+            _read_instead(body, instead)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """What a node runs inside, such as the branches of an If."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:
@@ -104,15 +111,13 @@ def node_reads(node: onnx.NodeProto) -> tuple[str, ...]:
 
 def captured_reads(node: onnx.NodeProto) -> Iterator[str]:
     """The tensors that a node's subgraphs take from outside."""
-    for attribute in node.attribute:
-        graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
-        for graph in graphs:
-            inner = {value.name for value in graph.input}
-            inner |= {weight.name for weight in graph.initializer}
-            for child in graph.node:
-                yield from (name for name in node_reads(child) if name not in inner)
-                inner.update(child.output)
-            yield from (v.name for v in graph.output if v.name not in inner)
+    for graph in subgraphs(node):
+        inner = {value.name for value in graph.input}
+        inner |= {weight.name for weight in graph.initializer}
+        for child in graph.node:
+            yield from (name for name in node_reads(child) if name not in inner)
+            inner.update(child.output)
+        yield from (v.name for v in graph.output if v.name not in inner)
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
