@@ -31,8 +31,8 @@ from onnxsched.machine import Machine
 from onnxsched.memory import fits_on_first
 from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
-from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import Progress
+from onnxsched.profiling.sharing import ProfilingWorkers
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched.proposals import Request
 from onnxsched.rewriting import rewritten
@@ -156,7 +156,8 @@ def optimize(
         None if directory is None else Path(directory), environment_key(environment, libraries)
     )
     is_gpu = chosen.kind == "cuda"
-    with cuda.one_graph_stream(), ProfilingWorker() if is_gpu else nullcontext() as worker:
+    workers = ProfilingWorkers(machine.devices) if is_gpu else nullcontext()
+    with cuda.one_graph_stream(), workers as worker:
         progress("loading", 0, 1)
         model = load_model(Path(source), chosen, shapes, libraries, precision)
         model = with_given(model, inputs or {})

@@ -13,8 +13,8 @@ from onnxsched.memory import fits_on_first
 from onnxsched.outcomes import Subject
 from onnxsched.profile import Profile
 from onnxsched.profiling.cache import MeasurementCache
-from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import Progress, measure_profile
+from onnxsched.profiling.sharing import Profiler
 from onnxsched.profiling.transfers import Transfers, measure_transfers
 from onnxsched.proposals import (
     Request,
@@ -46,7 +46,7 @@ def measured_decision(
     cache: MeasurementCache,
     plain: PlainRuns,
     request: Request,
-    worker: ProfilingWorker | None,
+    worker: Profiler | None,
     progress: Progress,
 ) -> tuple[Decision, bool]:
     """Try variants and rewrites, let policies schedule the promising, measure what they propose.

@@ -14,8 +14,8 @@ from onnxsched.loading import Model
 from onnxsched.profile import Multiprocessor, OperatorProfile, Profile
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.gpu import SAMPLE_COUNT, measure_on_gpu, operator_segment
-from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.roofline import roofline_from_profiles, roofline_model
+from onnxsched.profiling.sharing import Profiler
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
@@ -45,7 +45,7 @@ def measure_profile(
     cache: MeasurementCache,
     custom_ops: tuple[str, ...],
     progress: Progress,
-    worker: ProfilingWorker | None,
+    worker: Profiler | None,
 ) -> Profile:
     """Measure every operator of a model alone, each distinct one once.
 
