@@ -187,16 +187,15 @@ def _flow(node: NodeProto, source: ModelSource, reads: Sequence[str]) -> list[Te
 
 def _starts(node: NodeProto, source: ModelSource) -> list[int] | None:
     """Where a Slice begins along each axis; None where that is not stored, or it takes steps."""
-    if any(name and not source.is_weight(name) for name in node.input[1:]):
-        return None
+    if len(node.input) < 3 or any(n and not source.is_weight(n) for n in node.input[1:]):
+        return None  # before opset 10 bounds were attributes
     kinds = _flow(node, source, node.input[:1])
     if kinds is None:
         return None
     shape = kinds[0].shape or ()
-    given = [numpy_helper.to_array(source.weight(n)) if n else None for n in node.input[1:]]
-    starts, _, axes, steps = [*given, None, None][:4]
-    assert starts is not None
-    if steps is not None and np.any(steps != 1):
+    bounds = [numpy_helper.to_array(source.weight(n)) if n else None for n in node.input[1:]]
+    starts, _, axes, steps = [*bounds, None, None][:4]
+    if starts is None or (steps is not None and np.any(steps != 1)):
         return None
     found = [0] * len(shape)
     for place, axis in enumerate(range(len(starts)) if axes is None else axes):
@@ -213,7 +212,7 @@ def _fits_transpose(node: NodeProto, source: ModelSource) -> bool:
     if is_idle(node, shape) or perm[-1] == max(perm):
         return False
     runs = [math.prod(shape[axis] for axis in run) for run in _runs(perm)]
-    return len(runs) > 3 or min(runs[-2:]) < _TILE
+    return len(runs) < 4 and min(runs[-2:]) < _TILE
 
 
 def _runs(perm: Sequence[int]) -> list[list[int]]:
