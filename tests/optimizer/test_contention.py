@@ -141,7 +141,7 @@ def test_without_slowdowns_more_of_anything_takes_longer(
     problem: Scheduled, field: str, more: float
 ) -> None:
     graph, cost, schedule = problem
-    less = replace(cost.contention, sm_slowdown=0.0, launch_slowdown=0.0)
+    less = replace(cost.contention, sm_slowdown=0.0, launch_slowdown=0.0, link_share=0.0)
     larger = replace(less, **{field: getattr(less, field) + more})
     times = [
         simulate(graph, replace(cost, contention=contention), schedule).makespan_us

@@ -42,6 +42,7 @@ def one_stream_each(order: list[int], number_of: list[int], machine: Machine) ->
 @given(problem=device_problems(), data=st.data())
 def test_queues_run_as_the_simulator_says(problem: Problem, data: st.DataObject) -> None:
     graph, cost, machine = problem
+    cost = replace(cost, contention=replace(cost.contention, link_share=0.0))
     order = ranked(*problem)
     numbers = st.integers(0, len(machine.devices) - 1)
     number_of = data.draw(st.lists(numbers, min_size=len(graph), max_size=len(graph)))
@@ -118,7 +119,7 @@ def test_stages_finish_as_the_simulator_says(
     problem: Problem, width: int, data: st.DataObject
 ) -> None:
     graph, cost, machine = problem
-    overheads = replace(cost.contention, sm_slowdown=0.0, launch_slowdown=0.0)
+    overheads = replace(cost.contention, sm_slowdown=0.0, launch_slowdown=0.0, link_share=0.0)
     cost = replace(cost, contention=overheads)
     devices = data.draw(
         st.lists(st.sampled_from(machine.devices), min_size=len(graph), max_size=len(graph))

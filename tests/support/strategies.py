@@ -56,7 +56,8 @@ def contentions() -> SearchStrategy[Contention]:
     overhead_us = st.sampled_from([0.0, 0.0, 0.25, 2.0])
     slowdown = st.sampled_from([0.0, 0.125, 0.5])
     factor = st.sampled_from([1.0, 1.0, 1.5])
-    return st.builds(Contention, factor, overhead_us, overhead_us, slowdown, slowdown)
+    link = st.sampled_from([0.0, 0.5, 1.0])
+    return st.builds(Contention, factor, overhead_us, overhead_us, slowdown, slowdown, link)
 
 
 @st.composite
