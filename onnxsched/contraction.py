@@ -182,7 +182,7 @@ def _cuts(graph: OperatorGraph, operator: int) -> bool:
     """
     node = graph.operators[operator]
     read = sum(weight.nbytes for weight in node.weights if weight.is_input)
-    if node.op_type == "Slice":
+    if node.op_type in ("Slice", "Transpose"):  # which may have taken one in
         read += sum({edge.tensor: edge.nbytes for edge in graph.incoming[operator]}.values())
     return sum({e.tensor: e.nbytes for e in graph.outgoing[operator]}.values()) < read
 

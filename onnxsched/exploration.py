@@ -94,7 +94,8 @@ def explored_on_all(trials: Trials, outcomes: Sequence[Outcome]) -> list[Outcome
         cost = _calibrated(subject, tried)
         tried = [_predicted_again(subject, cost, outcome) for outcome in tried]
         if trials.is_time_left():
-            found += _searched_on_all(trials, cost, tried, runner)
+            for outcome in _searched_on_all(trials, cost, tried, runner):
+                found.append(outcome)  # at once: the next may find the model uncapturable
             _refine_into(found, trials, cost, [*found, *tried], runner)
     return [*tried, *(outcome for outcome in found if _fits(trials, outcome))]
 
@@ -184,7 +185,7 @@ def _searched(
 
 def _searched_on_all(
     trials: Trials, cost: ContractedCost, tried: Sequence[Outcome], runner: TrialRunner
-) -> list[Outcome]:
+) -> Iterator[Outcome]:
     """What search finds over several devices, on few streams and then on all, both tried.
 
     It takes more steps than where it proposes: the contention is that of this machine now, and
@@ -193,7 +194,6 @@ def _searched_on_all(
     subject, machine = trials.subject, trials.machine
     graph = subject.contraction.graph
     best = min(tried, key=expected).candidate.contracted
-    found: list[Outcome] = []
     starts: list[Start] = [*STARTS, _start(best)]
     for number, stream_count in enumerate(dict.fromkeys((_NARROW, machine.stream_count))):
         if not trials.is_time_left():
@@ -202,9 +202,8 @@ def _searched_on_all(
         among = replace(machine, stream_count=min(stream_count, machine.stream_count))
         made = search(graph, cost, among, starts=starts, effort=_EFFORT)
         schedule = settled(subject.contraction, made)
-        found.append(_found(subject, cost, schedule, _median_us(runner, schedule)))
+        yield _found(subject, cost, schedule, _median_us(runner, schedule))
         starts.insert(0, _start(schedule))
-    return found
 
 
 def _start(schedule: Schedule) -> Start:

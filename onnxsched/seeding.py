@@ -60,5 +60,5 @@ def band_of(name: str) -> int | None:
 def _cuts_what_is_whole(graph: OperatorGraph, bands: list[int | None], operator: int) -> bool:
     """Whether an operator cuts rows out of a whole tensor: only these need to cross then."""
     producers = graph.predecessors[operator]
-    is_slice = graph.operators[operator].op_type == "Slice"
+    is_slice = graph.operators[operator].op_type in ("Slice", "Transpose")  # which takes one in
     return is_slice and bool(producers) and all(bands[p] is None for p in producers)

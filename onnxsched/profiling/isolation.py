@@ -123,6 +123,10 @@ class ProfilingWorker:
             text=True,
         )
 
+    def end(self) -> None:
+        """Kill the process, from which another thread may be reading."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the process; another one starts if more is to be measured."""
         self._process.kill()

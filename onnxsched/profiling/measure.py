@@ -20,7 +20,7 @@ from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.model import input_values
-from onnxsched_runtime.moves import free_moves
+from onnxsched_runtime.moves import left_in_place
 from onnxsched_runtime.moving import moved_nodes
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
@@ -109,8 +109,9 @@ def _measure_nodes(
 
 def _free(model: Model) -> frozenset[str]:
     """Nodes that leave numbers where they are."""
-    outputs = {value.name for value in model.proto.graph.output}
-    return free_moves(moved_nodes(model.source), outputs)
+    graph = model.proto.graph
+    ends = {value.name for value in (*graph.input, *graph.output)}
+    return left_in_place(moved_nodes(model.source), ends)
 
 
 def _cached(cache: MeasurementCache, key: str) -> OperatorProfile | None:

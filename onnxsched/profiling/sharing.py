@@ -33,6 +33,8 @@ class ProfilingWorkers:
         kind = cuda.device_properties(devices[0]) if len(devices) > 1 else None
         alike = [d for d in devices[1:] if cuda.device_properties(d) == kind]
         self._workers = {device: ProfilingWorker() for device in (devices[0], *alike)}
+        self._threads: list[threading.Thread] = []
+        self._is_ending = False
 
     def measure(
         self,
@@ -56,7 +58,8 @@ class ProfilingWorkers:
         shares = {
             own: nodes[number :: len(self._workers)] for number, own in enumerate(self._workers)
         }
-        threads = [
+        self._is_ending = False
+        self._threads = threads = [
             threading.Thread(
                 target=self._measure_share, args=(model, own, share, custom_ops, outcomes),
                 daemon=True,
@@ -88,13 +91,20 @@ class ProfilingWorkers:
         try:
             for measured in self._workers[device].measure(model, device, nodes, custom_ops):
                 outcomes.put(measured)
+                if self._is_ending:  # else another process would take the place of one that ended
+                    return
         except BaseException as error:  # raised where it is waited for
             outcomes.put(error)
         else:
             outcomes.put(None)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, once no thread reads from them any more."""
+        self._is_ending = True
+        while alive := [thread for thread in self._threads if thread.is_alive()]:
+            for worker in self._workers.values():
+                worker.end()
+            alive[0].join(0.01)
         for worker in self._workers.values():
             worker.close()
 

@@ -171,7 +171,8 @@ class _Draft:
             or self._source.is_weight(changed[0])
         ):
             return
-        name = unused_name(f"{result}/rectified", self._source.tensors, self._declared)
+        stored = {weight.name for weight in self._source.model.graph.initializer}
+        name = unused_name(f"{result}/rectified", self._source.tensors, self._declared, stored)
         self._declared[name] = self._source.kind_of(changed[0])
         own = {changed[0]: name, joined: result}
         self.nodes[concat.name] = _renamed(self.nodes[concat.name], own)

@@ -39,6 +39,8 @@ class Cut:
     output: str
     start_nbytes: int
     nbytes: int
+    whole_nbytes: int
+    """Of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +66,40 @@ class Place:
 
 
 def places_inside(
-    plan: ExecutionPlan, moves: Mapping[str, Move], kept: Collection[str]
+    plan: ExecutionPlan, moves: Mapping[str, Move], ends: Collection[str]
 ) -> dict[str, Place]:
     """The tensors of a plan that lie in others: parts in their whole, pieces in what has them.
 
-    A part that is a piece of another tensor lies in what it is a part of. O(segments x depth).
+    A part that is a piece of another tensor lies in what it is a part of, where both are on one
+    device, and is copied from where it is to another. O(segments x depth).
 
     Args:
         plan: The plan; what moves is a segment of its own.
-        moves: By the name of their nodes.
-        kept: Tensors of the model that have places of their own: its outputs.
+        moves: All of the model, by the name of their nodes.
+        ends: Inputs and outputs of the model, which have places of their own.
     """
     inside: dict[str, Place] = {}
-    cuts: list[tuple[str, Place]] = []
+    parts, left = _parts(moves), left_in_place(moves, ends)
     for segment in plan.segments:
         move = moves.get(segment.nodes[0])
         if isinstance(move, Joined):
             name = {plan.original(tensor): tensor for tensor in segment.inputs}
             for part, start in zip(move.parts, move.starts_nbytes, strict=True):
                 inside[name[part]] = Place(segment.outputs[0], start)
-        elif isinstance(move, Cut) and not move.start_nbytes % FINEST_NBYTES:
-            cuts.append((segment.outputs[0], Place(segment.inputs[0], move.start_nbytes)))
-    for piece, place in cuts:
-        if plan.original(piece) not in kept:
-            inside.setdefault(piece, place)
+    for segment in plan.segments:
+        move = moves.get(segment.nodes[0])
+        if isinstance(move, Cut) and (segment.nodes[0] in left or _can_stay(move, parts)):
+            inside.setdefault(segment.outputs[0], Place(segment.inputs[0], move.start_nbytes))
     return {name: _rooted(place, inside) for name, place in inside.items()}
+
+
+def _parts(moves: Mapping[str, Move]) -> frozenset[str]:
+    return frozenset(t for move in moves.values() if isinstance(move, Joined) for t in move.parts)
+
+
+def _can_stay(cut: Cut, among: Collection[str]) -> bool:
+    """Whether a piece is one of these and begins where kernels may read."""
+    return cut.output in among and not cut.start_nbytes % FINEST_NBYTES
 
 
 def _rooted(place: Place, inside: Mapping[str, Place]) -> Place:
@@ -110,22 +121,28 @@ def check_places(inside: Mapping[str, Place], nbytes: Mapping[str, int]) -> None
             raise PlanError(f"Tensor '{name}' does not lie in '{place.root}'.")
 
 
-def free_moves(moves: Mapping[str, Move], kept: Collection[str]) -> frozenset[str]:
-    """The nodes that need no kernel on one device.
+def left_in_place(moves: Mapping[str, Move], ends: Collection[str]) -> frozenset[str]:
+    """The nodes that need no kernel where what they read is on their device. O(nodes).
+
+    A piece keeps all of what it lies in alive. So it is copied where that is large beside all
+    pieces of it, and not there for good anyway.
 
     Args:
         moves: All of a model, by the name of their nodes.
-        kept: Its outputs.
+        ends: Its inputs and outputs.
     """
-    parts = {t for move in moves.values() if isinstance(move, Joined) for t in move.parts}
-    return frozenset(
-        name
+    alone = {move.output for move in moves.values()} - _parts(moves) - {*ends}
+    cuts = {
+        name: move
         for name, move in moves.items()
-        if isinstance(move, Joined)
-        or (
-            isinstance(move, Cut)
-            and not move.start_nbytes % FINEST_NBYTES
-            and move.output not in parts
-            and move.output not in kept
-        )
+        if isinstance(move, Cut) and _can_stay(move, alone)
+    }
+    used: dict[str, int] = {}
+    for cut in cuts.values():
+        used[cut.source] = used.get(cut.source, 0) + cut.nbytes
+    joined = {name for name, move in moves.items() if isinstance(move, Joined)}
+    return frozenset(joined).union(
+        name
+        for name, cut in cuts.items()
+        if cut.source in ends or 2 * used[cut.source] >= cut.whole_nbytes
     )

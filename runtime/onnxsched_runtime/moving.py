@@ -64,7 +64,9 @@ def _reordered(node: NodeProto, source: ModelSource) -> Reordered:
 def _cut(node: NodeProto, source: ModelSource) -> Cut:
     values, kind = attributes_of(node), source.kind_of(node.output[0])
     row_nbytes = kind.nbytes // (kind.shape or ())[values["axis"]]
-    return Cut(node.input[0], node.output[0], values["start"] * row_nbytes, kind.nbytes)
+    whole = source.kind_of(node.input[0])
+    start_nbytes = values["start"] * row_nbytes
+    return Cut(node.input[0], node.output[0], start_nbytes, kind.nbytes, whole.nbytes)
 
 
 def _joined(node: NodeProto, source: ModelSource) -> Joined:
@@ -99,6 +101,7 @@ class _Draft:
     def __post_init__(self) -> None:
         graph = self.source.model.graph
         self.outputs = {value.name for value in graph.output}
+        self.taken = {entry.name for entry in (*graph.node, *graph.initializer)}
         self.readers = Counter(t for node in graph.node for t in node_reads(node))
         self.slices: dict[str, tuple[str, list[int]]] = {}
         """What each Slice reads, and where it begins along each axis, by what it writes."""
@@ -130,16 +133,20 @@ class _Draft:
             self.nodes.append(_made("Slice", [node.input[0]], node.output[0], node.name, **values))
 
     def _take_transpose(self, node: NodeProto) -> None:
-        """Let it take in a Slice that no one else reads, wherever that cuts."""
-        read = node.input[0]
+        """Let it take in a Slice that no one else reads, wherever that cuts, in the place of that.
+
+        It has the name of the Slice then, by which a schedule says where only a piece is read.
+        """
+        read, name = node.input[0], node.name
         sizes = self.source.kind_of(read).shape or ()
         starts = [0] * len(sizes)
         if read in self.slices and self.readers[read] == 1 and read not in self.outputs:
+            (name,) = (other.name for other in self.nodes if read in other.output)
             self.nodes = [other for other in self.nodes if read not in other.output]
             read, starts = self.slices[read]
         stops = [start + size for start, size in zip(starts, sizes, strict=True)]
         values = {"perm": permutation(node, len(sizes)), "starts": starts, "stops": stops}
-        self.nodes.append(_made("Transpose", [read], node.output[0], node.name, **values))
+        self.nodes.append(_made("Transpose", [read], node.output[0], name, **values))
 
     def _take_concat(self, node: NodeProto) -> None:
         """Join what has no place elsewhere; the rest is copied first."""
@@ -150,7 +157,7 @@ class _Draft:
             part = tensor
             if tensor in self.joined or tensor in inputs or tensor in self.outputs:
                 name = f"{node.name}/part{number}"
-                part = unused_name(name, self.source.tensors, self.declared)
+                part = unused_name(name, self.source.tensors, self.declared, self.taken)
                 self.declared[part] = self.source.kind_of(tensor)
                 count = (self.declared[part].shape or ())[axis]
                 values = {"axis": axis, "start": 0, "stop": count}

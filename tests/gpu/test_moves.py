@@ -61,7 +61,7 @@ def _launched(
 @pytest.mark.parametrize(("start", "nbytes"), [(0, 4096), (16, 100), (3, 7), (1024, 1 << 20)])
 def test_a_piece_is_copied(start: int, nbytes: int) -> None:
     image = _RNG.integers(0, 256, start + nbytes + 5, np.uint8)
-    found = _launched(cuda.cutting, Cut("a", "b", start, nbytes), image, nbytes)
+    found = _launched(cuda.cutting, Cut("a", "b", start, nbytes, image.nbytes), image, nbytes)
     assert found == image[start : start + nbytes].tobytes()
 
 

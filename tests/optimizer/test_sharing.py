@@ -39,6 +39,9 @@ class FakeWorker:
                 raise self.fails
             yield node.name, OperatorProfile((float(device.index + 1),))
 
+    def end(self) -> None:
+        """Nothing runs."""
+
     def close(self) -> None:
         self.closed.append(self)
 

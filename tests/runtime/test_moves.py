@@ -24,7 +24,7 @@ from onnxsched_runtime.moves import (
     Move,
     Place,
     check_places,
-    free_moves,
+    left_in_place,
     places_inside,
 )
 from onnxsched_runtime.plan import ExecutionPlan, Operation, Record, Run, Step, Wait
@@ -39,11 +39,12 @@ class Moved:
     moves: Mapping[str, Move]
     content: Mapping[str, np.ndarray]
     """For each byte the number of the tensor that it was computed for."""
-    kept: frozenset[str]
+    ends: frozenset[str]
+    """Inputs and outputs."""
 
     @property
     def inside(self) -> dict[str, Place]:
-        return places_inside(self.plan, self.moves, self.kept)
+        return places_inside(self.plan, self.moves, self.ends)
 
     def nbytes(self, name: str) -> int:
         return len(self.content[self.plan.original(name)])
@@ -91,7 +92,7 @@ def moved_plans(draw: DrawFn, gpus: int = 2) -> Moved:
             size = min(draw(st.sampled_from([0, 16, 32, 256])), len(whole) - start)
             size -= size % FINEST_NBYTES
             content[name] = whole[start : start + size]
-            moves[name] = Cut(reads[0], name, start, size)
+            moves[name] = Cut(reads[0], name, start, size, len(whole))
         else:
             reads = draw(st.lists(tensors, max_size=2, unique=True))
             content[name] = np.full(draw(st.sampled_from([0, 16, 256, 272])), number, np.int32)
@@ -100,7 +101,7 @@ def moved_plans(draw: DrawFn, gpus: int = 2) -> Moved:
     free = [o.name for o in operations if o.name not in joined]
     outputs = draw(st.lists(st.sampled_from(free), min_size=1, max_size=2, unique=True))
     plan = Problem(tuple(operations), tuple(outputs)).plan()
-    return Moved(plan, moves, content, frozenset(outputs))
+    return Moved(plan, moves, content, frozenset({"x", *outputs}))
 
 
 class Memory:
@@ -189,7 +190,7 @@ def execute(moved: Moved, generator: random.Random) -> None:
 @given(moved=moved_plans(gpus=1))
 def test_on_one_device_what_is_free_lies_in_its_place(moved: Moved) -> None:
     inside, plan = moved.inside, moved.plan
-    free = free_moves(moved.moves, moved.kept)
+    free = left_in_place(moved.moves, moved.ends)
     for name, move in moved.moves.items():
         if isinstance(move, Joined):
             assert name in free
@@ -218,7 +219,7 @@ def test_parts_and_pieces_of_parts_lie_in_the_outermost_whole() -> None:
     moves: dict[str, Move] = {
         "inner": Joined(("a", "b"), "inner", (0, 32)),
         "outer": Joined(("inner", "c"), "outer", (0, 64)),
-        "piece": Cut("inner", "piece", 16, 32),
+        "piece": Cut("inner", "piece", 16, 32, 64),
     }
     inside = places_inside(plan, moves, {"y"})
     assert inside == {

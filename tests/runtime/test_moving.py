@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from onnxsched_runtime.fusing import fused
 from onnxsched_runtime.model import FUSED_DOMAIN
-from onnxsched_runtime.moves import FINEST_NBYTES, Cut, Joined, Reordered, free_moves
+from onnxsched_runtime.moves import FINEST_NBYTES, Cut, Joined, Reordered, left_in_place
 from onnxsched_runtime.moving import moved, moved_nodes
 from onnxsched_runtime.pooling import pooled
 from onnxsched_runtime.source import ModelSource
@@ -100,7 +100,8 @@ def test_a_part_that_has_another_place_is_copied() -> None:
     after = moved(fused(source))
     assert Counter(kinds(after)) == {"our Conv": 3, "our Slice": 3, "our Concat": 2}
     whole = moved_nodes(after)
-    free = free_moves(whole, {v.name for v in source.model.graph.output})
+    graph = source.model.graph
+    free = left_in_place(whole, {value.name for value in (*graph.input, *graph.output)})
     assert free == {name for name, move in whole.items() if isinstance(move, Joined)}
 
 
@@ -150,10 +151,47 @@ def test_bounds_in_attributes_are_left_to_sessions() -> None:
     assert kinds(moved(source))[0] == "Slice"
 
 
-@given(start=st.integers(0, 3), count=st.integers(1, 4))
-def test_a_piece_lies_in_its_whole_where_kernels_may_begin(start: int, count: int) -> None:
+@given(start=st.integers(0, 3), count=st.integers(1, 5))
+def test_a_piece_lies_in_its_whole_where_kernels_may_begin_and_much_of_it_is_used(
+    start: int, count: int
+) -> None:
     net = Lowered((1, 8, 1, 2))
     image = net.conv("x", 2)
     source = fused(net.source(net.conv(net.cut(image, 1, start, start + count), 2)))
     moves = moved_nodes(moved(source))
-    assert bool(free_moves(moves, set())) == (start % 2 == 0)
+    assert bool(left_in_place(moves, {"x"})) == (start % 2 == 0 and count >= 4)
+    assert bool(left_in_place(moves, {image})) == (start % 2 == 0)
+
+
+def test_pieces_that_are_used_together_lie_in_their_whole() -> None:
+    net = Lowered((1, 8, 4, 4))
+    image = net.conv("x", 4)
+    ends = [net.conv(net.cut(image, 1, start, start + 2), 4) for start in (0, 2, 6)]
+    moves = moved_nodes(moved(fused(net.source(*ends))))
+    assert left_in_place(moves, {"x", *ends}) == moves.keys()
+    assert not left_in_place(dict([*moves.items()][:1]), {"x", *ends})
+
+
+def test_a_transpose_that_takes_in_a_slice_runs_where_that_was_scheduled() -> None:
+    net = Lowered((1, 3, 8, 4))
+    rows = net.cut("x", 2, 0, 4)
+    source = net.source(net.add("Transpose", [rows], perm=[0, 2, 3, 1]))
+    slicing, _ = source.model.graph.node
+    assert [node.name for node in moved(source).model.graph.node] == [slicing.name]
+
+
+@pytest.mark.parametrize("kind", ["weight", "node"])
+def test_a_part_is_called_as_nothing_else_is(kind: str) -> None:
+    net = Lowered((1, 4, 4, 4))
+    image = net.conv("x", 4)
+    joined = net.add("Concat", [image, image], axis=1)
+    taken = f"{net.nodes[-1].name}/part1"
+    if kind == "weight":
+        net.weights[0].name = net.nodes[0].input[1] = taken
+    else:
+        net.nodes[0].name = taken
+    graph = moved(net.source(joined)).model.graph
+    names = [node.name for node in graph.node]
+    assert len(names) == len(set(names)) == 3
+    written = {tensor for node in graph.node for tensor in node.output}
+    assert written.isdisjoint(weight.name for weight in graph.initializer)

@@ -111,8 +111,9 @@ class PlanRunner(ABC):
 
     def _inside(self) -> Mapping[str, Place]:
         """What lies in other tensors."""
-        kept = {value.name for value in self._source.model.graph.output}
-        return places_inside(self.plan, self._moves, kept)
+        graph = self._source.model.graph
+        ends = {value.name for value in (*graph.input, *graph.output)}
+        return places_inside(self.plan, self._moves, ends)
 
     @abstractmethod
     def _tensors(self) -> Mapping[str, Device]:
