@@ -78,6 +78,11 @@ def difference(name: str, actual: Any, expected: Any, tolerances: Tolerances) ->
     """Compare one output; NaN equals NaN, and another shape or type is infinitely far."""
     if isinstance(expected, list):
         return _sequence_difference(name, actual, expected, tolerances)
+    if isinstance(expected, dict):
+        if not isinstance(actual, dict) or actual.keys() != expected.keys():
+            return Difference(name, float("inf"), float("inf"), False, False)
+        actual, expected = [actual[key] for key in expected], list(expected.values())
+        return difference(name, np.array(actual), np.array(expected), tolerances)
     a, b = np.asarray(actual), np.asarray(expected)
     if a.shape != b.shape or a.dtype != b.dtype:
         return Difference(name, float("inf"), float("inf"), False, False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,20 +69,27 @@ def random_inputs(
     return drawn | {name: _fitting(name, given[name], drawn[name]) for name in given}
 
 
-def _fitting(name: str, value: np.ndarray, like: np.ndarray) -> np.ndarray:
+def _fitting(name: str, value: Any, like: np.ndarray) -> np.ndarray:
     """The value of an input, laid out as sessions take it.
 
     Raises:
         UsageError: It is of another type or shape than what is drawn.
     """
-    array = np.asarray(value, object if like.dtype.kind == "O" else None, order="C")
+    try:
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, order="C")
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or on `meta`
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"Input '{name}' can't be read ({reason}).") from error
+    if like.dtype.kind == "O" and array.dtype.kind == "U":
+        array = array.astype(object)
     if array.shape != like.shape:
         raise UsageError(
             f"Input '{name}' takes shape {list(like.shape)}, got {list(array.shape)}; give a "
             "value of that shape, or optimize for another with --shape."
         )
     if array.dtype != like.dtype:
-        raise UsageError(f"Input '{name}' takes {like.dtype}, got {array.dtype}; convert it.")
+        wanted = "strings" if like.dtype.kind == "O" else like.dtype
+        raise UsageError(f"Input '{name}' takes {wanted}, got {array.dtype}; convert it.")
     return array
 
 

@@ -115,8 +115,8 @@ def optimize(
         source: An ONNX model.
         target: Where to write it; nothing is written unless all went well.
         device: `auto` (the first GPU, else the CPU), `cuda:0`, `cpu`; or several of a kind:
-            `cuda:0,cuda:1`, or `cpu:0,cpu:1` for groups of threads. Operators are measured on the
-            first, which is taken to be like the others.
+            `cuda:0,cuda:1`, or `cpu:0,cpu:1` for groups of threads. Operators are measured on
+            those that are like the first, which others are taken to be.
         streams: The most streams to use on each device; 16 on a GPU, up to 4 threads on the CPU if
             None.
         policy: `auto` measures the best few of all; a policy's name is obeyed.
@@ -146,6 +146,7 @@ def optimize(
         OnnxschedError: `target` can't be written.
     """
     _check_arguments(streams, policy, precision, schedule)
+    _check_numbers(budget_s, seed)
     require_target("--output", target, schedule, *custom_ops, models=[source])
     given = None if schedule is None else read_schedule_file(schedule)
     machine = _machine(device, streams, given)
@@ -215,6 +216,13 @@ def _check_arguments(
         raise UsageError(f"--schedule and {option} contradict each other; give one.")
 
 
+def _check_numbers(budget_s: float | None, seed: int) -> None:
+    if budget_s is not None and not budget_s >= 0:
+        raise UsageError(f"--budget {budget_s} is no time; give seconds, at least 0.")
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is too small; give at least 0.")
+
+
 def _machine(device: str, streams: int | None, given: ScheduleFile | None) -> Machine:
     """The devices and streams that are asked for, or those of a schedule that is given."""
     if given is not None and device == "auto":
@@ -235,11 +243,16 @@ def _decision_key(model: Model, request: Request) -> str:
     if request.schedule is not None:
         asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
     asked += [
-        [name, hashlib.sha256(array.tobytes()).hexdigest()]
+        [name, hashlib.sha256(_content(array)).hexdigest()]
         for name, array in sorted(model.given.items())
     ]
     parts = ["decision", fingerprint(model.proto), operators, *asked]
     return json.dumps(parts, sort_keys=True)
+
+
+def _content(array: np.ndarray) -> bytes:
+    """What an array holds; the bytes of strings are only where they lie."""
+    return repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes()
 
 
 def _details(

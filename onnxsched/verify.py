@@ -138,6 +138,9 @@ def _inputs(model: onnx.ModelProto) -> list[str]:
             f"Input '{strange[0]}' is a sequence, map or optional; only models whose inputs are "
             "tensors can be compared."
         )
+    known = onnx.helper.get_all_tensor_dtypes()
+    if broken := [name for name in names if types[name].element_type not in known]:
+        raise ModelError(f"Input '{broken[0]}' has no element type; export the model again.")
     return sorted(f"{name} {types[name]}" for name in names)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import sys
 
 
@@ -19,6 +20,10 @@ def main() -> None:
     """
     gc.set_threshold(100_000, 50, 50)  # collecting while torch is imported costs 0.2 s
     _prepare_streams()
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, _end)
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -27,6 +32,11 @@ def main() -> None:
     with contextlib.suppress(OSError):  # a full disk leaves the exit code to tell
         sys.stderr.flush()
     os._exit(code)
+
+
+def _end(number: int, frame: object) -> None:
+    """End as if by Ctrl-C, so that scratch folders and drafts go."""
+    raise SystemExit(128 + number)
 
 
 def _prepare_streams() -> None:

@@ -51,7 +51,7 @@ def optimize(
             help="Neither cut operators into rows for several devices nor compute any twice.",
         ),
     ] = False,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where measurements are kept.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where measurements are kept.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything now.")] = False,
     custom_ops: CustomOps = None,
     seed: Annotated[
@@ -68,8 +68,6 @@ def optimize(
 
     libraries = custom_ops or []
     render.require_json_target(json_to, output, schedule, *libraries, models=[model])
-    if budget is not None and not budget >= 0:
-        raise UsageError(f"--budget {budget} is no time; give seconds, at least 0.")
     if no_cache and cache_dir is not None:
         raise UsageError("--cache-dir and --no-cache contradict each other; give one.")
     with render.progress() as progress:
@@ -207,8 +205,12 @@ def _files(texts: list[str] | None) -> dict[str, Path]:
     """Read `NAME=FILE.npy` options."""
     if wrong := [text for text in texts or [] if not all(text.partition("="))]:
         raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
-    pairs = [text.partition("=") for text in texts or []]
-    return {name: Path(file) for name, _, file in pairs}
+    files: dict[str, Path] = {}
+    for name, _, file in (text.partition("=") for text in texts or []):
+        if name in files:
+            raise UsageError(f"--input gives '{name}' twice; give each input once.")
+        files[name] = Path(file)
+    return files
 
 
 def _arrays(texts: list[str] | None) -> dict[str, Any]:

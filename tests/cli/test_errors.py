@@ -155,6 +155,7 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (("run", "out.onnx", "--input", "input=several.npz"), "several arrays"),
         (("run", "out.onnx", "--input", "input=small.npy"), "takes shape [1, 3, 16, 16], got [3]"),
         (("run", "out.onnx", "--input", "z=small.npy"), "no input 'z'"),
+        (("run", "out.onnx", *("--input", "input=small.npy") * 2), "--input gives 'input' twice"),
         ((*OPTIMIZE, "--input", "input"), "--input input can't be read"),
         ((*OPTIMIZE, "--input", "input=small.npy"), "takes shape [1, 3, 16, 16], got [3]"),
         (("bench", "out.onnx", "--input", "z=small.npy"), "no input 'z'"),

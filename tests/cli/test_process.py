@@ -67,6 +67,34 @@ def test_an_interrupt_is_130_and_writes_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path).keys() == {"in.onnx"}
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_who_is_asked_to_end_leaves_nothing(name: str, tmp_path: Path) -> None:
+    saved(build("squeezenet"), tmp_path, "in.onnx")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    script = (
+        "import onnxsched.optimizing as o, signal, sys, time\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup ignores it
+        "o.optimize_file = lambda *a: (print('optimizing', flush=True), time.sleep(60))\n"
+        "from onnxsched.cli import main\n"
+        "sys.argv = ['onnxsched', 'optimize', 'in.onnx', '-o', 'out.onnx', '--no-cache']\n"
+        "main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, text=True,
+        env={**ENVIRONMENT, "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == "optimizing\n"
+        assert list(scratch.iterdir())
+        running.send_signal(getattr(signal, name))
+        _, error = running.communicate(timeout=30)
+    assert (running.returncode, error) == (128 + getattr(signal, name), "")
+    assert not list(scratch.iterdir())
+    assert contents(tmp_path).keys() == {"in.onnx"}
+
+
 @pytest.mark.parametrize("module", ["typer", "onnxsched.cli.commands", "onnxsched.pipeline"])
 def test_an_interrupt_while_modules_are_imported_is_130(module: str, tmp_path: Path) -> None:
     script = (

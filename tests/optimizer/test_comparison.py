@@ -112,6 +112,18 @@ def test_a_sequence_is_as_far_as_its_worst_element() -> None:
     assert apart(actual, expected) == Difference("y", 1.0, 0.5, False, False)
 
 
+def test_maps_are_compared_by_what_they_hold() -> None:
+    expected = [{"a": 1.0, "b": np.nan}, {"a": 4.0, "b": 2.0}]
+    assert apart([dict(one) for one in expected], expected).is_identical
+    actual = [{"a": 1.0, "b": np.nan}, {"b": 2.0, "a": 4.5}]
+    found = apart(actual, expected)
+    assert (found.max_absolute, found.is_within, found.is_identical) == (0.5, False, False)
+    assert apart(actual, expected, Tolerances(relative=0.2)).is_within
+    for other in ({"a": 1.0}, {"a": 1.0, "c": 2.0}, [1.0, 2.0], {"a": "x", "b": "y"}):
+        found = apart(other, expected[1], Tolerances(relative=1e9, absolute=1e9))
+        assert (found.max_absolute, found.is_within) == (INF, False)
+
+
 def test_the_worst_of_all_runs_counts() -> None:
     def actual(feed: Mapping[str, Array]) -> list[Any]:
         return [feed["x"] + (feed["x"] == 2), feed["x"] * 2]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from onnxsched import inputs
 from onnxsched.inputs import random_array, random_blamed, random_inputs, repeated_array
@@ -150,13 +152,35 @@ def test_what_is_given_is_not_drawn_and_changes_nothing_else() -> None:
         ("middle", np.zeros(3, np.float32), "no input 'middle'; the inputs are ['left', 'right']"),
         ("left", np.zeros((2, 4), np.float32), "takes shape [2, 3], got [2, 4]"),
         ("left", np.zeros((2, 3)), "takes float32, got float64"),
+        ("left", [[1.0], [2.0, 3.0]], "'left' can't be read ("),
     ],
 )
-def test_what_is_given_must_fit(name: str, value: Array, reason: str) -> None:
+def test_what_is_given_must_fit(name: str, value: Any, reason: str) -> None:
     model = MODELS["two_towers"]()
     with pytest.raises(UsageError) as caught:
         random_inputs(model, tensor_types(model), 0, {name: value})
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), np.array([1, 2]), np.array([b"a", b"b"])])
+def test_strings_are_taken_and_nothing_else_for_them(value: Array) -> None:
+    kind = {"x": TensorType(TensorProto.STRING, (2,))}
+    declared = helper.make_tensor_value_info("x", TensorProto.STRING, [2])
+    model = helper.make_model(helper.make_graph([], "strings", [declared], []))
+    found = random_inputs(model, kind, 0, {"x": np.array(["a", "b"])})["x"]
+    assert (found.dtype, found.tolist()) == (np.dtype(object), ["a", "b"])
+    with pytest.raises(UsageError, match="takes strings, got"):
+        random_inputs(model, kind, 0, {"x": value})
+
+
+def test_tensors_of_torch_are_taken() -> None:
+    import torch
+
+    model = MODELS["two_towers"]()
+    left = torch.ones(2, 3, requires_grad=True)
+    given: dict[str, Any] = {"left": left}
+    found = random_inputs(model, tensor_types(model), 0, given)["left"]
+    np.testing.assert_array_equal(found, np.ones((2, 3), np.float32))
 
 
 @pytest.mark.parametrize(("given", "is_blamed"), [("", True), ("x", True), ("xz", False)])

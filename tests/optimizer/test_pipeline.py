@@ -526,3 +526,11 @@ def test_a_decision_is_for_the_inputs_that_were_given(tmp_path: Path) -> None:
         for given in (None, first, first, other)
     ]
     assert found == [False, False, True, False]
+
+
+def test_strings_are_known_again_by_what_they_say() -> None:
+    one, same, other = (
+        np.array(["".join(word) for word in ("ab", "cd", last)], object)
+        for last in ("e", "e", "f")
+    )
+    assert pipeline._content(one) == pipeline._content(same) != pipeline._content(other)
