@@ -64,7 +64,7 @@ def placements_from_json(content: Any) -> Placed:
     operators = content.get("operators") if isinstance(content, Mapping) else None
     if not operators or not isinstance(operators, list):
         raise UsageError("it has no list of operators")
-    if (version := content.get("schema_version")) != VERSION:
+    if (version := content.get("schema_version")) != VERSION or isinstance(version, bool):
         raise UsageError(f"it has schema version {version!r}, and this release reads {VERSION}")
     return tuple(_placed(number, entry) for number, entry in enumerate(operators))
 
@@ -80,7 +80,10 @@ def _placed(number: int, entry: Any) -> tuple[str, Placement]:
         raise UsageError(
             f"operator '{name}' has no stream, which is a number from 0 to {LARGEST_STREAM}"
         )
-    return name, Placement(Device.parse(device), stream)
+    try:
+        return name, Placement(Device.parse(device), stream)
+    except UsageError as error:
+        raise UsageError(f"of operator '{name}' {str(error).rstrip('.')}") from error
 
 
 def read_schedule_file(path: str | os.PathLike[str]) -> ScheduleFile:

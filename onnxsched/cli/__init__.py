@@ -76,5 +76,5 @@ def fail(message: str, code: int) -> int:
     """Say what went wrong, and return the exit code."""
     if message:
         with contextlib.suppress(OSError):  # the exit code says it, too
-            print(f"onnxsched: {message}", file=sys.stderr)
+            print(f"onnxsched: {' '.join(message.splitlines())}", file=sys.stderr)
     return code

@@ -17,6 +17,8 @@ from onnxsched.rank import durations_us, rank_order, upward_ranks_us
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.spreading import shortest
 
+_MOST_PASSED = 256
+"""Gaps that are tried for an operator on a stream."""
 Interval = tuple[float, float]
 """Start and finish in microseconds."""
 
@@ -46,8 +48,8 @@ def earliest_finish(graph: OperatorGraph, cost: CostModel, machine: Machine) -> 
     then rank. This keeps the order of every stream, and is topological: a consumer starts no
     earlier than its producer finishes, and where all times are equal the rank decides.
     Streams not yet in use are all alike, so only the first is tried. O(edges * devices +
-    n log n + n * streams in use), and the gaps passed over as too short; gaps too short for
-    anything that is still to come are forgotten.
+    n log n + n * streams in use), and the gaps passed over as too short, `_MOST_PASSED` at most
+    for each; gaps too short for anything that is still to come are forgotten.
     """
     devices, stream_count = machine.devices, machine.stream_count
     on_device = [durations_us(graph, cost, device) for device in devices]
@@ -114,19 +116,19 @@ def _earliest_start_us(
 ) -> float:
     """The start in the first gap after `ready_us` that is long enough.
 
-    `gaps` is sorted, the last one has no end. inf where it would not finish before `before_us`.
+    `gaps` is sorted, the last one has no end. So it is taken where very many are too short. inf
+    where it would not finish before `before_us`.
     """
     if ready_us + duration_us >= before_us:
         return inf
-    position = max(0, bisect_right(gaps, (ready_us, inf)) - 1)
-    while True:
-        free_us, taken_us = gaps[position]
+    first = max(0, bisect_right(gaps, (ready_us, inf)) - 1)
+    for free_us, taken_us in (*gaps[first : first + _MOST_PASSED], gaps[-1]):
         start_us = max(ready_us, free_us)
         if start_us + duration_us >= before_us:
             return inf
         if start_us + duration_us <= taken_us:
             return start_us
-        position += 1
+    return inf
 
 
 def _occupy(gaps: list[Interval], interval: Interval, shortest_us: float) -> None:

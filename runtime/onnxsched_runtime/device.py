@@ -28,7 +28,7 @@ class Device:
         Raises:
             UsageError: `text` names no device.
         """
-        match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", text.strip())
+        match = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,4}))?", text.strip())
         if match is None:
             raise UsageError(f"'{text}' is no device: write cpu, cuda or cuda:INDEX.")
         return cls(match[1], int(match[2] or 0))  # type: ignore[arg-type]

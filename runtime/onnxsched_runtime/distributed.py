@@ -29,6 +29,7 @@ from onnxsched_runtime.load import Session, load
 
 _GRACE_S = 2.0
 """For a process to end by itself when all must; then it is ended."""
+_POLL_S = 0.02
 _WARM_UP_COUNT = 10
 _voice = threading.Lock()
 """Whoever takes it says why this process ends; nobody gives it back."""
@@ -37,12 +38,15 @@ _voice = threading.Lock()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as one process of several; returns the exit code."""
     result = None
+    held: list[RankExecutor] = []
     try:
         options = _parsed(arguments)
+        _end_when_asked(held)
         group = joined_process_group(options.timeout)
         with load(options.model, process_group=group, timeout_s=options.timeout) as session:
             executor = session.executor
             assert isinstance(executor, RankExecutor)
+            held.append(executor)
             _end_with_the_others(executor)
             if executor.rank == 0:
                 result = _run(session, options)
@@ -164,32 +168,46 @@ def _report(result: Mapping[str, Any], target: str | None) -> None:
         print(f"{median_us:.0f} us, the median of {len(samples)} runs in {count} processes")
 
 
-def _end_with_the_others(executor: RankExecutor) -> None:
-    """End this process when all must, even in the middle of something that can't be interrupted.
+def _end_when_asked(held: Sequence[RankExecutor]) -> None:
+    """End this process soon after a SIGTERM, with the reason if there is one by then.
 
     A launcher that sees one process end asks the others to at once, mostly before they have found
     out why.
+
+    Args:
+        held: What it runs, once that is loaded.
     """
 
-    def end(sentence: str) -> None:
-        _say(executor.verdict or sentence)
-        sys.stdout.flush()
-        os._exit(1)
-
-    def watch() -> None:
-        executor.failed.wait()
-        time.sleep(_GRACE_S)
-        end("All processes must end.")
-
     def find_out() -> None:
-        executor.failed.wait(_GRACE_S)
-        end(f"Rank {executor.rank} was asked to end (SIGTERM).")
+        end = time.monotonic() + _GRACE_S
+        while time.monotonic() < end and not any(executor.failed.is_set() for executor in held):
+            time.sleep(_POLL_S)
+        rank = os.environ.get("RANK", "0")
+        when = "" if held else " while it loaded the model; another may have ended"
+        _end(held, f"Rank {rank} was asked to end (SIGTERM){when}.")
 
     def asked(*_: object) -> None:
         threading.Thread(target=find_out, daemon=True).start()
 
-    threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGTERM, asked)
+
+
+def _end_with_the_others(executor: RankExecutor) -> None:
+    """End this process when all must, even in the middle of what can't be interrupted."""
+
+    def watch() -> None:
+        executor.failed.wait()
+        time.sleep(_GRACE_S)
+        _end([executor], "All processes must end.")
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end(held: Sequence[RankExecutor], sentence: str) -> None:
+    verdicts = [executor.verdict for executor in held if executor.verdict]
+    _say(verdicts[0] if verdicts else sentence)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _say(sentence: str) -> None:

@@ -13,7 +13,7 @@ from onnxsched.machine import Machine
 from onnxsched.policies import POLICIES
 from onnxsched.policies.heft import earliest_finish
 from onnxsched.rank import rank_order, upward_ranks_us
-from onnxsched.schedule import check_schedule
+from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import critical_path_us, simulate, total_us
 from onnxsched_runtime.device import Device, Placement
 from support import oracles
@@ -169,3 +169,17 @@ def test_ten_thousand_operators_take_seconds(family: str) -> None:
         started = time.process_time()
         check_schedule(graph, machine, policy(graph, cost, machine))
         assert time.process_time() - started < 10.0, name
+
+
+def test_heft_does_not_pass_over_every_gap() -> None:
+    """Gaps of 12 us, which nothing but an operator of no time at all would fit into."""
+    count = 3000
+    chain = [(v - 1, v) for v in range(1, count)]
+    readers = [(v, count + v) for v in range(count)]
+    last = [(count + v, 3 * count) for v in range(count)]
+    graph = graph_of(3 * count + 2, [*chain, *readers, *last, (0, 3 * count + 1)])
+    times = [*[15.0] * count, *[5.0] * count, *[12.0] * count, 100.0, 0.0]
+    cost, machine = durations(*times), Machine((GPU,), 4)
+    started = time.process_time()
+    check_schedule(graph, machine, earliest_finish(graph, cost, machine) or Schedule(()))
+    assert time.process_time() - started < 3.0

@@ -135,7 +135,10 @@ def entry(**fields: Any) -> dict[str, Any]:
         (["a"], "entry 0 of its operators has no name"),
         ([entry(), entry(name=3)], "entry 1 of its operators has no name"),
         ([entry(device=None)], "operator 'a' has no device"),
-        ([entry(device="tpu")], "'tpu' is no device: write cpu, cuda or cuda:INDEX"),
+        (
+            [entry(device="tpu")],
+            "of operator 'a' 'tpu' is no device: write cpu, cuda or ",
+        ),
         ([entry(stream=-1)], "operator 'a' has no stream, which is a number from 0 to 1023"),
         ([entry(stream=1024)], "operator 'a' has no stream"),
         ([entry(stream=True)], "operator 'a' has no stream"),

@@ -7,16 +7,21 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from onnxsched_runtime import distributed
 from onnxsched_runtime.annotation import write_annotation
+from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.load import load
+from onnxsched_runtime.model import name_nodes
 from support.models import MODELS, annotation_of, assert_same, feeds_for, fork_join, reference
+from support.optimizing import parsed
 from support.ranks import Ended, environment, run_ranks
 
 pytestmark = pytest.mark.timeout(60, method="thread")
@@ -153,6 +158,54 @@ def test_all_end_when_the_one_with_the_store_is_killed(path: Path) -> None:
     assert ended[1].stderr.startswith("onnxsched: Rank 0")
     assert "died" in ended[1].stderr
     assert ended[1].stderr.count("\n") == 1
+
+
+def test_all_end_when_the_one_with_the_store_is_stopped(path: Path) -> None:
+    ended = command(2, path, "SIGSTOP@0", "--bench", "--timeout", "2")
+    sentence = (
+        "Rank 0, or the launcher that keeps the store of the process group, has died: the store "
+        "does not answer."
+    )
+    assert_all_end(ended, sentence, but=0)
+
+
+def test_who_is_asked_to_end_while_it_loads_says_so(path: Path) -> None:
+    ended = command(2, path, "SIGTERM@1", "--timeout", "4")
+    assert [process.code for process in ended] == [1, 1]
+    own = "Rank 1 was asked to end (SIGTERM) while it loaded the model; another may have ended."
+    assert ended[1].stderr == f"onnxsched: {own}\n"
+    assert ended[0].stderr == "onnxsched: Rank 1 has not come within 4 s.\n"
+
+
+def test_groups_of_some_and_of_all_take_turns(path: Path) -> None:
+    ended = run_ranks(3, "groups", str(path))
+    assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 3
+    refused = "This process is not in the process group; only members can load."
+    assert [process.stdout for process in ended] == [
+        "run|run|run\n", "run|run|run\n", f"{refused}|run|{refused}\n",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_tensor_that_is_not_as_declared_ends_all(size: int, tmp_path: Path) -> None:
+    model = parsed(
+        "(float[4] x, bool[4] keep) => (float[n] y) {"
+        " a = Relu(x)  some = Compress<axis = 0>(a, keep)  b = Neg(some)  y = Abs(b) }"
+    )
+    name_nodes(model)
+    for tensor in ("some", "b"):
+        declared = helper.make_tensor_value_info(tensor, TensorProto.FLOAT, [size])
+        model.graph.value_info.append(declared)
+    annotation = annotation_of(model, (0,))
+    later = dict.fromkeys(["Neg_b", "Abs_y"], Placement(Device("cpu", 1), 0))
+    write_annotation(model, replace(annotation, placements={**annotation.placements, **later}))
+    path = tmp_path / "out.onnx"
+    path.write_bytes(model.SerializeToString())
+    np.save(tmp_path / "keep.npy", np.ones(4, bool))
+    ended = command(2, path, "none@9", "--input", f"keep={tmp_path / 'keep.npy'}")
+    assert {process.code for process in ended} == {1}
+    sentence = f"'some' has shape [4], but the model says [{size}]."
+    assert all(process.stderr.endswith(f" failed: {sentence}\n") for process in ended)
 
 
 def test_all_end_when_one_hangs(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several processes on gloo, and one of them, which may be made to misbehave.
 
 python -m support.ranks models cpu|cuda COUNT     run that many of the test models
+python -m support.ranks groups MODEL              run it in a group of some, and of all
 python -m support.ranks command KIND@RANK ...     the command line, which one rank spoils
 """
 
@@ -19,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from onnxsched_runtime.arguments import zeros
 from onnxsched_runtime.device import Device, DeviceKind
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +154,10 @@ def _spoil(kind: str) -> None:
     def refuse(*_: object) -> None:
         raise ModelError("ONNX Runtime refuses the model (planted).")
 
+    def wait_to_end(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
     def die(self: GlooLinks, *_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -159,11 +165,34 @@ def _spoil(kind: str) -> None:
         GlooLinks.__init__ = die  # type: ignore[assignment,method-assign]
     elif kind == "version":
         ranks.own_version = lambda: "0.0.7"
-    elif kind == "load":
+    elif kind in ("load", "SIGTERM"):
         module: Any = import_module("onnxsched_runtime.load")
-        module.lowered_source = refuse
+        module.lowered_source = refuse if kind == "load" else wait_to_end
     else:
         OrtSession.run = run  # type: ignore[assignment,method-assign]
+
+
+def _run_groups(path: str) -> None:
+    """Open sessions for some of three ranks, then for all."""
+    import torch.distributed
+
+    from onnxsched_runtime.errors import UsageError
+    from onnxsched_runtime.load import load
+
+    torch.distributed.init_process_group("gloo")
+    pair, rank = torch.distributed.new_group([0, 1]), torch.distributed.get_rank()
+    said = []
+    for group in (pair, torch.distributed.group.WORLD, pair):
+        try:
+            with load(path, process_group=group, timeout_s=10.0) as session:
+                feeds = {a.name: zeros(a) for a in session.get_inputs()} if rank == 0 else {}
+                session.run(None, feeds)
+                said.append("run")
+        except UsageError as error:
+            said.append(str(error))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    print(*said, sep="|")
 
 
 def _run_command(spoiler: str, arguments: Sequence[str]) -> int:
@@ -178,5 +207,7 @@ def _run_command(spoiler: str, arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "models":
         _run_models("cuda" if sys.argv[2] == "cuda" else "cpu", int(sys.argv[3]))
+    elif sys.argv[1] == "groups":
+        _run_groups(sys.argv[2])
     else:
         sys.exit(_run_command(sys.argv[2], sys.argv[3:]))

@@ -119,7 +119,7 @@ class RankExecutor:
         _require_runnable(plans, rank_of)
         peers.require_same(identity(model, plans))
         self._resources = ExitStack()
-        self._monitor = Monitor(peers)
+        self._peers, self._monitor = peers, Monitor(peers)
         try:
             self._executor: ThreadExecutor | StreamExecutor
             if membership.device.kind == "cuda":
@@ -210,6 +210,7 @@ class RankExecutor:
         """Leave the others, once they need nothing more, and free sessions and threads."""
         self._monitor.close()
         self._resources.close()
+        self._peers.close()
 
     def __enter__(self) -> Self:
         return self

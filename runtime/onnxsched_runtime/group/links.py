@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxsched_runtime.cuda import Buffer, Stream
+from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.group.binding import torch_module
 from onnxsched_runtime.group.monitor import Monitor
 from onnxsched_runtime.group.peers import FOREVER, Peers
@@ -57,6 +58,11 @@ class GlooLinks:
         with self.computing():
             kind = self._kinds.get(step.tensor)
             if kind is not None and kind.is_static:
+                if value.shape != kind.shape:
+                    raise ModelError(
+                        f"'{step.tensor}' has shape {list(value.shape)}, but the model says "
+                        f"{list(kind.shape or ())}."
+                    )
                 parts = [raw(value)]
             else:
                 content = packed(step.tensor, value)

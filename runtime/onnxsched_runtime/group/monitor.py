@@ -131,7 +131,7 @@ class Monitor:
 
     def fail_with(self, error: BaseException) -> str:
         """End all ranks for what went wrong on this one; returns as `fail`."""
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         is_whole = isinstance(error, RankError)  # a sentence that names a rank already
         return self.fail(reason if is_whole else f"Rank {self._peers.rank} failed: {reason}")
 

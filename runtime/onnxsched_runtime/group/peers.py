@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 from onnxsched_runtime.errors import RankError, UsageError
 from onnxsched_runtime.group.binding import torch_module
+from onnxsched_runtime.group.store import SILENCE, Store
 
 FOREVER = timedelta(days=365)
 """Rank 0 may take its time between runs; the monitor says when waiting is over."""
 _POLL_S = 0.02
-_opened = itertools.count()
-"""Sessions that this process has opened: all ranks open them in the same order."""
-
-
-@contextmanager
-def _answered() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            "Rank 0, or the launcher that keeps the store of the process group, has died: the "
-            "store does not answer."
-        ) from error
+_opened: Counter[str] = Counter()
+"""Sessions that this process has opened, by who takes part: they open them in the same order."""
 
 
 class Peers:
@@ -40,19 +28,30 @@ class Peers:
         Args:
             process_group: Of torch.distributed, initialized.
             timeout_s: How long to wait for a message.
+
+        Raises:
+            UsageError: This process is not in the group.
+            RankError: The group's store does not answer.
         """
         distributed = torch_module().distributed
         self.rank: int = distributed.get_rank(process_group)
+        if self.rank < 0:
+            raise UsageError("This process is not in the process group; only members can load.")
         self.members: list[int] = distributed.get_process_group_ranks(process_group)
         """The rank of each in the world, by its rank here."""
         self.timeout_s = timeout_s
-        self._corner = f"onnxsched/{'-'.join(map(str, self.members))}/{next(_opened)}"
-        self._store = self._own_store()
+        group = "-".join(map(str, self.members))
+        self._corner = f"onnxsched/{group}/{_opened[group]}"
+        _opened[group] += 1
+        self._store = Store(self._own_store(), timeout_s)
 
     def _own_store(self) -> Any:
         """A connection to the store that no one else waits on, and keeps busy while waiting."""
         distributed = torch_module().distributed
-        store = distributed.distributed_c10d._get_default_store().clone()
+        try:
+            store = distributed.distributed_c10d._get_default_store().clone()
+        except RuntimeError as error:
+            raise RankError(SILENCE) from error
         store.set_timeout(timedelta(seconds=self.timeout_s))
         return distributed.PrefixStore(self._corner, store)
 
@@ -67,8 +66,7 @@ class Peers:
         Raises:
             RankError: The store does not answer, here and in what follows.
         """
-        with _answered():
-            self._store.set(f"{key}/{self.rank}", value)
+        self._store.ask("set", f"{key}/{self.rank}", value)
 
     def heard(self, key: str, rank: int) -> str | None:
         """The last message of a rank; None where there is none."""
@@ -76,8 +74,7 @@ class Peers:
 
     def fail(self, sentence: str) -> str:
         """Say why all must end; returns what the first one to do so said."""
-        with _answered():
-            return str(self._store.compare_set("failure", "", sentence).decode())
+        return str(self._store.ask("compare_set", "failure", "", sentence).decode())
 
     @property
     def failure(self) -> str | None:
@@ -85,8 +82,13 @@ class Peers:
         return self._read("failure")
 
     def _read(self, name: str) -> str | None:
-        with _answered():
-            return self._store.get(name).decode() if self._store.check([name]) else None
+        if not self._store.ask("check", [name]):
+            return None
+        return str(self._store.ask("get", name).decode())
+
+    def close(self) -> None:
+        """Let go of the store; nothing is told or heard any more."""
+        self._store.close()
 
     def exchange(self, key: str, value: str) -> list[str]:
         """Tell a value and hear those of all ranks.
