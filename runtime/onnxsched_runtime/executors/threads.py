@@ -11,6 +11,7 @@ from copy import copy
 from typing import Any, Self
 
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.group import GlooLinks
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Step, Wait
 from onnxsched_runtime.session import OrtSession
@@ -43,6 +44,7 @@ class ThreadExecutor:
         """
         self._plan = plan
         self._links = links
+        self._process = os.getpid()
         self._lanes = [_lanes_of(plan, piece) for piece in plan.pieces]
         """The steps of each piece by stream."""
         self._reads = [
@@ -72,7 +74,11 @@ class ThreadExecutor:
             raise
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """Run every piece and return the named outputs as host values."""
+        """Run every piece and return the named outputs as host values.
+
+        Raises:
+            UsageError: This is a fork of the process that the model was loaded in.
+        """
         values = dict(feeds)
         for lanes in self._lanes:
             if len(lanes) > 1 or self._links is not None:
@@ -88,6 +94,11 @@ class ThreadExecutor:
 
         Nothing interrupts who waits for another process.
         """
+        if os.getpid() != self._process:
+            raise UsageError(
+                "The session was loaded before this process was forked, which leaves threads "
+                "behind; load the model in each process."
+            )
         steps = (step for lane in lanes for step in lane)
         events = {s.event: threading.Event() for s in steps if isinstance(s, Record)}
         failed = threading.Event()
