@@ -231,6 +231,14 @@ def test_all_hear_why_one_can_not_load(path: Path) -> None:
     assert (ended[1].code, ended[1].stderr) == (5, f"onnxsched: {own}\n")
 
 
+def test_all_hear_of_what_is_unforeseen_at_once(path: Path) -> None:
+    ended = command(2, path, "unforeseen@1", "--bench")
+    assert_all_end(ended, "Rank 1 failed: planted in two lines", but=1)
+    own = "Unforeseen ValueError: planted in two lines; please report it."
+    assert (ended[1].code, ended[1].stderr) == (1, f"onnxsched: {own}\n")
+    assert ended[0].after_s < 15
+
+
 def test_another_version_is_refused(path: Path) -> None:
     ended = command(3, path, "version@2")
     (sentence,) = {process.stderr for process in ended}

@@ -154,6 +154,9 @@ def _spoil(kind: str) -> None:
     def refuse(*_: object) -> None:
         raise ModelError("ONNX Runtime refuses the model (planted).")
 
+    def break_down(*_: object) -> None:
+        raise ValueError("planted\nin two lines")
+
     def wait_to_end(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait()
@@ -165,9 +168,10 @@ def _spoil(kind: str) -> None:
         GlooLinks.__init__ = die  # type: ignore[assignment,method-assign]
     elif kind == "version":
         ranks.own_version = lambda: "0.0.7"
-    elif kind in ("load", "SIGTERM"):
+    elif kind in ("load", "unforeseen", "SIGTERM"):
         module: Any = import_module("onnxsched_runtime.load")
-        module.lowered_source = refuse if kind == "load" else wait_to_end
+        instead = {"load": refuse, "unforeseen": break_down, "SIGTERM": wait_to_end}
+        module.lowered_source = instead[kind]
     else:
         OrtSession.run = run  # type: ignore[assignment,method-assign]
 

@@ -15,7 +15,7 @@ import onnx
 
 from onnxsched_runtime.annotation import fingerprint
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import OnnxschedError, RankError, UsageError
+from onnxsched_runtime.errors import RankError, UsageError
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
 from onnxsched_runtime.group import GlooLinks, Monitor, NcclLinks, Peers
@@ -47,9 +47,10 @@ class Membership:
             yield
         except RankError:
             raise  # all have been told
-        except OnnxschedError as error:
+        except BaseException as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             with suppress(RankError):
-                self.peers.fail(f"Rank {self.peers.rank} failed: {error}")
+                self.peers.fail(f"Rank {self.peers.rank} failed: {reason}")
             raise
 
 
