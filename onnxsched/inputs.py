@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from onnxsched.loading import Model
+from onnxsched_runtime.arguments import as_array
 from onnxsched_runtime.errors import RunError, UsageError
 from onnxsched_runtime.model import input_values
 from onnxsched_runtime.tensor import TensorType
@@ -75,11 +76,7 @@ def _fitting(name: str, value: Any, like: np.ndarray) -> np.ndarray:
     Raises:
         UsageError: It is of another type or shape than what is drawn.
     """
-    try:
-        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, order="C")
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or on `meta`
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UsageError(f"Input '{name}' can't be read ({reason}).") from error
+    array = np.asarray(as_array(name, value), order="C")
     if like.dtype.kind == "O" and array.dtype.kind == "U":
         array = array.astype(object)
     if array.shape != like.shape:

@@ -25,9 +25,9 @@ _SAMPLE_COUNT = 12
 _HARDLY_APART = 1.01
 """What trials are from one to the next."""
 _FINALIST_COUNT = 3
+"""Candidates that are built as they will run, beside sequential ones."""
 _FORM_COUNT = 2
 """Forms of the model that are explored over several GPUs."""
-"""Candidates that are built as they will run, beside sequential ones."""
 
 
 def tune(

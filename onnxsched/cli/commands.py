@@ -190,10 +190,11 @@ def run_model(
 ) -> None:
     """Run the schedule once."""
     from onnxsched.running import run_files
+    from onnxsched_runtime.arrays import input_files
 
     outputs = run_files(
         model,
-        _files(inputs),
+        input_files(inputs or []),
         output_dir,
         seed=seed,
         custom_ops=[str(path) for path in custom_ops or []],
@@ -201,23 +202,11 @@ def run_model(
     render.run_outputs(outputs)
 
 
-def _files(texts: list[str] | None) -> dict[str, Path]:
-    """Read `NAME=FILE.npy` options."""
-    if wrong := [text for text in texts or [] if not all(text.partition("="))]:
-        raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
-    files: dict[str, Path] = {}
-    for name, _, file in (text.partition("=") for text in texts or []):
-        if name in files:
-            raise UsageError(f"--input gives '{name}' twice; give each input once.")
-        files[name] = Path(file)
-    return files
-
-
 def _arrays(texts: list[str] | None) -> dict[str, Any]:
     """The arrays in the files of `NAME=FILE.npy` options."""
-    from onnxsched_runtime.arrays import read_array
+    from onnxsched_runtime.arrays import input_files, read_array
 
-    return {name: read_array(name, file) for name, file in _files(texts).items()}
+    return {name: read_array(name, file) for name, file in input_files(texts or []).items()}
 
 
 @app.command()

@@ -109,9 +109,8 @@ def _measure_nodes(
 
 def _free(model: Model) -> frozenset[str]:
     """Nodes that leave numbers where they are."""
-    graph = model.proto.graph
-    ends = {value.name for value in (*graph.input, *graph.output)}
-    return left_in_place(moved_nodes(model.source), ends)
+    source = model.source
+    return left_in_place(moved_nodes(source), source.ends)
 
 
 def _cached(cache: MeasurementCache, key: str) -> OperatorProfile | None:

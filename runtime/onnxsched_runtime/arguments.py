@@ -69,11 +69,7 @@ def host_array(argument: NodeArg, value: Any) -> Any:
     """
     if not argument.type.startswith("tensor("):
         return value
-    try:
-        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged, on `meta`, lazily negated
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UsageError(f"Input '{argument.name}' can't be read ({reason}).") from error
+    array = as_array(argument.name, value)
     dtype = _dtype_of(argument.type)
     if array.dtype != dtype and dtype.kind != "O":
         is_swapped = array.dtype.name == dtype.name
@@ -81,6 +77,19 @@ def host_array(argument: NodeArg, value: Any) -> Any:
         raise UsageError(f"Input '{argument.name}' takes {dtype.name}, got {found}; convert it.")
     _check_shape(argument, array.shape)
     return np.ascontiguousarray(array) if array.ndim else array
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """The value of input `name`, a tensor of torch's perhaps, as an array.
+
+    Raises:
+        UsageError: It is none.
+    """
+    try:
+        return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, on `meta`, lazily negated
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"Input '{name}' can't be read ({reason}).") from error
 
 
 def zeros(argument: NodeArg) -> np.ndarray:

@@ -7,7 +7,7 @@ import re
 import tempfile
 import tokenize
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,23 @@ def read_array(name: str, file: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise UsageError(f"'{file}' holds several arrays; give one .npy file an input.")
     return array
+
+
+def input_files(texts: Iterable[str]) -> dict[str, Path]:
+    """The file of each input, of `NAME=FILE.npy` options.
+
+    Raises:
+        UsageError: An option is not of that form, or gives an input again.
+    """
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, _, file = text.partition("=")
+        if not name or not file:
+            raise UsageError(f"--input {text} can't be read: write NAME=FILE.npy.")
+        if name in files:
+            raise UsageError(f"--input gives '{name}' twice; give each input once.")
+        files[name] = Path(file)
+    return files
 
 
 def write_arrays(outputs: Mapping[str, Any], folder: Path) -> None:

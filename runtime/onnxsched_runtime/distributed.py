@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from onnxsched_runtime.arguments import zeros
-from onnxsched_runtime.arrays import read_array, write_arrays
+from onnxsched_runtime.arrays import input_files, read_array, write_arrays
 from onnxsched_runtime.errors import OnnxschedError, UsageError, unforeseen
 from onnxsched_runtime.executors.ranks import RankExecutor
 from onnxsched_runtime.files import require_target, written_whole
@@ -139,10 +139,7 @@ def _run_count(options: argparse.Namespace) -> int:
 
 
 def _feeds(session: Session, named: Sequence[str]) -> dict[str, np.ndarray]:
-    if wrong := [text for text in named if not all(text.partition("="))]:
-        raise UsageError(f"--input {wrong[0]} can't be read: write NAME=FILE.npy.")
-    pairs = [text.partition("=") for text in named]
-    given = {name: read_array(name, Path(file)) for name, _, file in pairs}
+    given = {name: read_array(name, file) for name, file in input_files(named).items()}
     drawn = {a.name: zeros(a) for a in session.get_inputs() if a.name not in given}
     return {**drawn, **given}
 

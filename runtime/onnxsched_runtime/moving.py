@@ -150,12 +150,11 @@ class _Draft:
 
     def _take_concat(self, node: NodeProto) -> None:
         """Join what has no place elsewhere; the rest is copied first."""
-        inputs = {value.name for value in self.source.model.graph.input}
         axis = attributes_of(node)["axis"] % len(self.source.kind_of(node.output[0]).shape or ())
         parts = []
         for number, tensor in enumerate(node.input):
             part = tensor
-            if tensor in self.joined or tensor in inputs or tensor in self.outputs:
+            if tensor in self.joined or tensor in self.source.ends:
                 name = f"{node.name}/part{number}"
                 part = unused_name(name, self.source.tensors, self.declared, self.taken)
                 self.declared[part] = self.source.kind_of(tensor)

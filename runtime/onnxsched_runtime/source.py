@@ -56,6 +56,12 @@ class ModelSource:
         return {node.name: node for node in self.model.graph.node}
 
     @cached_property
+    def ends(self) -> frozenset[str]:
+        """The model's inputs and outputs."""
+        graph = self.model.graph
+        return frozenset(value.name for value in (*graph.input, *graph.output))
+
+    @cached_property
     def _weights(self) -> dict[str, TensorProto]:
         return {weight.name: weight for weight in self.model.graph.initializer}
 

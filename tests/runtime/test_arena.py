@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -22,11 +21,10 @@ from onnxsched_runtime.arena import (
     lifetimes,
     plan_arena,
 )
-from onnxsched_runtime.device import Placement
 from onnxsched_runtime.errors import PlanError
 from onnxsched_runtime.partition import assemble, readers_of, segment_of
-from onnxsched_runtime.plan import ExecutionPlan, Record, Run, Step, Wait
-from support.plans import Problem, happens_before, operation, problems
+from onnxsched_runtime.plan import ExecutionPlan
+from support.plans import Problem, happens_before, interleaved, operation, problems
 
 Sizes = Mapping[str, int]
 
@@ -86,30 +84,8 @@ def execute(plan: ExecutionPlan, nbytes: Sizes, arena: Arena, seed: int) -> None
     memory, generator = Memory(plan, nbytes, arena), random.Random(seed)
     for name in plan.inputs:
         memory.write(name)
-    for piece in plan.pieces:
-        queues: dict[Placement, deque[Step]] = {}
-        for step in piece.steps:
-            queues.setdefault(plan.placement_of(step), deque()).append(step)
-        recorded: set[int] = set()
-        running: set[Placement] = set()
-        while any(queues.values()):
-            able = [
-                placement
-                for placement, queue in queues.items()
-                if queue and not (isinstance(queue[0], Wait) and queue[0].event not in recorded)
-            ]
-            placement = generator.choice(able)
-            step = queues[placement][0]
-            if isinstance(step, Run) and placement not in running:
-                running.add(placement)
-                memory.begin(step.segment)
-                continue
-            queues[placement].popleft()
-            if isinstance(step, Run):
-                running.remove(placement)
-                memory.end(step.segment)
-            elif isinstance(step, Record):
-                recorded.add(step.event)
+    for begins, index in interleaved(plan, generator):
+        (memory.begin if begins else memory.end)(index)
     for name in (*plan.inputs, *plan.outputs):
         memory.require(name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, DrawFn
 
 from onnxsched_runtime.arena import ALIGNMENT_NBYTES, Arena, check_arena, plan_arena
-from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import PlanError
 from onnxsched_runtime.moves import (
     FINEST_NBYTES,
@@ -27,8 +26,8 @@ from onnxsched_runtime.moves import (
     left_in_place,
     places_inside,
 )
-from onnxsched_runtime.plan import ExecutionPlan, Operation, Record, Run, Step, Wait
-from support.plans import Problem, operation, stream
+from onnxsched_runtime.plan import ExecutionPlan, Operation
+from support.plans import Problem, interleaved, operation, stream
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,10 @@ class Memory:
     def write(self, name: str) -> None:
         self._at(name)[:] = self._moved.content[self._moved.plan.original(name)]
 
+    def require(self, name: str) -> None:
+        expected = self._moved.content[self._moved.plan.original(name)]
+        np.testing.assert_array_equal(self._at(name), expected, name)
+
     def begin(self, index: int) -> None:
         """The earliest write of a run."""
         segment = self._moved.plan.segments[index]
@@ -143,8 +146,7 @@ class Memory:
         segment = self._moved.plan.segments[index]
         for name in (*segment.inputs, *segment.outputs):
             if name in self._moved.plan.device_tensors:
-                expected = self._moved.content[self._moved.plan.original(name)]
-                np.testing.assert_array_equal(self._at(name), expected, name)
+                self.require(name)
 
 
 @settings(deadline=None, max_examples=300)
@@ -160,30 +162,11 @@ def execute(moved: Moved, generator: random.Random) -> None:
     for name in plan.inputs:
         if name in plan.device_of:
             memory.write(name)
-    for piece in plan.pieces:
-        queues: dict[Placement, deque[Step]] = {}
-        for step in piece.steps:
-            queues.setdefault(plan.placement_of(step), deque()).append(step)
-        recorded: set[int] = set()
-        running: set[Placement] = set()
-        while any(queues.values()):
-            able = [
-                placement
-                for placement, queue in queues.items()
-                if queue and not (isinstance(queue[0], Wait) and queue[0].event not in recorded)
-            ]
-            placement = generator.choice(able)
-            step = queues[placement][0]
-            if isinstance(step, Run) and placement not in running:
-                running.add(placement)
-                memory.begin(step.segment)
-                continue
-            queues[placement].popleft()
-            if isinstance(step, Run):
-                running.remove(placement)
-                memory.end(step.segment)
-            elif isinstance(step, Record):
-                recorded.add(step.event)
+    for begins, index in interleaved(plan, generator):
+        (memory.begin if begins else memory.end)(index)
+    for name in (*plan.inputs, *plan.outputs):
+        if name in plan.device_of:
+            memory.require(name)
 
 
 @settings(deadline=None, max_examples=200)

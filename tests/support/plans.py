@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import networkx as nx
@@ -111,6 +113,34 @@ def happens_before(plan: ExecutionPlan) -> set[tuple[Any, Any]]:
         edges += [pair for lane in lanes.values() for pair in pairwise(lane)]
         edges.append((end, (number + 1, "start")))
     return closure(edges)
+
+
+def interleaved(plan: ExecutionPlan, generator: Random) -> Iterator[tuple[bool, int]]:
+    """Whether a segment begins, else ends, and which: streams go on at random, runs take time."""
+    for piece in plan.pieces:
+        queues: dict[Placement, deque[Step]] = {}
+        for step in piece.steps:
+            queues.setdefault(plan.placement_of(step), deque()).append(step)
+        recorded: set[int] = set()
+        running: set[Placement] = set()
+        while any(queues.values()):
+            able = [
+                placement
+                for placement, queue in queues.items()
+                if queue and not (isinstance(queue[0], Wait) and queue[0].event not in recorded)
+            ]
+            placement = generator.choice(able)
+            step = queues[placement][0]
+            if isinstance(step, Run) and placement not in running:
+                running.add(placement)
+                yield True, step.segment
+                continue
+            queues[placement].popleft()
+            if isinstance(step, Run):
+                running.remove(placement)
+                yield False, step.segment
+            elif isinstance(step, Record):
+                recorded.add(step.event)
 
 
 def is_right(plan: ExecutionPlan) -> bool:

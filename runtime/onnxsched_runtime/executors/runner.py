@@ -111,9 +111,7 @@ class PlanRunner(ABC):
 
     def _inside(self) -> Mapping[str, Place]:
         """What lies in other tensors."""
-        graph = self._source.model.graph
-        ends = {value.name for value in (*graph.input, *graph.output)}
-        return places_inside(self.plan, self._moves, ends)
+        return places_inside(self.plan, self._moves, self._source.ends)
 
     @abstractmethod
     def _tensors(self) -> Mapping[str, Device]:
