@@ -45,13 +45,14 @@ def spread(graph: OperatorGraph, machine: Machine) -> Schedule:
     """Fill one device after another, in the graph's order, on one stream each.
 
     It is slow but thrifty: tensors are freed after their last reader, and only those alive where
-    one device takes over from another are held twice. O(operators * devices + edges).
+    one device takes over from another are held twice. The device with the most memory comes first,
+    so what fits on one device fits here. O(operators * devices + edges).
 
     Raises:
         ScheduleError: Not everything fits.
     """
     slots: list[Slot] = []
-    for device in machine.devices:
+    for device in sorted(machine.devices, key=machine.room_nbytes, reverse=True):
         end = _end_of_piece(graph, len(slots), machine.room_nbytes(device))
         slots += [Slot(v, Placement(device, 0)) for v in range(len(slots), end)]
     if len(slots) < len(graph):

@@ -60,9 +60,10 @@ def search(
     """
     problem = _Problem.of(graph, cost, machine)
     found: list[Arrangement] = [([*range(len(graph))], [0] * len(graph))]
-    tried = starts if len(graph) <= LARGEST else starts[:1]
-    made = [start(graph, cost, machine) for start in tried]
-    found += [problem.arrangement(schedule) for schedule in made if schedule is not None]
+    for start in starts if len(graph) <= LARGEST else starts[:1]:
+        with suppress(ScheduleError):  # It may find no room where another does.
+            made = start(graph, cost, machine)
+            found += [] if made is None else [problem.arrangement(made)]
     if len(machine.devices) > 1:
         with suppress(ScheduleError):  # One device may be too small.
             alone = search(graph, cost, machine.alone, starts=starts)

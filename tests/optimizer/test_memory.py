@@ -182,6 +182,15 @@ def test_spreading_fills_one_device_exactly(graph: OperatorGraph) -> None:
             spread(graph, limited(1, nbytes - 1))
 
 
+@given(graph=weighty_graphs(), share=st.floats(0.0, 1.0))
+def test_a_smaller_device_is_no_hindrance(graph: OperatorGraph, share: float) -> None:
+    in_order = Schedule(tuple(Slot(v, Placement(DEVICES[1], 0)) for v in range(len(graph))))
+    nbytes = needs(graph, in_order).get(DEVICES[1], 0)
+    rooms = {DEVICES[0]: int(share * nbytes), DEVICES[1]: nbytes}
+    machine = Machine(DEVICES[:2], 1, rooms)
+    check_schedule(graph, machine, spread(graph, machine))
+
+
 @settings(deadline=None)
 @given(graph=weighty_graphs(), nbytes=st.integers(0, 40_000), count=st.integers(1, 8))
 def test_what_is_spread_fits(graph: OperatorGraph, nbytes: int, count: int) -> None:

@@ -77,6 +77,18 @@ def test_search_starts_from_bands_too(problem: Problem) -> None:
         assert simulate(graph, cost, found).makespan_us <= bands_us + 1e-9
 
 
+def test_search_goes_on_where_one_start_finds_no_room() -> None:
+    operators = (
+        Operator("conv/band1", "Conv", kept_nbytes=4096),
+        Operator("pool", "MaxPool", kept_nbytes=256, scratch_nbytes=4096),
+    )
+    graph, cost = OperatorGraph(operators, ()), durations(1.0, 1.0)
+    machine = Machine(DEVICES[:2], 1, {DEVICES[0]: 4608, DEVICES[1]: 4096})
+    with pytest.raises(ScheduleError):
+        POLICIES["heft"](graph, cost, machine)
+    check_schedule(graph, machine, POLICIES["search"](graph, cost, machine))
+
+
 @pytest.mark.parametrize(
     ("name", "band"),
     [
