@@ -17,7 +17,8 @@ demo: $(INSTALLED)
 	$(BIN)/onnxsched verify demo/scheduled.onnx demo/googlenet.onnx
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal -m "not alone"
+	$(BIN)/pytest -m alone
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -101,9 +101,9 @@ def test_three_hundred_chains_and_ten_schedules_take_no_three_seconds() -> None:
         (schedule, simulate(graph, actual, schedule).makespan_us)
         for schedule in schedules(graph, cost, ["wavefront", "heft", "opara"])[:10]
     ]
-    started = time.perf_counter()
+    started = time.process_time()
     calibrate(graph, cost, measured)
-    assert time.perf_counter() - started < 3.0
+    assert time.process_time() - started < 3.0
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,6 @@ def test_ten_thousand_operators_take_no_two_seconds() -> None:
     graph, cost = layered_problem(layer_count=100, width=100, seed=0)
     shared = tuple(replace(operator, sm_share=0.3) for operator in cost.operators)
     slots = (Slot(v, Placement(GPU, v % 16)) for v in range(len(graph)))
-    started = time.perf_counter()
+    started = time.process_time()
     simulate(graph, TableCost(shared, contention=SLOWING), Schedule(tuple(slots)))
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0

@@ -59,14 +59,14 @@ def test_streams_that_gain_nothing_are_given_up() -> None:
 
 def test_three_hundred_operators_take_seconds() -> None:
     graph, cost = contended(layered_problem(30, 10, seed=0))
-    started = time.perf_counter()
+    started = time.process_time()
     search(graph, cost, Machine((GPU,), 16))
-    assert time.perf_counter() - started < 5.0
+    assert time.process_time() - started < 5.0
 
 
 def test_a_large_graph_is_only_list_scheduled() -> None:
     graph, cost = contended(layered_problem(100, 100, seed=0))
     assert len(graph) > LARGEST
-    started = time.perf_counter()
+    started = time.process_time()
     check_schedule(graph, Machine((GPU,), 16), search(graph, cost, Machine((GPU,), 16)))
-    assert time.perf_counter() - started < 10.0
+    assert time.process_time() - started < 10.0

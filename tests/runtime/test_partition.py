@@ -322,7 +322,7 @@ def _layers(width: int, streams: int, count: int = 5000) -> Sequence[Operation]:
 @pytest.mark.parametrize(("width", "streams"), [(1, 1), (8, 8), (40, 16), (1, 4)])
 def test_five_thousand_operations_are_planned_in_seconds(width: int, streams: int) -> None:
     operations = _layers(width, streams)
-    start = time.perf_counter()
+    start = time.process_time()
     plan = plan_execution(operations, ["x"], ["o4999"])
-    assert time.perf_counter() - start < 4.0
+    assert time.process_time() - start < 4.0
     assert len({name for segment in plan.segments for name in segment.nodes}) == 5000
