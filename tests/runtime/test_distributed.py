@@ -128,6 +128,17 @@ def test_what_is_unforeseen_is_one_sentence(
     )
 
 
+def test_who_does_not_come_is_named(path: Path) -> None:
+    ended = command(4, path, "absent@2", "--timeout", "3")
+    for rank in (0, 1, 3):  # whose time ends first, or with the store of rank 0
+        said = f"onnxsched: Rank {rank} can't join the others: rank 2 did not come "
+        assert ended[rank].code == 1
+        assert ended[rank].stderr.removeprefix(said) in (
+            "within 3 s.\n", "before the store of the process group ended.\n"
+        )  # fmt: skip
+        assert ended[rank].after_s < 30
+
+
 def test_a_master_that_is_not_there_is_one_sentence(path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -164,7 +164,9 @@ def _spoil(kind: str) -> None:
     def die(self: GlooLinks, *_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if kind == "connect":
+    if kind == "absent":
+        sys.exit(3)
+    elif kind == "connect":
         GlooLinks.__init__ = die  # type: ignore[assignment,method-assign]
     elif kind == "version":
         ranks.own_version = lambda: "0.0.7"

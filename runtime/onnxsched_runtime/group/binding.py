@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,9 @@ from onnxsched_runtime.errors import RankError, UsageError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets."""
+_CAME = "onnxsched/came/"
+"""Before the number of a rank, in the store: it has come."""
+_POLL_S = 0.05
 
 
 @functools.cache
@@ -48,11 +53,47 @@ def joined_process_group(timeout_s: float) -> Any:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     distributed = torch_module().distributed
     try:
-        distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _store_of_all(rank, size, timeout_s)
+        distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+        )
     except (RuntimeError, ValueError) as error:
-        rank, first_line = os.environ["RANK"], str(error).splitlines()[0]
-        raise RankError(f"Rank {rank} can't join the others ({first_line}).") from error
+        own, first_line = os.environ["RANK"], str(error).splitlines()[0]
+        raise RankError(f"Rank {own} can't join the others ({first_line}).") from error
     return distributed.group.WORLD
+
+
+def _store_of_all(rank: int, size: int, timeout_s: float) -> Any:
+    """The store at the address in the environment, once all ranks have come to it.
+
+    torch's own way there waits for them too, but can't say who is missing.
+    """
+    is_kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = torch_module().distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not is_kept_by_launcher,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
+    store.set(f"{_CAME}{rank}", "")
+    end_s = time.monotonic() + timeout_s
+    missing = [other for other in range(size) if other != rank]
+    try:
+        while missing := [other for other in missing if not store.check([f"{_CAME}{other}"])]:
+            if time.monotonic() > end_s:
+                raise _not_all(rank, missing, f"within {timeout_s:g} s")
+            time.sleep(_POLL_S)
+    except RuntimeError as error:
+        raise _not_all(rank, missing, "before the store of the process group ended") from error
+    return store
+
+
+def _not_all(rank: int, missing: Sequence[int], when: str) -> RankError:
+    names = ", ".join(map(str, missing))
+    ranks = "rank" if len(missing) == 1 else "ranks"
+    return RankError(f"Rank {rank} can't join the others: {ranks} {names} did not come {when}.")
 
 
 def leave_process_group() -> None:
