@@ -16,11 +16,12 @@ import numpy as np
 from onnxsched.arms import ARMS, SCHEDULE, arm_names, baseline_of, needed_by_ort_graph, open_arm
 from onnxsched.environment import describe_environment, pairs_through_host
 from onnxsched.inputs import random_blamed, random_inputs
-from onnxsched.racing import time_runs_us
+from onnxsched.racing import require_time, time_runs_us
 from onnxsched.summary import Ratio, Summary, ratio, summarize
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.execution import Executor, lowered_source
 from onnxsched_runtime.executors.streams import StreamExecutor
 from onnxsched_runtime.files import read_model
@@ -153,10 +154,14 @@ def bench(
         progress: Told what is being done.
 
     Raises:
-        UsageError: There is no such file or arm, or a value does not fit.
+        UsageError: There is no such file or arm, or a value or a number does not fit.
         AnnotationError: The model carries no schedule.
         DeviceError: The schedule's device is not on this machine.
     """
+    require_time("--warmup", warmup_ms)
+    require_time("--duration", duration_s)
+    if iterations < 1:
+        raise UsageError(f"--iterations {iterations} is too few; give at least 1.")
     model = read_model(path)
     annotation = read_annotation(model)
     devices = annotation.devices

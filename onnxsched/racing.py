@@ -8,6 +8,7 @@ from typing import Any
 
 from onnxsched.profiling.measure import Progress
 from onnxsched_runtime import cuda
+from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.streams import StreamExecutor
 from onnxsched_runtime.load import Session
 
@@ -38,6 +39,16 @@ def timed_run(session: Session, feeds: Mapping[str, Any]) -> Callable[[int], tup
     if isinstance(executor, StreamExecutor) and executor.is_one_piece:
         return lambda count: cuda.time_launches_us(executor.main_stream, executor.launch, count)
     return lambda count: time_runs_us(lambda: session.run(None, feeds), count)
+
+
+def require_time(option: str, value: float) -> None:
+    """Check how long something is to be measured, in whatever unit.
+
+    Raises:
+        UsageError: It is negative, no number or has no end.
+    """
+    if not 0 <= value < 1e6:
+        raise UsageError(f"{option} takes a number, at least 0 and below a million.")
 
 
 def time_runs_us(run: Callable[[], Any], count: int) -> tuple[float, ...]:

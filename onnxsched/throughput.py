@@ -21,6 +21,7 @@ import onnx
 
 from onnxsched.environment import describe_environment
 from onnxsched.inputs import random_blamed, random_inputs
+from onnxsched.racing import require_time
 from onnxsched.summary import Summary, summarize
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
@@ -102,6 +103,7 @@ def measure_throughput(
         AnnotationError: The model carries no schedule.
         DeviceError: A device of the schedule is not on this machine.
     """
+    require_time("--duration", duration_s)
     model = read_model(path)
     annotation = read_annotation(model)
     libraries = tuple(custom_ops)

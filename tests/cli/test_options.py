@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["bench", "out.onnx", "--duration", "nan"],
         ["bench", "out.onnx", "--duration", "inf"],
         ["bench", "out.onnx", "--warmup", "-5"],
+        ["bench", "out.onnx", "--throughput", "--duration", "-1"],
         ["bench", "out.onnx", "--iterations", "0"],
         ["run", "out.onnx", "--seed", "-1"],
         ["verify", "out.onnx", "tiny.onnx", "--seed", "-1"],

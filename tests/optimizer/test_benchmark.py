@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from onnxsched.arms import ARMS, arm_names, needed_by_ort_graph
-from onnxsched.benchmark import _free_nbytes
+from onnxsched.benchmark import _free_nbytes, bench
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device
@@ -42,3 +44,12 @@ def test_memory_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "free_memory_nbytes", lambda device: 100 + device.index)
     assert _free_nbytes((GPU, Device("cuda", 3))) == 203
     assert _free_nbytes((Device("cpu", 0), Device("cpu", 1))) is None
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [{"iterations": 0}, {"duration_s": -1.0}, {"duration_s": float("nan")}, {"warmup_ms": -1.0}],
+)
+def test_what_would_measure_nothing_is_refused_first(numbers: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="at least"):
+        bench("missing.onnx", **numbers)
