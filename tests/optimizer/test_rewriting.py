@@ -27,7 +27,7 @@ from onnxsched.rewriting import (
 )
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.shapes import tensor_types
-from onnxsched_runtime import session
+from onnxsched_runtime.session import optimizing
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from sample_models import build
 from support.graphs import durations, linear
@@ -98,8 +98,8 @@ ZOO: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
 @pytest.fixture
 def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models load as for a GPU, where no activation is fused into a convolution."""
-    fusions = [*session._UNPORTABLE_FUSIONS, "ConvActivationFusion"]
-    monkeypatch.setattr(session, "_UNPORTABLE_FUSIONS", fusions)
+    fusions = [*optimizing._UNPORTABLE_FUSIONS, "ConvActivationFusion"]
+    monkeypatch.setattr(optimizing, "_UNPORTABLE_FUSIONS", fusions)
 
 
 def op_types(model: Model) -> Counter[str]:

@@ -11,10 +11,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsched_runtime import calling, cuda, session
+from onnxsched_runtime import calling, cuda
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.session import OrtSession, to_float16
+from onnxsched_runtime.session.binding import complaint
+from onnxsched_runtime.session.creating import session_options
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 from sample_models import build
@@ -39,7 +41,7 @@ CPU = Device("cpu")
     ],
 )
 def test_codes_and_source_lines_are_left_out(said: str, shown: str) -> None:
-    assert session._first_line(RuntimeError(said)) == shown
+    assert complaint(RuntimeError(said)) == shown
 
 
 def test_a_model_that_is_refused_is_one_sentence(tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_a_library_in_this_folder_is_found_and_others_are_left_to_the_system(
     (tmp_path / "ops.so").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
-    session._session_options(SessionSettings(CPU, custom_ops=(name,)))
+    session_options(SessionSettings(CPU, custom_ops=(name,)))
     assert asked == [str(tmp_path / name) if is_there else name]
 
 
