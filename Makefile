@@ -17,8 +17,8 @@ demo: $(INSTALLED)
 	$(BIN)/onnxsched verify demo/scheduled.onnx demo/googlenet.onnx
 
 test: check
-	$(BIN)/pytest -n auto --dist worksteal -m "not alone"
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -n auto --dist worksteal -m "not gpu"
+	$(BIN)/pytest -m gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ def _measure_batch(
             if model.tensors[name].nbytes:
                 runner.buffers[name].repeat(_drawn(model.tensors[name].element_type))
         runner.prepare(plan.pieces[0])
-        kernels = _kernels(runner)
+        kernels = _kernels(runner, device)
         for index, node in enumerate(nodes):
             announce(node.name)
             samples_us, refusal = _time_run(runner.bound[index].launch, stream)
@@ -97,13 +97,13 @@ def _drawn(element_type: int) -> np.ndarray:
     return random_array(TensorType(element_type, (_DRAWN_COUNT,)), np.random.default_rng(0))
 
 
-def _kernels(runner: SegmentRunner) -> dict[str, tuple[Kernel, ...]]:
+def _kernels(runner: SegmentRunner, device: Device) -> dict[str, tuple[Kernel, ...]]:
     def run_all() -> None:
         for index, bound in runner.bound.items():
             with cuda.named_range(str(index)):
                 bound.launch()
 
-    return kernels_by_range(cuda.kernel_trace(run_all))
+    return kernels_by_range(cuda.kernel_trace(run_all, device))
 
 
 def _time_run(

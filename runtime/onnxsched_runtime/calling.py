@@ -13,7 +13,9 @@ from onnxsched_runtime.device import Device
 
 _first_gpu: list[Device] = []
 """The first GPU that this process uses."""
-_choosing = threading.Lock()
+_choosing = threading.RLock()  # it may be entered again where garbage is collected meanwhile
+_own_thread = threading.local()
+"""Its `device` is that of the GPU that a thread is for."""
 
 
 def called(device: Device, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
@@ -27,7 +29,8 @@ def called(device: Device, function: Callable[..., Any], *values: Any, **named: 
     with _choosing:
         if not _first_gpu:
             _first_gpu.append(device)
-        thread = None if device in _first_gpu else _thread_of(device)
+        is_here = device in _first_gpu or getattr(_own_thread, "device", None) == device
+        thread = None if is_here else _thread_of(device)
     if thread is None:
         return function(*values, **named)
     return thread.submit(function, *values, **named).result()
@@ -35,4 +38,8 @@ def called(device: Device, function: Callable[..., Any], *values: Any, **named: 
 
 @functools.cache
 def _thread_of(device: Device) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, str(device), cuda.make_current, (device,))
+    def begin() -> None:
+        _own_thread.device = device
+        cuda.make_current(device)
+
+    return ThreadPoolExecutor(1, str(device), begin)

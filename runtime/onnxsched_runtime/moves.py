@@ -124,8 +124,8 @@ def check_places(inside: Mapping[str, Place], nbytes: Mapping[str, int]) -> None
 def left_in_place(moves: Mapping[str, Move], ends: Collection[str]) -> frozenset[str]:
     """The nodes that need no kernel where what they read is on their device. O(nodes).
 
-    A piece keeps all of what it lies in alive. So it is copied where that is large beside all
-    pieces of it, and not there for good anyway.
+    A piece keeps all of what it lies in alive, which another may lie in as a piece. So it is
+    copied where that is large beside all pieces of it, and not there for good anyway.
 
     Args:
         moves: All of a model, by the name of their nodes.
@@ -137,12 +137,19 @@ def left_in_place(moves: Mapping[str, Move], ends: Collection[str]) -> frozenset
         for name, move in moves.items()
         if isinstance(move, Cut) and _can_stay(move, alone)
     }
+    pieces = {cut.output: cut for cut in cuts.values()}
     used: dict[str, int] = {}
     for cut in cuts.values():
         used[cut.source] = used.get(cut.source, 0) + cut.nbytes
+
+    def kept_nbytes(cut: Cut) -> int:
+        while cut.source in pieces:
+            cut = pieces[cut.source]
+        return cut.whole_nbytes
+
     joined = {name for name, move in moves.items() if isinstance(move, Joined)}
     return frozenset(joined).union(
         name
         for name, cut in cuts.items()
-        if cut.source in ends or 2 * used[cut.source] >= cut.whole_nbytes
+        if cut.source in ends or 2 * used[cut.source] >= kept_nbytes(cut)
     )

@@ -28,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _full_workspace() -> None:
+    """Let cuBLAS keep what matrix products want, whichever test comes first."""
+    if _has_gpu():
+        from onnxsched_runtime.session import load_cuda_libraries
+
+        load_cuda_libraries()
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Paths of models of the zoo, each built once."""

@@ -16,7 +16,7 @@ from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.execution import lowered_source, open_executor, plan_lowered
 from onnxsched_runtime.executors.streams import Capture
-from onnxsched_runtime.moves import Cut, Joined, Reordered
+from onnxsched_runtime.moves import Cut, Joined, Move, Reordered, left_in_place
 from onnxsched_runtime.moving import moved_nodes
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
@@ -88,8 +88,7 @@ def test_numbers_are_put_in_another_order(
 
 def banded() -> onnx.ModelProto:
     """Convolutions over two bands of rows, whose halos are cut off and which are joined."""
-    numbers = {"zero": 0, "one": 2, "half": 20, "high": 22, "low": 18, "far": 99, "rows": 2}
-    return models.model_of(
+    return _model(
         """(float[1, 3, 40, 32] x) => (float[1, 16, 40, 32] y) {
             upper = Slice(x, zero, high, rows)
             lower = Slice(x, low, far, rows)
@@ -101,7 +100,28 @@ def banded() -> onnx.ModelProto:
             f = Slice(d, one, far, rows)
             whole = Concat<axis = 2>(e, f)
             y = Conv<pads = [1, 1, 1, 1]>(whole, second, bias)
-        }""",
+        }"""
+    )
+
+
+def halved() -> onnx.ModelProto:
+    """A convolution whose halves convolutions read where they are."""
+    return _model(
+        """(float[1, 3, 40, 32] x) => (float[1, 16, 20, 32] y, float[1, 16, 20, 32] z) {
+            a = Conv<pads = [1, 1, 1, 1]>(x, first, bias)
+            b = Relu(a)
+            upper = Slice(b, zero, half, rows)
+            lower = Slice(b, half, far, rows)
+            y = Conv<pads = [1, 1, 1, 1]>(upper, second, bias)
+            z = Conv<pads = [1, 1, 1, 1]>(lower, second, bias)
+        }"""
+    )
+
+
+def _model(text: str) -> onnx.ModelProto:
+    numbers = {"zero": 0, "one": 2, "half": 20, "high": 22, "low": 18, "far": 99, "rows": 2}
+    return models.model_of(
+        text,
         **{name: np.array([value], np.int64) for name, value in numbers.items()},
         first=_RNG.standard_normal((16, 3, 3, 3), np.float32),
         second=_RNG.standard_normal((16, 16, 3, 3), np.float32),
@@ -110,26 +130,46 @@ def banded() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("device_count", [1, 2])
-def test_bands_of_rows_are_joined_in_place(device_count: int) -> None:
+@pytest.mark.parametrize(
+    ("build", "elsewhere", "kinds", "left_kind"),
+    [
+        (
+            banded,
+            {"Slice_1", "Conv_3", "Relu_5", "Slice_7"},
+            {Reordered: 2, Cut: 2, Joined: 1},
+            Joined,
+        ),
+        (halved, {"Conv_5"}, {Reordered: 1, Cut: 2}, Cut),
+    ],
+)
+def test_bands_of_rows_lie_where_the_image_does(
+    build: Callable[[], onnx.ModelProto],
+    elsewhere: set[str],
+    kinds: dict[type[Move], int],
+    left_kind: type[Move],
+    device_count: int,
+) -> None:
     if cuda.device_count() < device_count:
         pytest.skip("needs a second GPU")
-    model = banded()
+    model = build()
     annotation = models.annotation_of(model, (1,), device=_CUDA)
-    lower = {"Slice_1", "Conv_3", "Relu_5", "Slice_7"}
     second = Placement(Device("cuda", device_count - 1), 2)
-    placements = {n: second if n in lower else p for n, p in annotation.placements.items()}
+    placements = {n: second if n in elsewhere else p for n, p in annotation.placements.items()}
     annotation = replace(annotation, placements=placements, variant=FUSES)
     source = lowered_source(model, annotation)
     moves = moved_nodes(source)
-    kinds = Counter(type(move) for move in moves.values())
-    assert kinds == {Reordered: 2, Cut: 2, Joined: 1}
-    feeds = {"x": _RNG.standard_normal((1, 3, 40, 32), np.float32)}
-    settings = SessionSettings(Device("cpu"))
-    with OrtSession(ModelPart(model.SerializeToString(), {}), settings) as session:
-        (expected,) = session.run(feeds)
+    assert Counter(type(move) for move in moves.values()) == kinds
+    left = left_in_place(moves, source.ends)
+    assert left == {name for name, move in moves.items() if isinstance(move, left_kind)}
     plan = plan_lowered(model, annotation, source)
-    for capture in CAPTURES:
-        with open_executor(source, plan, capture=capture) as executor:
-            for _ in range(2):
-                (found,) = executor.run(feeds, ["y"])
-                assert_close([found], [expected], 5e-3)  # in TF32
+    assert bool(plan.copies) == (device_count == 2)
+    names = [value.name for value in model.graph.output]
+    plain = ModelPart(model.SerializeToString(), {})
+    with OrtSession(plain, SessionSettings(Device("cpu"))) as session:
+        for capture in CAPTURES:
+            with open_executor(source, plan, capture=capture) as executor:
+                assert (executor.capture, executor.refusal) == (capture, None)
+                for _ in range(3):
+                    feeds = {"x": _RNG.standard_normal((1, 3, 40, 32), np.float32)}
+                    found = executor.run(feeds, names)
+                    assert_close(found, session.run(feeds, names), 5e-3)  # in TF32

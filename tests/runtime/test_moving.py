@@ -173,6 +173,19 @@ def test_pieces_that_are_used_together_lie_in_their_whole() -> None:
     assert not left_in_place(dict([*moves.items()][:1]), {"x", *ends})
 
 
+@pytest.mark.parametrize(("rows", "is_left"), [(8, True), (4, False)])
+def test_a_piece_of_a_piece_lies_in_the_whole_unless_it_would_keep_too_much(
+    rows: int, is_left: bool
+) -> None:
+    net = Lowered((1, 16, 4, 4))
+    image = net.conv("x", 4)
+    half = net.cut(image, 1, 0, 8)
+    ends = [net.conv(half, 4), net.conv(net.cut(half, 1, 0, rows), 4)]
+    moves = moved_nodes(moved(fused(net.source(*ends))))
+    outer, inner = moves
+    assert left_in_place(moves, {"x", *ends}) == ({outer, inner} if is_left else {outer})
+
+
 def test_a_transpose_that_takes_in_a_slice_runs_where_that_was_scheduled() -> None:
     net = Lowered((1, 3, 8, 4))
     rows = net.cut("x", 2, 0, 4)

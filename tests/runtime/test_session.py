@@ -128,6 +128,19 @@ def test_every_gpu_but_the_first_is_used_in_one_thread_of_its_own(
     calling._thread_of.cache_clear()
 
 
+def test_what_runs_in_the_thread_of_a_gpu_may_use_that_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when garbage is collected there, with a session in it."""
+    monkeypatch.setattr(calling, "_first_gpu", [Device("cuda", 0)])
+    monkeypatch.setattr(cuda, "make_current", lambda device: None)
+    calling._thread_of.cache_clear()
+    other = Device("cuda", 7)
+    inner = calling.called(other, calling.called, other, threading.get_ident)
+    assert inner == calling.called(other, threading.get_ident)
+    calling._thread_of.cache_clear()
+
+
 def test_a_session_can_be_closed_when_the_thread_of_its_gpu_has_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -70,9 +70,11 @@ class FakeMemory(cuda.DeviceMemory):
         self._bytes = np.zeros(nbytes + 1, np.uint8)
         self.pointer = self._bytes.ctypes.data
 
-    def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
-        assert offset_nbytes + array.nbytes <= self.nbytes
-        ctypes.memmove(self.pointer + offset_nbytes, array.ctypes.data, array.nbytes)
+    def repeat(self, block: np.ndarray, offset_nbytes: int, nbytes: int) -> None:
+        assert offset_nbytes + nbytes <= self.nbytes
+        for start in range(0, nbytes, block.nbytes):
+            count = min(block.nbytes, nbytes - start)
+            ctypes.memmove(self.pointer + offset_nbytes + start, block.ctypes.data, count)
 
     def close(self) -> None:
         self.pointer = 0

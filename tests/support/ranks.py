@@ -39,7 +39,9 @@ class Ended:
 
 def environment(**variables: str) -> dict[str, str]:
     """What a process of a test sees."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")
+    }
     paths = os.pathsep.join(filter(None, [_PYTHONPATH, os.environ.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
 

@@ -30,6 +30,7 @@ class DeviceMemory:
         """
         self.nbytes = nbytes
         self.pointer = 0
+        self._device = device
         if nbytes:
             with current_device(device):
                 self.pointer = int(check(cudart().cudaMalloc(nbytes)))
@@ -38,9 +39,11 @@ class DeviceMemory:
 
     def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
         """Copy host values to a place in it, and wait until they are there."""
-        kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
-        target = self.pointer + offset_nbytes
-        check(cudart().cudaMemcpy(target, array.ctypes.data, array.nbytes, kind))
+        self.repeat(array, offset_nbytes, array.nbytes)
+
+    def repeat(self, block: np.ndarray, offset_nbytes: int, nbytes: int) -> None:
+        """Fill a part of it with the same host values again and again, and wait likewise."""
+        _write(block, self.pointer + offset_nbytes, nbytes, self._device)
 
     def close(self) -> None:
         """Free it."""
@@ -96,10 +99,7 @@ class Buffer:
 
     def repeat(self, block: np.ndarray) -> None:
         """Write the same host values again and again, and wait until they are there."""
-        kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
-        for start in range(0, self.kind.nbytes, block.nbytes):
-            nbytes = min(block.nbytes, self.kind.nbytes - start)
-            check(cudart().cudaMemcpy(self.pointer + start, block.ctypes.data, nbytes, kind))
+        _write(block, self.pointer, self.kind.nbytes, self.device)
 
     def upload(self, stream: Stream) -> None:
         """Start the copy from pinned memory."""
@@ -169,6 +169,19 @@ class Buffer:
         kind = cudart().cudaMemcpyKind.cudaMemcpyDefault
         nbytes = self.kind.nbytes
         check(cudart().cudaMemcpyAsync(target, source, nbytes, kind, stream.handle))
+
+
+def _write(block: np.ndarray, address: int, nbytes: int, device: Device) -> None:
+    """Fill memory of a GPU with host values again and again, and wait until they are there.
+
+    CUDA's copy returns before, from memory that is not pinned, and our streams don't wait for it.
+    """
+    kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
+    with current_device(device):
+        for start in range(0, nbytes, block.nbytes):
+            count = min(block.nbytes, nbytes - start)
+            check(cudart().cudaMemcpy(address + start, block.ctypes.data, count, kind))
+        check(cudart().cudaStreamSynchronize(0))
 
 
 @dataclass(frozen=True, slots=True)

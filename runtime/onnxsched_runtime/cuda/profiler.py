@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxsched_runtime.cuda.binding import torch_module
+from onnxsched_runtime.cuda.devices import synchronize
+from onnxsched_runtime.device import Device
 
 
 @contextmanager
@@ -19,13 +21,13 @@ def named_range(name: str) -> Iterator[None]:
         yield
 
 
-def kernel_trace(work: Callable[[], None]) -> dict[str, Any]:
-    """Run `work` under torch's profiler (CUPTI) and return its Chrome trace."""
+def kernel_trace(work: Callable[[], None], device: Device) -> dict[str, Any]:
+    """Run `work`, all on one GPU, under torch's profiler (CUPTI) and return its Chrome trace."""
     torch = torch_module()
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
         work()
-        torch.cuda.synchronize()
+        synchronize(device)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "trace.json"
         profile.export_chrome_trace(str(path))

@@ -124,7 +124,7 @@ def _tensors(what: Computed, device: Device) -> Iterator[Places]:
                              initial=0))  # fmt: skip
     with DeviceMemory(starts[-1], device) as memory:
         for start, nbytes in zip(starts, sizes[:2], strict=False):
-            _fill(memory, start, nbytes, what.element_type)
+            memory.repeat(_drawn(what.element_type), start, nbytes)
         image, weights, output, bias, added, _ = (memory.pointer + start for start in starts)
         yield Places(
             image,
@@ -136,14 +136,8 @@ def _tensors(what: Computed, device: Device) -> Iterator[Places]:
         )
 
 
-def _fill(memory: DeviceMemory, start: int, nbytes: int, element_type: int) -> None:
-    """Write the same random numbers again and again: an image may have a hundred million."""
-    block = _drawn(element_type)
-    for offset in range(0, nbytes, block.nbytes):
-        memory.upload(block[: (nbytes - offset) // block.itemsize], start + offset)
-
-
 @functools.cache
 def _drawn(element_type: int) -> np.ndarray:
+    """Random numbers, to be repeated: an image may have a hundred million."""
     drawn = np.random.default_rng(0).standard_normal(_DRAWN_COUNT, np.float32)
     return drawn.astype(onnx.helper.tensor_dtype_to_np_dtype(element_type))

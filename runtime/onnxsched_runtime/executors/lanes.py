@@ -171,16 +171,21 @@ class LaneRunner(PlanRunner):
             yield batch
 
     def _scratch(self, lanes: Sequence[Lane], owner: ExitStack) -> dict[str, cuda.Buffer]:
-        """A place of its own for each tensor of some lanes."""
+        """A place of its own for each tensor of some lanes, aligned as where it will be.
+
+        Libraries may choose kernels by that, and a capture can't load one that has not run.
+        """
         wanted = {name for lane in lanes for name in (*lane.inputs, *lane.outputs)}
+        past = {name: self.buffers[name].pointer % ALIGNMENT_NBYTES for name in wanted}
         buffers: dict[str, cuda.Buffer] = {}
         for device in self.plan.devices:
-            nbytes = {
-                name: self.buffers[name].kind.nbytes
+            places = packed({
+                name: past[name] + self.buffers[name].kind.nbytes
                 for name in wanted
                 if self._homes[name] == device
-            }
-            buffers |= self._buffers_in(packed(nbytes), device, owner)
+            })  # fmt: skip
+            offsets = {name: start + past[name] for name, start in places.offsets.items()}
+            buffers |= self._buffers_in(replace(places, offsets=offsets), device, owner)
         return buffers
 
     def _capture_copy(self, lane: Lane, scratch: Mapping[str, cuda.Buffer]) -> None:
