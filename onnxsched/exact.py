@@ -102,7 +102,7 @@ def _constraint_programming() -> Any:
     except ImportError:
         raise UsageError(
             "Exact schedules need OR-Tools, which is not installed; "
-            "install it with pip install 'onnxsched[exact]'."
+            "install it with pip install ortools."
         ) from None
     return cp_model
 

@@ -68,7 +68,7 @@ def test_large_images_gain_from_bands_and_small_ones_do_not() -> None:
     assert one_us / best_us(of[2048, 2]["schemes"]["bands"]["us"]) > 1.6
 
 
-def test_computing_twice_brings_little_but_for_slow_links() -> None:
+def test_computing_twice_brings_little_but_for_nasnet() -> None:
     gains = {
         (r["model"], r["link"], scheme): gain_by_copies(us)
         for r in RESULTS
@@ -77,9 +77,9 @@ def test_computing_twice_brings_little_but_for_slow_links() -> None:
             *((scheme, entry["us"]) for scheme, entry in r["schemes"].items()),
         )
     }
-    assert max(gain for (_, link, _), gain in gains.items() if link == "NVLink") < 0.03
-    assert gains["googlenet", "PCIe", "bands-prefix"] > 0.05
-    assert gains["inception_v3", "host", "bands-prefix"] > 0.02
+    assert max(gain for (model, *_), gain in gains.items() if model != "nasnet_large") < 0.035
+    assert gains["nasnet_large", "NVLink", "whole"] > 0.05
+    assert all(gain == 0 for (_, link, _), gain in gains.items() if link == "host")
 
 
 def test_the_page_holds_the_table_of_the_committed_results() -> None:

@@ -51,7 +51,8 @@ def table(report: Mapping[str, Any]) -> str:
         f"{measured}, batch 1, float32 with TF32 allowed, onnxruntime "
         f"{environment['onnxruntime']}, CUDA {environment['cuda']}, cuDNN {environment['cudnn']}, "
         f"torch {environment['torch']}. ORT's best is its fastest variant in one stream; ratios "
-        "to it and to torch are of ratios to ORT's CUDA graph, each from one run. From "
+        "to it and to torch are of ratios to ORT's CUDA graph, each from one run, not of the "
+        "times here. Empty is what was not measured. From "
         "[h200-suite.json](docs/benchmarks/h200-suite.json).",
         "",
     ])  # fmt: skip

@@ -30,17 +30,24 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 def table(report: Mapping[str, Any]) -> str:
     """One line a model and batch: medians in microseconds, then `auto` over the others.
 
+    Only what was measured for some model has a column.
     How much faster `auto` is than torch is formed from both ratios to the reference, each from
     rounds of its own run.
     """
     over = f"over {reference_column(report)} | over best torch"
     reference = COLUMNS[reference_column(report)]
+    measured = {name for arms in grouped(report).values() for name in arms}
+    columns = {
+        label: names
+        for label, names in COLUMNS.items()
+        if names == reference or measured.intersection(names)
+    }
     lines = [
-        f"| model | batch | {' | '.join(COLUMNS)} | {over} |",
-        f"| --- | ---: |{' ---: |' * (len(COLUMNS) + 2)}",
+        f"| model | batch | {' | '.join(columns)} | {over} |",
+        f"| --- | ---: |{' ---: |' * (len(columns) + 2)}",
     ]
     for (model, batch, *_), arms in grouped(report).items():
-        cells = [_median(arms, names, reference) for names in COLUMNS.values()]
+        cells = [_median(arms, names, reference) for names in columns.values()]
         ours, torch = arms.get("auto"), fastest(arms, _torch(arms))
         over_reference = _interval(ours["ratio"]) if ours else ""
         over_torch = _over(ours, torch) if ours and torch else ""
@@ -65,9 +72,9 @@ def _torch(arms: Mapping[str, Any]) -> list[str]:
 
 
 def fastest(arms: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The arm with the highest ratio to the reference; None where none was measured."""
+    """The arm with the shortest time; None where none was measured."""
     there = [arms[name] for name in names if name in arms]
-    return max(there, key=lambda entry: entry["ratio"]["value"], default=None)
+    return min(there, key=lambda entry: entry["time"]["median_us"], default=None)
 
 
 def _median(arms: Mapping[str, Any], names: Sequence[str], reference: Sequence[str]) -> str:

@@ -21,9 +21,16 @@ def optimize(
         str, typer.Option(help="auto, cpu, cuda:INDEX, or several: cuda:0,cuda:1.")
     ] = "auto",
     streams: Annotated[
-        int | None, typer.Option(help="The most streams to use on a device.")
+        int | None,
+        typer.Option(help="The most streams to use on a device; 16, on the CPU up to 4."),
     ] = None,
-    policy: Annotated[str, typer.Option(help="auto, or the name of one policy.")] = "auto",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="auto, or one of sequential, wavefront, opara, nimble, heft, hios-lp, hios-mr, "
+            "ios, search."
+        ),
+    ] = "auto",
     schedule: Annotated[
         Path | None, typer.Option(help="A JSON file with the schedule to obey instead.")
     ] = None,
@@ -59,7 +66,7 @@ def optimize(
     ] = 0,
     json_to: Json = None,
 ) -> None:
-    """Measure a model on this machine, schedule it, and write it annotated.
+    """Measure a model here, schedule it, and write it annotated.
 
     Ctrl-C while schedules are tried keeps the best so far; a second one writes nothing.
     """
@@ -97,7 +104,11 @@ def bench(
     context: typer.Context,
     model: Model,
     against: Annotated[
-        str, typer.Option(help="Arms, comma-separated: ort,ort-graph,sequential,schedule-ort.")
+        str,
+        typer.Option(
+            help="Arms, comma-separated: ort,ort-graph,sequential,schedule-ort; by default all "
+            "but the last."
+        ),
     ] = "",
     original: Annotated[
         Path | None, typer.Option(help="The model before optimize, for the plain ORT arms.")
@@ -115,7 +126,7 @@ def bench(
     ] = False,
     json_to: Json = None,
 ) -> None:
-    """Measure the schedule beside plain ONNX Runtime, in interleaved rounds."""
+    """Measure the schedule beside plain ONNX Runtime, in turns."""
     from onnxsched.benchmark import bench as run
 
     render.require_json_target(json_to, *(custom_ops or []), models=[model, original])

@@ -22,7 +22,7 @@ def inspect(
     ] = None,
     json_to: Json = None,
 ) -> None:
-    """Show the schedule: streams, segments, and why what is not captured is not."""
+    """Show the schedule, and why what is not captured is not."""
     from onnxsched.inspection import inspect_model
     from onnxsched.schedule_file import placements_to_json
     from onnxsched_runtime.files import require_target
@@ -53,7 +53,7 @@ def restore(
     model: Annotated[Path, typer.Argument(metavar="IN", help="A model that lost node keys.")],
     output: Output,
 ) -> None:
-    """Write node keys that another tool dropped back, from the model's own copy."""
+    """Write node keys back that another tool dropped."""
     from onnxsched_runtime.annotation import restore_annotation
 
     count = _changed(model, output, restore_annotation)
@@ -73,7 +73,7 @@ def _changed(source: Path, target: Path, change: Callable[[Any], _Found]) -> _Fo
 
 @app.command()
 def doctor(json_to: Json = None) -> None:
-    """Say what this machine has, and whether models can be scheduled on its GPU."""
+    """Say whether models can be scheduled on this machine's GPU."""
     from onnxsched.doctor import diagnose
 
     render.require_json_target(json_to)

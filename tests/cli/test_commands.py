@@ -358,6 +358,12 @@ def test_every_command_explains_itself(command: str, call: Any) -> None:
     assert call(command, "--help").startswith(f"Usage: onnxsched {command}")
 
 
+def test_help_names_every_policy_and_cuts_no_summary(call: Any) -> None:
+    told = " ".join(call("optimize", "--help").split())
+    assert f"auto, or one of {', '.join(POLICIES)}." in told
+    assert "..." not in call("--help").partition("Commands:")[2]
+
+
 def test_inputs_with_a_meaning_are_given_in_files(
     folder: Path, call: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,5 +121,5 @@ def test_no_time_at_all_is_refused() -> None:
 
 def test_without_ortools_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
-    with pytest.raises(UsageError, match=r"pip install 'onnxsched\[exact\]'\.$"):
+    with pytest.raises(UsageError, match=r"pip install ortools\.$"):
         exact(graph_of(1, []), durations(1.0), Machine((GPU,), 1))
