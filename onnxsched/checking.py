@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from onnxsched.capturability import random_tensors
 from onnxsched.comparison import Difference, Tolerances, compare
 from onnxsched.inputs import model_inputs, random_blamed
 from onnxsched.loading import Model
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import NumericsError
+from onnxsched_runtime.errors import ModelError, NumericsError
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
@@ -25,10 +26,10 @@ _RUN_COUNT = 3
 """Runs on different inputs: a stale buffer shows in the second."""
 _TOLERANCES = {"cuda": Tolerances(relative=1e-3), "cpu": Tolerances(relative=1e-4)}
 """TF32 keeps 10 bits of each factor, so another kernel may differ by 1e-3."""
-_TF32_APART = 2.0
+_APART = 2.0
 """Two ways to compute in TF32 are each as far from full float32, and at worst on either side."""
-_TF32_AT_MOST = Tolerances(relative=1e-2)
-"""However far TF32 takes a model."""
+_AT_MOST = Tolerances(relative=1e-2)
+"""However far rounding takes a model."""
 _FLOAT16 = Tolerances(relative=2e-2)
 """Half precision keeps 10 bits of everything, and rounds after every operator."""
 
@@ -43,8 +44,9 @@ class PlainRuns:
     """The inputs of each run."""
     outputs: tuple[list[Any], ...]
     """The outputs of each run."""
-    outputs_in_float32: Callable[[], tuple[list[Any], ...]] | None = None
-    """Computes the same without TF32 when it is first called; None where there is no TF32."""
+    outputs_otherwise: Callable[[], tuple[list[Any], ...]]
+    """Computes them rounded otherwise when it is first called: without TF32, on the CPU in one
+    thread, whose number decides how some kernels sum."""
 
 
 def run_plain(model: Model, device: Device, seed: int, custom_ops: tuple[str, ...]) -> PlainRuns:
@@ -63,33 +65,59 @@ def run_plain(model: Model, device: Device, seed: int, custom_ops: tuple[str, ..
         with OrtSession(source, settings) as plain, random_blamed(feeds[0], model.given):
             return tuple(plain.run(feed, names) for feed in feeds)
 
-    full = replace(settings, variant=Variant(tf32=False))
-    in_float32 = functools.cache(lambda: outputs(full)) if device.kind == "cuda" else None
-    return PlainRuns(names, feeds, outputs(settings), in_float32)
+    other = replace(settings, variant=Variant(tf32=False))
+    if device.kind == "cpu":
+        other = replace(settings, thread_count=1)
+    return PlainRuns(names, feeds, outputs(settings), functools.cache(lambda: outputs(other)))
+
+
+def check_portable(model: Model, device: Device, custom_ops: tuple[str, ...]) -> None:
+    """Let plain ORT open the model as a whole, as it will be written; sessions hold parts of it.
+
+    Raises:
+        ModelError: It refuses.
+    """
+    source = ModelSource(model.proto, model.tensors).whole()
+    settings = SessionSettings(
+        device, host_operators=True, custom_ops=custom_ops, keeps_nodes=True
+    )
+    try:
+        OrtSession(source, settings).close()
+    except ModelError as error:
+        raise ModelError(
+            f"What was made of the model can't be opened ({str(error).rstrip('.')}), so nothing "
+            "was written; please report the model."
+        ) from error
 
 
 def differences_from(model: Model, session: Session, plain: PlainRuns) -> tuple[Difference, ...]:
     """How far a session is from plain ORT, for every output that no random number reaches.
 
-    A deep model carries what TF32 rounds away further than a share of its outputs that fits all
-    models. Where that share is exceeded, what counts is how far TF32 takes plain ORT itself.
+    A deep model carries what is rounded away further than a share of its outputs that fits all
+    models. Where that share is exceeded, what counts is how far rounding takes plain ORT itself.
     """
     answers = tuple(session.run(plain.names, feed) for feed in plain.feeds)
     tolerances = _TOLERANCES[session.device.kind]
-    if model.precision == "fp16":
+    if model.precision == "fp16" or _computes_in_half(model):
         tolerances = _FLOAT16
     found = _compared(answers, plain, tolerances)
-    if plain.outputs_in_float32 is not None and not all(one.is_within for one in found):
-        rounding = _compared(plain.outputs_in_float32(), plain, tolerances)
-        known = {one.output: _TF32_APART * one.max_absolute for one in rounding}
+    if not all(one.is_within for one in found):
+        rounding = _compared(plain.outputs_otherwise(), plain, tolerances)
+        known = {one.output: _APART * one.max_absolute for one in rounding}
         near = _compared(answers, plain, replace(tolerances, absolute_of=known))
-        capped = _compared(answers, plain, _TF32_AT_MOST)
+        capped = _compared(answers, plain, _AT_MOST)
         found = tuple(
             replace(a, is_within=a.is_within or (b.is_within and c.is_within))
             for a, b, c in zip(found, near, capped, strict=True)
         )
     drawn = random_tensors(model.baseline)
     return tuple(difference for difference in found if difference.output not in drawn)
+
+
+def _computes_in_half(model: Model) -> bool:
+    kinds = {weight.data_type for weight in model.proto.graph.initializer}
+    kinds.update(kind.element_type for kind in model.tensors.values())
+    return not kinds.isdisjoint((TensorProto.FLOAT16, TensorProto.BFLOAT16))
 
 
 def _compared(

@@ -14,15 +14,23 @@ import onnx
 from onnxsched.capturability import host_reasons
 from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.half_precision import in_float16
+from onnxsched.notes import keep_notes
 from onnxsched.optimizing import optimized
 from onnxsched.pooling import agree_on_pool, has_doubtful_pool
 from onnxsched.reading import allow_node_keys, read_valid_model
-from onnxsched.shapes import bind_shapes, declare_types, tensor_types
+from onnxsched.shapes import (
+    bind_shapes,
+    declare_output_shapes,
+    declare_types,
+    tensor_types,
+)
 from onnxsched.simplification import simplify
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.kernels import Kernels
+from onnxsched_runtime.lowering import inferred_by_ort
 from onnxsched_runtime.model import give_outputs_a_node, input_values, name_nodes, node_reads
+from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
@@ -104,6 +112,7 @@ def load_model(
         OnnxschedError: There is no room in the temporary folder.
     """
     baseline = read_valid_model(path)
+    outputs = onnx.GraphProto(output=baseline.graph.output).output
     bind_shapes(baseline, shapes or {})
     _narrow_concats(baseline)
     name_nodes(baseline)
@@ -115,7 +124,10 @@ def load_model(
     allow_node_keys(proto)
     give_outputs_a_node(proto)
     name_nodes(proto)
+    _declare_what_ort_knows(proto, device, custom_ops)
     simplify(proto, tensor_types(proto))
+    declare_output_shapes(proto, outputs)
+    keep_notes(proto, baseline)
     tensors = tensor_types(proto)
     if device.kind == "cpu":
         _require_arrays(tensors)
@@ -126,6 +138,30 @@ def load_model(
     }
     reasons = host_reasons(proto, tensors, on_cpu)
     return Model(proto, tensors, reasons, bound, baseline, precision=precision)
+
+
+def _declare_what_ort_knows(
+    model: onnx.ModelProto, device: Device, custom_ops: tuple[str, ...]
+) -> None:
+    """Declare the types that onnx can't infer and ORT can, in place: of what its operators write.
+
+    Others that depend on these are then inferred, by all that looks at the model later.
+    """
+    tensors = tensor_types(model)
+    written = {name for node in model.graph.node for name in node.output if name}
+    if written <= tensors.keys():
+        return
+    settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
+    found = inferred_by_ort(ModelSource(model, tensors), settings)
+    ends = {value.name for value in model.graph.output}
+    unknown = {n for n in written - ends if n not in tensors or tensors[n].shape is None}
+    declared = [value for value in model.graph.value_info if value.name not in unknown]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(declared)
+    model.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(name, found[name].element_type, found[name].shape)
+        for name in sorted(unknown & found.keys())
+    )
 
 
 def _narrow_concats(model: onnx.ModelProto) -> None:

@@ -8,7 +8,8 @@ from onnxsched.shapes import tensor_types
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, OnnxschedError
 from onnxsched_runtime.files import read_model, saved_by_ort, scratch_folder, write_model
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import node_reads, read_instead, subgraphs
+from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.session import optimize_file
 from onnxsched_runtime.settings import SessionSettings
 
@@ -50,11 +51,38 @@ def _optimized_once(
         with saved_by_ort(scratch):
             on_cpu = optimize_file(source, target, settings)
         try:
-            return read_model(target), on_cpu
+            found = read_model(target)
         except OnnxschedError as error:
             raise ModelError(
                 "Nothing is left to schedule: every output of the model is a constant."
             ) from error
+    _tell_apart(found.graph, set())
+    return found, on_cpu
+
+
+def _tell_apart(graph: onnx.GraphProto, outside: set[str]) -> None:
+    """Rename what is called in a subgraph as another tensor is outside of it, in place.
+
+    ONNX forbids that, and refuses the file. ORT does so with the casts that it adds.
+    """
+    taken = outside | _tensors(graph)
+    for node in graph.node:
+        for body in subgraphs(node):
+            _tell_apart(body, taken)
+            own = _tensors(body)
+            used = taken | own
+            instead = {name: new_name(name, used) for name in sorted(own & taken)}
+            for value in (*body.input, *body.output, *body.value_info, *body.initializer):
+                value.name = instead.get(value.name, value.name)
+            for inner in body.node:
+                inner.output[:] = [instead.get(name, name) for name in inner.output]
+            read_instead(body, instead)
+
+
+def _tensors(graph: onnx.GraphProto) -> set[str]:
+    """The tensors that a graph itself names: what it is given, holds and computes."""
+    named = {value.name for value in (*graph.input, *graph.initializer)}
+    return named.union(name for node in graph.node for name in node.output if name)
 
 
 def _is_half_folded(model: onnx.ModelProto) -> bool:

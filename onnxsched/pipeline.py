@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from onnxsched.annotate import annotation_for
-from onnxsched.checking import check_numerics, run_plain
+from onnxsched.checking import check_numerics, check_portable, run_plain
 from onnxsched.comparison import Difference
 from onnxsched.decision import Decision, recall, remember
 from onnxsched.environment import (
@@ -195,6 +195,7 @@ def optimize(
         differences = check_numerics(model, session, plain)
         result = _result(Path(target), model, decision, session, differences, kept is not None)
     write_annotation(model.proto, annotation)
+    check_portable(model, reference, libraries)
     write_model(model.proto, target)
     return result
 

@@ -13,7 +13,9 @@ from onnx import helper, numpy_helper
 
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.files import read_model, serialized
-from onnxsched_runtime.model import subgraphs
+from onnxsched_runtime.model import node_reads, subgraphs
+from onnxsched_runtime.ordering import topological
+from onnxsched_runtime.tensor import fits_no_memory
 
 _MIN_IR, _MAX_IR = 10, 13
 """Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
@@ -27,13 +29,32 @@ def read_valid_model(path: str | Path) -> onnx.ModelProto:
         ModelError: It can't be read, is invalid, or holds what is not supported.
     """
     model = read_model(path)
+    _sort(model.graph)
     _check(model, path)
+    _densify(model.graph)
     _keep_weights(model)
     allow_node_keys(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    _densify(model.graph)
+        _densify(model.graph)
     return model
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put nodes behind what they read from, as ORT does, those of subgraphs included, in place."""
+    writer = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
+    sources = [
+        {writer[name] for name in node_reads(node) if name in writer} for node in graph.node
+    ]
+    places = range(len(sources))
+    order = topological(places, sources)
+    if order != [*places] and len(order) == len(sources):  # else the checker names the circle
+        nodes = [*graph.node]
+        del graph.node[:]
+        graph.node.extend(nodes[place] for place in order)
+    for node in graph.node:
+        for body in subgraphs(node):
+            _sort(body)
 
 
 def _check(model: onnx.ModelProto, path: str | Path) -> None:
@@ -43,8 +64,6 @@ def _check(model: onnx.ModelProto, path: str | Path) -> None:
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
         raise ModelError(f"'{path}' is no valid ONNX model: {reason}.") from error
-    if model.graph.sparse_initializer:
-        raise ModelError(f"'{path}' has sparse weights, which are not supported; make them dense.")
     for value in model.graph.input:
         if not value.type.HasField("tensor_type"):
             raise ModelError(
@@ -121,10 +140,15 @@ def _keep_weights(model: onnx.ModelProto) -> None:
 
 
 def _densify(graph: onnx.GraphProto) -> None:
-    """Make sparse constants dense, those of subgraphs included, in place.
+    """Make sparse weights and constants dense, those of subgraphs included, in place.
 
-    ORT saves them as sparse weights, which no schedule knows.
+    ORT saves the constants as sparse weights, which no schedule knows.
+
+    Raises:
+        ModelError: Dense, one fits into no memory.
     """
+    graph.initializer.extend(map(_dense, graph.sparse_initializer))
+    del graph.sparse_initializer[:]
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.name == "sparse_value":
@@ -135,8 +159,13 @@ def _densify(graph: onnx.GraphProto) -> None:
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    if fits_no_memory(list(sparse.dims)):
+        raise ModelError(
+            f"The sparse weight '{sparse.values.name}' of shape {list(sparse.dims)} fits into no "
+            "memory when it is made dense, as ONNX Runtime does."
+        )
     values, indices = (numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
     places = indices if indices.ndim == 1 else np.ravel_multi_index([*indices.T], sparse.dims)
     array = np.zeros(sparse.dims, values.dtype)
     array.flat[places] = values
-    return numpy_helper.from_array(array)
+    return numpy_helper.from_array(array, sparse.values.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx
 from onnx import helper
@@ -69,7 +69,7 @@ def bind_shapes(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -
             f"These dimensions have no value: {', '.join(unbound)}; give each input its shape "
             "with --shape NAME:1x3x224x224."
         )
-    _forget_symbolic_shapes(model)
+    _forget_shapes(model)
 
 
 def _bind(
@@ -98,14 +98,48 @@ def _require_size(name: str, value: onnx.ValueInfoProto) -> None:
         )
 
 
-def _forget_symbolic_shapes(model: onnx.ModelProto) -> None:
-    """Drop shapes with symbols, which inference now finds with their values."""
-    inferred = [v for v in model.graph.value_info if not _has_symbol(v)]
+def _forget_shapes(model: onnx.ModelProto) -> None:
+    """Drop shapes with symbols, which inference now finds with their values, and stale ones.
+
+    What is declared between operators goes for good where inference contradicts any of it: the
+    model was changed after its shapes were written, and ORT believes its inputs.
+    """
+    declared = [value for value in model.graph.value_info if not _has_symbol(value)]
     del model.graph.value_info[:]
-    model.graph.value_info.extend(inferred)
+    found = declared_types(_inferred(_without_output_shapes(model)), model.graph.initializer)
+
+    def is_stale(value: onnx.ValueInfoProto) -> bool:
+        kind = found.get(value.name)
+        if kind is None or kind.shape is None or not value.type.tensor_type.HasField("shape"):
+            return False
+        return [dim.dim_value for dim in value.type.tensor_type.shape.dim] != list(kind.shape)
+
+    if not any(map(is_stale, declared)):
+        model.graph.value_info.extend(declared)
     for value in model.graph.output:
-        if _has_symbol(value):
+        if _has_symbol(value) or is_stale(value):
             value.type.tensor_type.ClearField("shape")
+
+
+def _without_output_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    bare = _without_weights(model)
+    for value in bare.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    return bare
+
+
+def declare_output_shapes(model: onnx.ModelProto, declared: Iterable[onnx.ValueInfoProto]) -> None:
+    """Give outputs that have no shape the one, with symbols, that they were declared with."""
+    shapes = {
+        value.name: value.type.tensor_type.shape
+        for value in declared
+        if value.type.tensor_type.HasField("shape")
+    }
+    for value in model.graph.output:
+        kind = value.type.tensor_type
+        if kind.elem_type and not kind.HasField("shape") and value.name in shapes:
+            kind.shape.CopyFrom(shapes[value.name])
 
 
 def _has_symbol(value: onnx.ValueInfoProto) -> bool:
@@ -119,7 +153,7 @@ def declare_types(model: onnx.ModelProto) -> None:
     ORT carries them over to the operators that it fuses, of which onnx knows nothing; tensors
     that the model does not declare it leaves undeclared.
     """
-    inferred = _inferred(model)
+    inferred = _inferred(_without_weights(model))
     del model.graph.value_info[:]
     model.graph.value_info.extend(inferred.value_info)
 
@@ -129,11 +163,11 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, TensorType]:
 
     What the model does not declare is inferred. Sequences and optionals have no entry.
     """
-    return declared_types(_inferred(model), model.graph.initializer)
+    return declared_types(_inferred(_without_weights(model)), model.graph.initializer)
 
 
-def _inferred(model: onnx.ModelProto) -> onnx.GraphProto:
-    return onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
+def _inferred(light: onnx.ModelProto) -> onnx.GraphProto:
+    return onnx.shape_inference.infer_shapes(light, data_prop=True).graph
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

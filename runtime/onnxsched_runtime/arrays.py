@@ -35,6 +35,11 @@ def read_array(name: str, file: Path) -> np.ndarray:
         with file.open("rb") as stream:
             array = np.load(stream, allow_pickle=False)
     except _DAMAGE as error:
+        if "Object arrays" in str(error):  # as numpy says it
+            raise UsageError(
+                f"'{file}' holds Python objects, which are not read; save input '{name}' with a "
+                "type of numpy's own, strings as `array.astype(str)`."
+            ) from error
         raise UsageError(f"'{file}' is no .npy file; save input '{name}' with numpy.") from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"'{file}' holds several arrays; give one .npy file an input.")

@@ -71,7 +71,9 @@ def lower(source: ModelSource, device: Device, custom_ops: tuple[str, ...] = ())
         known = {**source.tensors, **known}
     written = {tensor for node in model.graph.node for tensor in node.output if tensor}
     if not written <= known.keys():
-        known |= _inferred(untyped, settings)
+        scalars = {name: kind for name, kind in source.tensors.items() if kind.shape == ()}
+        static = {name: kind for name, kind in known.items() if kind.shape is not None}
+        known |= {**inferred_by_ort(untyped, settings), **scalars, **static}
     flowing = written.union(value.name for value in model.graph.input)
     tensors = {name: kind for name, kind in known.items() if name in flowing}
     show_idle_transposes_as_views(model, tensors)
@@ -142,8 +144,13 @@ def _declared(model: onnx.ModelProto) -> dict[str, TensorType]:
     return declared_types(ends, model.graph.initializer)
 
 
-def _inferred(source: ModelSource, settings: SessionSettings) -> dict[str, TensorType]:
-    """What ORT infers of every tensor: onnx does not know the operators of other layouts."""
+def inferred_by_ort(source: ModelSource, settings: SessionSettings) -> dict[str, TensorType]:
+    """What ORT infers of every tensor: onnx knows neither ORT's operators nor other layouts.
+
+    Raises:
+        DeviceError: The CUDA provider does not load.
+        ModelError: ORT refuses the model.
+    """
     nodes = source.model.graph.node
     part = source.part(
         [node.name for node in nodes],

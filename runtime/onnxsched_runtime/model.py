@@ -80,12 +80,12 @@ def give_outputs_a_node(model: onnx.ModelProto) -> None:
         constant = new_name(f"{value.name}/constant", taken)
         weights[value.name].name = constant
         instead[value.name] = constant
-    _read_instead(graph, instead)
+    read_instead(graph, instead)
     for name, constant in instead.items():
         graph.node.append(helper.make_node("Identity", [constant], [name]))
 
 
-def _read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
+def read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
     """Let every node read other tensors, those in subgraphs included, in place."""
     if not instead:
         return
@@ -93,7 +93,7 @@ def _read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
         if not instead.keys().isdisjoint(node.input):
             node.input[:] = [instead.get(name, name) for name in node.input]
         for body in subgraphs(node):
-            _read_instead(body, instead)
+            read_instead(body, instead)
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -152,6 +152,13 @@ def test_an_input_with_a_name_no_file_can_have_is_not_there(tmp_path: Path) -> N
         read_array("x", tmp_path / ("n" * 300))
 
 
+def test_an_array_of_objects_is_told_how_to_be_saved(tmp_path: Path) -> None:
+    file = tmp_path / "input.npy"
+    np.save(file, np.array(["a", "b"], object), allow_pickle=True)
+    with pytest.raises(UsageError, match=r"strings as `array\.astype\(str\)`\.$"):
+        read_array("x", file)
+
+
 def test_outputs_are_all_written_or_none(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(1))
     (tmp_path / "b.npy").mkdir()

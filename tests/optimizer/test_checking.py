@@ -8,12 +8,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from onnxsched.checking import PlainRuns, check_numerics, differences_from
+from onnxsched.checking import PlainRuns, check_numerics, check_portable, differences_from
 from onnxsched.loading import Model
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import NumericsError
+from onnxsched_runtime.errors import ModelError, NumericsError
 from onnxsched_runtime.load import Session
-from support.models import MODELS
+from support.models import CPU, MODELS
 from support.optimizing import as_it_is
 
 EXACT = np.array([1.0, -0.5, 1e-3], np.float32)
@@ -30,14 +30,13 @@ class FakeSession:
         return [EXACT + np.float32(self.more)]
 
 
-def runs(rounded: float, is_tf32: bool = True) -> PlainRuns:
-    """Plain ORT that is so far from what it computes in full float32."""
-    plain = PlainRuns(("y",), ({},), ([EXACT + np.float32(rounded)],))
-    return replace(plain, outputs_in_float32=lambda: ([EXACT],)) if is_tf32 else plain
+def runs(rounded: float) -> PlainRuns:
+    """Plain ORT that is so far from what it computes rounded otherwise."""
+    return PlainRuns(("y",), ({},), ([EXACT + np.float32(rounded)],), lambda: ([EXACT],))
 
 
-def is_within(more: float, plain: PlainRuns) -> bool:
-    model = as_it_is(MODELS["chain"]())
+def is_within(more: float, plain: PlainRuns, model_name: str = "chain") -> bool:
+    model = as_it_is(MODELS[model_name]())
     session = cast(Session, FakeSession(more))
     (found,) = differences_from(model, session, plain)
     return found.is_within
@@ -49,30 +48,34 @@ def is_within(more: float, plain: PlainRuns) -> bool:
         (0.0009, 0.0, True),  # within a thousandth of the largest value
         (0.0030, 0.0, False),
         (0.0030, 0.0029, True),  # near plain ORT
-        (-0.0025, 0.0029, True),  # as far from full float32 as plain ORT is, on the other side
+        (-0.0025, 0.0029, True),  # as far from what is exact as plain ORT is, on the other side
         (-0.0045, 0.0029, False),
         (-0.0200, 0.0200, False),  # no model may be a hundredth apart
         (float("nan"), 0.0029, False),
     ],
 )
-def test_tf32_allows_what_it_does_to_plain_ort(
+def test_rounding_allows_what_it_does_to_plain_ort(
     more: float, rounded: float, expected: bool
 ) -> None:
     assert is_within(more, runs(rounded)) == expected
 
 
-def test_without_tf32_nothing_is_allowed_for_it() -> None:
-    assert not is_within(-0.0025, runs(0.0029, is_tf32=False))
-
-
-def test_full_float32_is_only_computed_where_it_is_needed() -> None:
+def test_other_rounding_is_only_computed_where_it_is_needed() -> None:
     def never() -> Any:
         raise AssertionError("computed")
 
-    assert is_within(0.0, replace(runs(0.0), outputs_in_float32=never))
+    assert is_within(0.0, replace(runs(0.0), outputs_otherwise=never))
 
 
 def test_what_is_further_apart_is_refused() -> None:
     model: Model = as_it_is(MODELS["chain"]())
     with pytest.raises(NumericsError, match=r"'y' differs from plain ONNX Runtime by 0\.02"):
         check_numerics(model, cast(Session, FakeSession(0.02)), runs(0.0))
+
+
+def test_what_plain_ort_does_not_open_is_not_written() -> None:
+    model: Model = as_it_is(MODELS["chain"]())
+    check_portable(model, CPU, ())
+    model.proto.graph.node[-1].output[0] = model.proto.graph.node[0].output[0]
+    with pytest.raises(ModelError, match=r"can't be opened \(ONNX Runtime .*\), so nothing was w"):
+        check_portable(model, CPU, ())

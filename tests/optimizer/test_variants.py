@@ -189,7 +189,8 @@ def race_both(
 ) -> tuple[list[Variant], list[str]]:
     """The variants that are right and the rewrites that are, the fastest first."""
     feeds = tuple({"x": np.full(3, seed, np.float32)} for seed in range(1, 3))
-    plain = PlainRuns(("y",), feeds, tuple([feed["x"] * 2] for feed in feeds))
+    exact = tuple([feed["x"] * 2] for feed in feeds)
+    plain = PlainRuns(("y",), feeds, exact, lambda: exact)
     rewrites = Rewrites(tuple(alike), tuple(merged))
     found = race_variants(
         as_it_is(MODELS["chain"]()), GPU, wanted, lambda variant: rewrites, plain,

@@ -98,11 +98,14 @@ class OrtSession:
             cuda.release_blas_variable()
 
     def output_types(self) -> dict[str, TensorType]:
-        """What ORT infers of every output that is a tensor."""
+        """What ORT infers of every output that is a tensor.
+
+        Of a scalar it says what it says of a tensor whose rank it does not know: no shape.
+        """
         types = {}
         for value in self._session.get_outputs():
             if match := re.fullmatch(r"tensor\((\w+)\)", value.type):
-                static = all(isinstance(size, int) for size in value.shape)
+                static = value.shape and all(isinstance(size, int) for size in value.shape)
                 shape = tuple(value.shape) if static else None
                 types[value.name] = TensorType(TensorProto.DataType.Value(match[1].upper()), shape)
         return types
