@@ -17,7 +17,8 @@ class Tolerances:
     """How far outputs may differ: |a - b| <= absolute + relative x |b|, for every element.
 
     Where no absolute tolerance is given it is the relative one times the largest |b|, so that
-    elements that cancel to nearly zero do not decide. Integers, booleans and strings are equal.
+    elements that cancel to nearly zero do not decide. Integers, booleans and strings are equal,
+    but of an output with a relative tolerance of its own that share may differ.
     """
 
     relative: float = 1e-3
@@ -87,9 +88,13 @@ def difference(name: str, actual: Any, expected: Any, tolerances: Tolerances) ->
     if a.shape != b.shape or a.dtype != b.dtype:
         return Difference(name, float("inf"), float("inf"), False, False)
     if not np.issubdtype(b.dtype, np.floating):
-        equal = bool(np.array_equal(a, b))
+        share = float(np.mean(a != b)) if a.size else 0.0
         return Difference(
-            name, 0.0 if equal else float("inf"), 0.0 if equal else 1.0, equal, equal
+            name,
+            float("inf") if share else 0.0,
+            share,
+            share <= tolerances.relative_of.get(name, 0.0),
+            share == 0.0,
         )
     relative = tolerances.relative_of.get(name, tolerances.relative)
     absolute = tolerances.absolute_of.get(name, tolerances.absolute)

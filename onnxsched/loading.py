@@ -22,6 +22,8 @@ from onnxsched.shapes import (
     bind_shapes,
     declare_output_shapes,
     declare_types,
+    put_back,
+    take_declarations,
     tensor_types,
 )
 from onnxsched.simplification import simplify
@@ -116,6 +118,7 @@ def load_model(
     bind_shapes(baseline, shapes or {})
     _narrow_concats(baseline)
     name_nodes(baseline)
+    _forget_what_ort_contradicts(baseline, device, custom_ops)
     while has_doubtful_pool(baseline) and agree_on_pool(baseline, tensor_types(baseline)):
         pass
     declare_types(baseline)
@@ -126,18 +129,30 @@ def load_model(
     name_nodes(proto)
     _declare_what_ort_knows(proto, device, custom_ops)
     simplify(proto, tensor_types(proto))
+    tensors = tensor_types(proto)
     declare_output_shapes(proto, outputs)
     keep_notes(proto, baseline)
-    tensors = tensor_types(proto)
-    if device.kind == "cpu":
-        _require_arrays(tensors)
     bound = {
         value.name: tensors[value.name].shape or ()
         for value in input_values(proto)
         if value.name in tensors
     }
     reasons = host_reasons(proto, tensors, on_cpu)
+    _require_arrays(proto, tensors, reasons, device)
     return Model(proto, tensors, reasons, bound, baseline, precision=precision)
+
+
+def _forget_what_ort_contradicts(
+    model: onnx.ModelProto, device: Device, custom_ops: tuple[str, ...]
+) -> None:
+    """Drop wrong shapes behind operators that onnx does not know, in place; see `bind_shapes`."""
+    if all(onnx.defs.has(node.op_type, node.domain) for node in model.graph.node):
+        return
+    declared = take_declarations(model)
+    settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
+    found = inferred_by_ort(ModelSource(model, tensor_types(model)), settings)
+    known = {name: kind.shape for name, kind in found.items() if kind.shape is not None}
+    put_back(model, declared, known)
 
 
 def _declare_what_ort_knows(
@@ -201,13 +216,26 @@ def _joined_parts(concat: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> list[s
     return joined
 
 
-def _require_arrays(tensors: Mapping[str, TensorType]) -> None:
-    """Refuse types that numpy does not have, which ORT's CPU sessions neither take nor return."""
+def _require_arrays(
+    model: onnx.ModelProto,
+    tensors: Mapping[str, TensorType],
+    host_reasons: Mapping[str, str],
+    device: Device,
+) -> None:
+    """Refuse types that numpy does not have, where ORT would have to take or return them.
+
+    That is everywhere on the CPU; on a GPU inputs, outputs, and what host operators touch.
+    """
+    is_cpu = device.kind == "cpu"
+    where, instead = ("on the CPU", "use a GPU") if is_cpu else ("outside of the GPU", "cast it")
+    passed = {value.name for value in (*model.graph.input, *model.graph.output)}
+    for node in model.graph.node:
+        if node.name in host_reasons:
+            passed.update(node_reads(node), node.output)
     for name, kind in tensors.items():
-        if onnx.helper.tensor_dtype_to_np_dtype(kind.element_type).isbuiltin != 1:
-            raise ModelError(
-                f"'{name}' is a {kind}, which can't be scheduled on the CPU; use a GPU."
-            )
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.element_type)
+        if dtype.isbuiltin != 1 and (is_cpu or name in passed):
+            raise ModelError(f"'{name}' is a {kind}, which can't be scheduled {where}; {instead}.")
 
 
 def graph_from_model(model: Model) -> OperatorGraph:

@@ -56,22 +56,26 @@ def _optimized_once(
             raise ModelError(
                 "Nothing is left to schedule: every output of the model is a constant."
             ) from error
-    _tell_apart(found.graph, set())
+    _tell_apart(found.graph, set(), _all_tensors(found.graph))
     return found, on_cpu
 
 
-def _tell_apart(graph: onnx.GraphProto, outside: set[str]) -> None:
+def _tell_apart(graph: onnx.GraphProto, outside: set[str], used: set[str]) -> None:
     """Rename what is called in a subgraph as another tensor is outside of it, in place.
 
     ONNX forbids that, and refuses the file. ORT does so with the casts that it adds.
+
+    Args:
+        graph: The graph; the same is done for what its subgraphs hold.
+        outside: What it sees from outside.
+        used: All names, those given here included.
     """
     taken = outside | _tensors(graph)
     for node in graph.node:
         for body in subgraphs(node):
-            _tell_apart(body, taken)
-            own = _tensors(body)
-            used = taken | own
-            instead = {name: new_name(name, used) for name in sorted(own & taken)}
+            _tell_apart(body, taken, used)
+            clashing = sorted(taken & _tensors(body))
+            instead = {name: new_name(name, used) for name in clashing}
             for value in (*body.input, *body.output, *body.value_info, *body.initializer):
                 value.name = instead.get(value.name, value.name)
             for inner in body.node:
@@ -83,6 +87,11 @@ def _tensors(graph: onnx.GraphProto) -> set[str]:
     """The tensors that a graph itself names: what it is given, holds and computes."""
     named = {value.name for value in (*graph.input, *graph.initializer)}
     return named.union(name for node in graph.node for name in node.output if name)
+
+
+def _all_tensors(graph: onnx.GraphProto) -> set[str]:
+    bodies = (body for node in graph.node for body in subgraphs(node))
+    return _tensors(graph).union(*map(_all_tensors, bodies))
 
 
 def _is_half_folded(model: onnx.ModelProto) -> bool:

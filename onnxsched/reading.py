@@ -164,6 +164,11 @@ def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
             f"The sparse weight '{sparse.values.name}' of shape {list(sparse.dims)} fits into no "
             "memory when it is made dense, as ONNX Runtime does."
         )
+    if sparse.values.data_type == onnx.TensorProto.STRING:
+        raise ModelError(
+            f"The sparse weight '{sparse.values.name}' holds strings, which ONNX Runtime does not "
+            "read; store it as it is."
+        )
     values, indices = (numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
     places = indices if indices.ndim == 1 else np.ravel_multi_index([*indices.T], sparse.dims)
     array = np.zeros(sparse.dims, values.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 from onnx import helper
@@ -99,47 +99,90 @@ def _require_size(name: str, value: onnx.ValueInfoProto) -> None:
 
 
 def _forget_shapes(model: onnx.ModelProto) -> None:
-    """Drop shapes with symbols, which inference now finds with their values, and stale ones.
+    """Drop the shapes that inference now finds from those of the inputs, and all wrong ones.
 
-    What is declared between operators goes for good where inference contradicts any of it: the
-    model was changed after its shapes were written, and ORT believes its inputs.
+    These have symbols, or sizes where inference finds that the data decide. What is declared
+    between operators goes for good where inference contradicts any of it: the model was changed
+    after its shapes were written, and ORT believes its inputs.
     """
-    declared = [value for value in model.graph.value_info if not _has_symbol(value)]
-    del model.graph.value_info[:]
-    found = declared_types(_inferred(_without_output_shapes(model)), model.graph.initializer)
+    declared = take_declarations(model)
+    inferred = _inferred(_without_weights(model))
+    found = {value.name: _sizes(value) for value in (*inferred.output, *inferred.value_info)}
 
-    def is_stale(value: onnx.ValueInfoProto) -> bool:
-        kind = found.get(value.name)
-        if kind is None or kind.shape is None or not value.type.tensor_type.HasField("shape"):
-            return False
-        return [dim.dim_value for dim in value.type.tensor_type.shape.dim] != list(kind.shape)
+    def is_open(value: onnx.ValueInfoProto) -> bool:
+        sizes = found.get(value.name)
+        return _has_symbol(value) or (sizes is not None and None in sizes)
 
-    if not any(map(is_stale, declared)):
-        model.graph.value_info.extend(declared)
-    for value in model.graph.output:
-        if _has_symbol(value) or is_stale(value):
-            value.type.tensor_type.ClearField("shape")
+    put_back(
+        model,
+        [value for value in declared if not is_open(value)],
+        {name: sizes for name, sizes in found.items() if sizes is not None},
+    )
 
 
-def _without_output_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    bare = _without_weights(model)
-    for value in bare.graph.output:
+def take_declarations(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What the model declares between operators and of its outputs, taken out of it.
+
+    Outputs stay, as tensors without a shape.
+    """
+    graph = model.graph
+    taken = [*onnx.GraphProto(value_info=[*graph.value_info, *graph.output]).value_info]
+    del graph.value_info[:]
+    for value in graph.output:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")
-    return bare
+    return taken
+
+
+def put_back(
+    model: onnx.ModelProto,
+    declared: Iterable[onnx.ValueInfoProto],
+    found: Mapping[str, Sequence[int | None]],
+) -> None:
+    """Declare again what nothing contradicts, in place.
+
+    Args:
+        model: A model of `take_declarations`.
+        declared: What was taken.
+        found: Sizes that are known otherwise; None for one that is not.
+    """
+    outputs = {value.name: value for value in model.graph.output}
+    between, are_stale = [], False
+    for value in declared:
+        known, own = found.get(value.name), _sizes(value)
+        is_stale = known is not None and own is not None and not _agree(own, known)
+        if value.name not in outputs:
+            between.append(value)
+            are_stale |= is_stale
+        elif not is_stale:
+            outputs[value.name].CopyFrom(value)
+    if not are_stale:
+        model.graph.value_info.extend(between)
+
+
+def _agree(one: Sequence[int | None], other: Sequence[int | None]) -> bool:
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def _sizes(value: onnx.ValueInfoProto) -> list[int | None] | None:
+    """The sizes that are declared, None for one that is not fixed; None where the rank is open."""
+    kind = value.type.tensor_type
+    if not kind.HasField("shape"):
+        return None
+    return [dim.dim_value if is_fixed(dim) else None for dim in kind.shape.dim]
 
 
 def declare_output_shapes(model: onnx.ModelProto, declared: Iterable[onnx.ValueInfoProto]) -> None:
-    """Give outputs that have no shape the one, with symbols, that they were declared with."""
+    """Give outputs without all of their sizes the shapes that they were declared with."""
     shapes = {
         value.name: value.type.tensor_type.shape
         for value in declared
         if value.type.tensor_type.HasField("shape")
     }
     for value in model.graph.output:
-        kind = value.type.tensor_type
-        if kind.elem_type and not kind.HasField("shape") and value.name in shapes:
-            kind.shape.CopyFrom(shapes[value.name])
+        if value.name in shapes and None in (_sizes(value) or [None]):
+            value.type.tensor_type.shape.CopyFrom(shapes[value.name])
 
 
 def _has_symbol(value: onnx.ValueInfoProto) -> bool:

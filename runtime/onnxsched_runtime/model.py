@@ -42,6 +42,7 @@ def is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:
 def input_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """What the caller feeds: the declared inputs that are not weights."""
     weights = {weight.name for weight in model.graph.initializer}
+    weights.update(weight.values.name for weight in model.graph.sparse_initializer)
     return [value for value in model.graph.input if value.name not in weights]
 
 

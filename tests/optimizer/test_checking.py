@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxsched.checking import PlainRuns, check_numerics, check_portable, differences_from
+from onnxsched.comparison import Tolerances, difference
 from onnxsched.loading import Model
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, NumericsError
@@ -24,10 +26,11 @@ class FakeSession:
     """Returns the exact outputs, and something more."""
 
     more: float
+    kind: type = np.float32
     device: Device = field(default_factory=lambda: Device("cuda", 0))
 
     def run(self, names: Any, feeds: Any) -> list[Any]:
-        return [EXACT + np.float32(self.more)]
+        return [(EXACT + np.float32(self.more)).astype(self.kind)]
 
 
 def runs(rounded: float) -> PlainRuns:
@@ -58,6 +61,37 @@ def test_rounding_allows_what_it_does_to_plain_ort(
     more: float, rounded: float, expected: bool
 ) -> None:
     assert is_within(more, runs(rounded)) == expected
+
+
+def test_only_what_half_precision_reaches_may_differ_by_it() -> None:
+    model = as_it_is(MODELS["chain"]())
+    half = replace(model.tensors["y"], element_type=onnx.TensorProto.FLOAT16)
+    aside = replace(model, tensors={**model.tensors, "elsewhere": half})
+    session = cast(Session, FakeSession(0.015))
+    plain = replace(runs(0.0), outputs_otherwise=lambda: ([EXACT],))
+    assert not differences_from(aside, session, plain)[0].is_within
+    reached = replace(model, tensors={**model.tensors, "x": half})
+    assert differences_from(reached, session, plain)[0].is_within
+
+
+@pytest.mark.parametrize(("flipped", "expected"), [(0, True), (1, True), (3, False)])
+def test_half_precision_may_flip_a_few_integers(flipped: int, expected: bool) -> None:
+    exact = np.arange(100)
+    given = exact.copy()
+    given[:flipped] += 1
+    tolerances = Tolerances(relative_of={"y": 0.02})
+    found = difference("y", given, exact, tolerances)
+    assert (found.is_within, found.relative) == (expected, flipped / 100)
+    assert difference("y", given, exact, Tolerances()).is_within == (flipped == 0)
+
+
+def test_integers_that_differ_are_counted() -> None:
+    model = replace(as_it_is(MODELS["chain"]()), precision="fp16")
+    expected = ([(EXACT * 0).astype(np.int64)],)
+    plain = PlainRuns(("y",), ({},), expected, lambda: expected)
+    session = cast(Session, FakeSession(0.0, kind=np.int64))
+    with pytest.raises(NumericsError, match=r"in 33\.3% of its elements, .*; leave --precision"):
+        check_numerics(model, session, plain)
 
 
 def test_other_rounding_is_only_computed_where_it_is_needed() -> None:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxsched
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.lowering import inferred_by_ort
+from onnxsched_runtime.model import input_values
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.tensor import TensorType
 from support.models import CPU, assert_same, feeds_for, reference, weight
@@ -90,6 +91,28 @@ def test_shapes_that_inputs_contradict_are_not_believed(where: str, tmp_path: Pa
     assert {kind.shape for kind in found.tensors.values()} == {(2, 8)}
 
 
+@pytest.mark.parametrize("where", ["a", "y"])
+def test_stale_shapes_behind_operators_of_ort_are_not_believed(where: str, tmp_path: Path) -> None:
+    model = with_domain(
+        parsed("(float[N,8] x) => (float[N,8] y) { a = com.microsoft.Gelu(x)  y = Add(a, x) }"),
+        "com.microsoft",
+    )
+    stale = helper.make_tensor_value_info(where, FLOAT, [1, 8])
+    if where == "a":
+        model.graph.value_info.append(stale)
+    else:
+        model.graph.output[0].CopyFrom(stale)
+    found = loaded(model, tmp_path, {"x": (2, 8)})
+    assert {kind.shape for kind in found.tensors.values()} == {(2, 8)}
+
+
+def test_a_size_that_the_data_decide_is_not_believed(tmp_path: Path) -> None:
+    model = parsed("(float[2,8] x) => (int64[2,16] y) { y = NonZero(x) }")
+    found = loaded(model, tmp_path)
+    assert found.host_reasons == {"NonZero_y": "the shape of 'y' depends on the data"}
+    assert found.proto.graph.output[0] == model.graph.output[0]
+
+
 def test_shapes_that_only_the_model_knows_are_believed(tmp_path: Path) -> None:
     model = with_domain(
         parsed("(float[2,8] x) => (float[2,8] y) { a = ai.onnx.ml.Scaler(x)  y = Relu(a) }"),
@@ -135,6 +158,28 @@ def test_branches_name_their_tensors_apart_from_those_outside(
     feeds = feeds_for(model)
     found, expected = plain_outputs(optimized(model, tmp_path), feeds), reference(model, feeds)
     np.testing.assert_allclose(found[0], expected[0], atol=2e-3)
+
+
+def test_so_do_branches_in_branches(tmp_path: Path) -> None:
+    model = parsed(
+        """(float16[2,8] x, bool c) => (float16[2,8] y) {
+            m = Add(x, x)
+            i = If(c) <
+                then_branch = yes () => (float16[2,8] u) {
+                    n = Relu(m)
+                    u = If(c) <
+                        then_branch = inner () => (float16[2,8] p) { p = Add(m, n) },
+                        else_branch = other () => (float16[2,8] q) { q = Sub(m, n) }
+                    >
+                },
+                else_branch = no () => (float16[2,8] v) { v = Sigmoid(m) }
+            >
+            y = Add(i, m)
+        }"""
+    )
+    feeds = feeds_for(model)
+    found, expected = plain_outputs(optimized(model, tmp_path), feeds), reference(model, feeds)
+    np.testing.assert_allclose(found[0], expected[0], atol=4e-3)
 
 
 def test_half_precision_of_a_model_with_branches_can_be_opened(tmp_path: Path) -> None:
@@ -207,6 +252,22 @@ def test_a_sparse_weight_that_fits_nowhere_is_one_sentence(tmp_path: Path) -> No
     model.graph.sparse_initializer.append(sparse([1 << 31, 1 << 31]))
     with pytest.raises(ModelError, match=r"'w' of shape .* fits into no memory"):
         loaded(model, tmp_path)
+
+
+def test_a_sparse_weight_of_strings_is_one_sentence(tmp_path: Path) -> None:
+    model = parsed("(float[2] x) => (float[2] y) { y = Relu(x) }")
+    values = numpy_helper.from_array(np.array(["a"], object), "w")
+    indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [2]))
+    with pytest.raises(ModelError, match="'w' holds strings"):
+        loaded(model, tmp_path)
+
+
+def test_a_sparse_weight_may_be_an_input_too(tmp_path: Path) -> None:
+    model = parsed("(float[2,8] x, float[8,8] w) => (float[2,8] y) { y = MatMul(x, w) }")
+    model.graph.sparse_initializer.append(sparse([8, 8]))
+    assert [value.name for value in input_values(model)] == ["x"]
+    assert loaded(model, tmp_path).bound_shapes == {"x": (2, 8)}
 
 
 def test_notes_are_kept(tmp_path: Path) -> None:
