@@ -5,18 +5,45 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.executors.workers import Worker
 from onnxsched_runtime.group import GlooLinks
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Step, Wait
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource
+
+_POLL_S = 0.1
+"""How often who waits looks whether it still has to."""
+
+
+@dataclass
+class _LaneRun:
+    """What the lanes of one run share; none of it is left locked where Ctrl-C strikes."""
+
+    values: dict[str, Any]
+    events: Mapping[int, threading.Event]
+    """Touched by lanes only."""
+    ended: list[BaseException | None] = field(default_factory=list)
+    """How each lane ended, in that order."""
+    wakes: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    """Something for each lane that has ended."""
+    is_stopped: bool = False
+    """No lane goes on, or waits for another that does not."""
+
+    def wait_for(self, lane_count: int) -> None:
+        """Wait until so many lanes have ended."""
+        while len(self.ended) < lane_count:
+            with suppress(Empty):  # Ctrl-C may have come between a wake and this
+                self.wakes.get(timeout=_POLL_S)
 
 
 class ThreadExecutor:
@@ -53,9 +80,7 @@ class ThreadExecutor:
         ]
         """What each segment calls what it reads, and what the plan does."""
         stream_count = process_count * len({s.placement for s in plan.segments})
-        thread_limit = max((len(lanes) for lanes in self._lanes), default=1)
         self._resources = ExitStack()
-        self._threads = self._resources.enter_context(ThreadPoolExecutor(max(1, thread_limit)))
         settings = SessionSettings(
             Device("cpu"),
             thread_count=thread_count(stream_count) if stream_count > 1 else 0,
@@ -69,6 +94,9 @@ class ThreadExecutor:
                 for index, segment in enumerate(plan.segments)
                 if not plan.is_copy(index)
             }
+            widest = max((len(lanes) for lanes in self._lanes), default=0)
+            needed = widest if widest > 1 or links is not None else 0
+            self._workers = [self._resources.enter_context(Worker()) for _ in range(needed)]
         except BaseException:
             self._resources.close()
             raise
@@ -90,71 +118,61 @@ class ThreadExecutor:
         return [values[name] for name in outputs]
 
     def _run_lanes(self, lanes: Sequence[Sequence[Step]], values: dict[str, Any]) -> None:
-        """Run lanes side by side, the first in this thread unless it may wait for processes.
-
-        Nothing interrupts who waits for another process.
-        """
+        """Run lanes side by side, none in this thread, which Ctrl-C may strike anywhere."""
         if os.getpid() != self._process:
             raise UsageError(
                 "The session was loaded before this process was forked, which leaves threads "
                 "behind; load the model in each process."
             )
         steps = (step for lane in lanes for step in lane)
-        events = {s.event: threading.Event() for s in steps if isinstance(s, Record)}
-        failed = threading.Event()
-
-        def stop() -> None:
-            """Let no lane go on, or wait for another that does not."""
-            failed.set()
-            for event in events.values():
-                event.set()
-
-        def run(lane: Sequence[Step]) -> None:
-            try:
-                self._run_lane(lane, values, events, failed)
-            except BaseException:
-                stop()
-                raise
-
-        own = lanes[0] if self._links is None else ()
-        jobs: list[Future[None]] = []
+        run = _LaneRun(
+            values, {s.event: threading.Event() for s in steps if isinstance(s, Record)}
+        )
         try:
-            for lane in lanes[1:] if self._links is None else lanes:
-                jobs.append(self._threads.submit(run, lane))
-            run(own)
-            wait(jobs)
-        except BaseException:  # Ctrl-C, or the own lane: the caller may close the sessions next
-            stop()
-            if self._links is None:  # else who waits for others is freed when those hear of it
-                wait(jobs)
+            for worker, lane in zip(self._workers, lanes, strict=False):
+                worker.hand(partial(self._run_to_its_end, lane, run))
+            run.wait_for(len(lanes))
+        except BaseException:  # the caller may close the sessions next, which waits for the lanes
+            run.is_stopped = True
             raise
-        for job in jobs:
-            job.result()
+        if errors := [error for error in run.ended if error is not None]:
+            run.ended.clear()
+            try:
+                raise errors[0]
+            finally:
+                del errors  # which holds this frame, and all values with it
 
-    def _run_lane(
-        self,
-        steps: Sequence[Step],
-        values: dict[str, Any],
-        events: dict[int, threading.Event],
-        failed: threading.Event,
-    ) -> None:
+    def _run_to_its_end(self, lane: Sequence[Step], run: _LaneRun) -> None:
+        error: BaseException | None = None
+        try:
+            self._run_lane(lane, run)
+        except BaseException as raised:
+            error = raised
+            run.is_stopped = True
+            for event in run.events.values():
+                event.set()
+        run.ended.append(error)
+        run.wakes.put(None)
+
+    def _run_lane(self, steps: Sequence[Step], run: _LaneRun) -> None:
         for step in steps:
             match step:
                 case Run(index):
-                    self._run_segment(index, values)
+                    self._run_segment(index, run.values)
                 case Send(tensor):
                     assert self._links is not None
-                    self._links.send(step, values[tensor])
+                    self._links.send(step, run.values[tensor])
                 case Receive(tensor):
                     assert self._links is not None
-                    values[tensor] = self._links.receive(step)
+                    run.values[tensor] = self._links.receive(step)
                 case Record(event):
-                    if event in events:
-                        events[event].set()
+                    if event in run.events:
+                        run.events[event].set()
                 case Wait(event):
-                    if event in events:
-                        events[event].wait()
-            if failed.is_set():
+                    if event in run.events:
+                        while not run.events[event].wait(_POLL_S) and not run.is_stopped:
+                            pass
+            if run.is_stopped:
                 return
 
     def _run_segment(self, index: int, values: dict[str, Any]) -> None:
