@@ -19,13 +19,14 @@ from onnxsched_runtime.arguments import NodeArg, arguments_of, host_array
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.execution import Executor, lowered_source, open_executor, plan_lowered
-from onnxsched_runtime.executors.ranks import Membership, RankExecutor, member
+from onnxsched_runtime.executors.ranks import Membership, RankExecutor, joined, member
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.files import read_model
 from onnxsched_runtime.model import input_values
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.source import ModelSource
 
+_LONGEST_S = 1e6
 _UNFUSED = "cuDNN has no kernel here for a fused convolution; sessions run all"
 
 
@@ -64,14 +65,16 @@ def load(
     """
     if capture not in get_args(Capture):
         raise UsageError(f"There is no capture '{capture}'; there are whole, ort, none.")
-    model = read_model(path)
-    annotation = moved(read_annotation(model), device_map or {})
-    membership = None
-    if process_group is not None:
-        membership = member(annotation.devices, process_group, device_ranks, timeout_s)
-    session = Session(
-        model, annotation, capture=capture, custom_ops=tuple(custom_ops), membership=membership
-    )
+    if process_group is not None and not 0 < timeout_s < _LONGEST_S:
+        raise UsageError(f"timeout_s {timeout_s} is no time that can be waited for.")
+    group = nullcontext() if process_group is None else joined(process_group, timeout_s)
+    with group as peers:
+        model = read_model(path)
+        annotation = moved(read_annotation(model), device_map or {})
+        membership = None if peers is None else member(annotation.devices, peers, device_ranks)
+        session = Session(
+            model, annotation, capture=capture, custom_ops=tuple(custom_ops), membership=membership
+        )
     own = session.plan.devices if membership is None else [membership.device]
     with cuda.other_contexts(own):
         cuda.forget_idle_streams()
@@ -136,20 +139,19 @@ class Session:
         self._unfused: str | None = None
         self.plan: ExecutionPlan
         self._executor: Executor
-        with nullcontext() if membership is None else membership.telling():
-            device = None if membership is None else membership.device
-            source = lowered or lowered_source(model, annotation, custom_ops, device)
-            if source.variant != annotation.variant:
-                self._unfused = _UNFUSED
-            self.plan = plan_lowered(model, annotation, source)
-            if membership is None:
-                self._executor = open_executor(
-                    source, self.plan, capture=capture, custom_ops=custom_ops
-                )
-            else:
-                self._executor = RankExecutor(
-                    source, self.plan, model, membership, custom_ops, capture
-                )
+        device = None if membership is None else membership.device
+        source = lowered or lowered_source(model, annotation, custom_ops, device)
+        if source.variant != annotation.variant:
+            self._unfused = _UNFUSED
+        self.plan = plan_lowered(model, annotation, source)
+        if membership is None:
+            self._executor = open_executor(
+                source, self.plan, capture=capture, custom_ops=custom_ops
+            )
+        else:
+            self._executor = RankExecutor(
+                source, self.plan, model, membership, custom_ops, capture
+            )
         self._one_at_a_time = threading.Lock()
         self._is_closed = False
         self._dropped = None
@@ -203,9 +205,12 @@ class Session:
         if run_options is not None:
             raise UsageError("A schedule has no options for a single run; leave run_options out.")
         names = self._output_names
-        if output_names and (unknown := [n for n in output_names if n not in names]):
+        if isinstance(output_names, str):
+            raise UsageError(f"Give the names of outputs in a list: ['{output_names}'].")
+        wanted = list(output_names) if output_names is not None else []
+        if unknown := [name for name in wanted if name not in names]:
             raise UsageError(f"There is no output '{unknown[0]}'; there are {names}.")
-        wanted = output_names or names
+        wanted = wanted or names
         if input_feed.keys() != self._input_names:
             self._refuse_names(input_feed)
         on_device = False
@@ -250,6 +255,9 @@ class Session:
                 if self._dropped is not None:
                     self._dropped.detach()
                 self._executor.close()
+
+    def __reduce__(self) -> Any:
+        raise UsageError("A session can't be copied or pickled; load the model again.")
 
     def __enter__(self) -> Self:
         return self

@@ -128,6 +128,14 @@ def test_what_is_unforeseen_is_one_sentence(
     )
 
 
+def test_a_process_may_load_over_and_over_and_after_a_failure(path: Path) -> None:
+    ended = run_ranks(2, "again", str(path), limit_s=100.0)
+    assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 2
+    reason = "There is no file 'missing.onnx'; give the path of an ONNX model."
+    assert ended[0].stdout == f"Rank 1 failed: {reason}\nkept True\n"
+    assert ended[1].stdout == f"{reason}\nkept True\n"
+
+
 def test_who_does_not_come_is_named(path: Path) -> None:
     ended = command(4, path, "absent@2", "--timeout", "3")
     for rank in (0, 1, 3):  # whose time ends first, or with the store of rank 0

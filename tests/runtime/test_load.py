@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,6 +116,29 @@ def test_fifty_runs_with_changing_inputs_stay_right() -> None:
 
 
 @pytest.mark.timeout(60, method="thread")
+def test_what_can_not_be_copied_or_waited_for_is_wrong_usage(tmp_path: Path) -> None:
+    model = MODELS["diamond"]()
+    with Session(model, annotation_of(model)) as session:
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(UsageError, match="can't be copied or pickled; load"):
+                attempt(session)
+    for timeout_s in (0.0, -1.0, float("nan"), 1e12):
+        with pytest.raises(UsageError, match="is no time that can be waited for"):
+            load(tmp_path / "none.onnx", process_group=object(), timeout_s=timeout_s)
+
+
+def test_names_of_outputs_may_come_from_anywhere() -> None:
+    model = MODELS["diamond"]()
+    feeds = feeds_for(model)
+    with Session(model, annotation_of(model)) as session:
+        names = [value.name for value in session.get_outputs()]
+        expected = session.run(None, feeds)
+        assert_same(session.run(iter(names), feeds), expected)  # type: ignore[arg-type]
+        assert_same(session.run(np.array(names), feeds), expected)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"in a list: \['y'\]"):
+            session.run("y", feeds)
+
+
 def test_threads_may_call_one_session_at_once() -> None:
     model = fork_join()
     plain = plain_session(model)

@@ -2,6 +2,7 @@
 
 python -m support.ranks models cpu|cuda COUNT     run that many of the test models
 python -m support.ranks groups MODEL              run it in a group of some, and of all
+python -m support.ranks again MODEL               fail to load it once, then load it many times
 python -m support.ranks command KIND@RANK ...     the command line, which one rank spoils
 """
 
@@ -203,6 +204,32 @@ def _run_groups(path: str) -> None:
     print(*said, sep="|")
 
 
+def _run_again(path: str) -> None:
+    """Fail to load on one of two ranks, then load, run and close over and over."""
+    import gc
+
+    import torch.distributed
+
+    from onnxsched_runtime.errors import OnnxschedError
+    from onnxsched_runtime.load import load
+
+    torch.distributed.init_process_group("gloo")
+    world, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    try:
+        load("missing.onnx" if rank == 1 else path, process_group=world, timeout_s=12.0)
+    except OnnxschedError as error:
+        print(error)
+    gc.disable()
+    open_counts = []
+    for _ in range(6):
+        with load(path, process_group=world, timeout_s=12.0) as session:
+            session.run(None, {a.name: zeros(a) for a in session.get_inputs()})
+        del session
+        open_counts.append(len(os.listdir("/proc/self/fd")))
+    torch.distributed.destroy_process_group()
+    print("kept", max(open_counts[1:]) - open_counts[0] < 4)
+
+
 def _run_command(spoiler: str, arguments: Sequence[str]) -> int:
     from onnxsched_runtime import distributed
 
@@ -215,6 +242,8 @@ def _run_command(spoiler: str, arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "models":
         _run_models("cuda" if sys.argv[2] == "cuda" else "cpu", int(sys.argv[3]))
+    elif sys.argv[1] == "again":
+        _run_again(sys.argv[2])
     elif sys.argv[1] == "groups":
         _run_groups(sys.argv[2])
     else:

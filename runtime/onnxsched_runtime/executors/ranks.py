@@ -40,38 +40,46 @@ class Membership:
         first = min(d for d, rank in self.rank_of.items() if rank == self.peers.rank)
         return replace(first, index=local_rank()) if first.kind == "cuda" else first
 
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tell the other ranks why this one ends, if it does before it is watched."""
-        try:
-            yield
-        except RankError:
-            raise  # all have been told
-        except BaseException as error:
+
+@contextmanager
+def joined(process_group: Any, timeout_s: float) -> Iterator[Peers]:
+    """The ranks of a group, told why this one ends if it does before it is watched.
+
+    Whoever loads a model does this first, so that all ranks count the same loads.
+
+    Args:
+        process_group: Of torch.distributed.
+        timeout_s: How long another process may be silent, or take for one step.
+
+    Raises:
+        UsageError: This process is not in the group.
+        RankError: The group's store does not answer.
+    """
+    peers = Peers(process_group, timeout_s)
+    try:
+        yield peers
+    except BaseException as error:
+        if not isinstance(error, RankError):  # else all have been told
             reason = " ".join(str(error).split()) or type(error).__name__
             with suppress(RankError):
-                self.peers.fail(f"Rank {self.peers.rank} failed: {reason}")
-            raise
+                peers.fail(f"Rank {peers.rank} failed: {reason}")
+        peers.close()
+        raise
 
 
 def member(
-    devices: Sequence[Device],
-    process_group: Any,
-    device_ranks: Mapping[str, int] | None,
-    timeout_s: float,
+    devices: Sequence[Device], peers: Peers, device_ranks: Mapping[str, int] | None
 ) -> Membership:
     """Find out how this process takes part.
 
     Args:
         devices: Those of the schedule.
-        process_group: Of torch.distributed.
+        peers: All ranks.
         device_ranks: The rank that owns each device; if None, they are divided evenly, in order.
-        timeout_s: How long another process may be silent, or take for one step.
 
     Raises:
         UsageError: There are more processes than devices, or a device has no process.
     """
-    peers = Peers(process_group, timeout_s)
     if device_ranks is None:
         return Membership(peers, spread(devices, peers.count))
     rank_of = {Device.parse(name): rank for name, rank in device_ranks.items()}
@@ -209,9 +217,10 @@ class RankExecutor:
 
     def close(self) -> None:
         """Leave the others, once they need nothing more, and free sessions and threads."""
-        self._monitor.close()
-        self._resources.close()
-        self._peers.close()
+        with ExitStack() as ends:
+            ends.callback(self._peers.close)
+            ends.callback(self._resources.close)
+            ends.callback(self._monitor.close)
 
     def __enter__(self) -> Self:
         return self

@@ -159,6 +159,7 @@ class Monitor:
             self._change(replace(self._state, is_closed=True))
         self._ended.set()
         self._thread.join(self._peers.timeout_s)
+        self.cancels = lambda: None  # it holds the links, and these hold the monitor
 
     def _change(self, state: RankState) -> None:
         with self._lock:

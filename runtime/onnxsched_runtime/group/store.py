@@ -53,6 +53,7 @@ class Store:
                 answers.put(getattr(self._native, question)(*arguments))
             except RuntimeError as error:
                 answers.put(error)
+        self._native = None  # given up here: garbage is collected while others wait for the store
 
     def close(self) -> None:
         """End the thread, once it has its last answer."""
