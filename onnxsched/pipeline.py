@@ -36,7 +36,7 @@ from onnxsched.profiling.sharing import ProfilingWorkers
 from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched.proposals import Request
 from onnxsched.rewriting import rewritten
-from onnxsched.schedule_file import ScheduleFile, read_schedule_file, schedule_of
+from onnxsched.schedule_file import LARGEST_STREAM, ScheduleFile, read_schedule_file, schedule_of
 from onnxsched.scheduling import measured_decision
 from onnxsched_runtime import cuda
 from onnxsched_runtime.annotation import fingerprint, write_annotation
@@ -210,8 +210,9 @@ def _check_arguments(
         raise UsageError(f"There is no precision '{precision}'; there are keep and fp16.")
     if policy != "auto" and policy not in POLICIES:
         raise UsageError(f"There is no policy '{policy}'; there are auto, {', '.join(POLICIES)}.")
-    if streams is not None and streams < 1:
-        raise UsageError(f"--streams {streams} is too few; give at least 1.")
+    most = LARGEST_STREAM + 1
+    if streams is not None and (type(streams) is not int or not 1 <= streams <= most):
+        raise UsageError(f"--streams {streams} is no number from 1 to {most}.")
     if schedule is not None and (policy != "auto" or streams is not None):
         option = "--streams" if policy == "auto" else "--policy"
         raise UsageError(f"--schedule and {option} contradict each other; give one.")

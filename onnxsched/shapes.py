@@ -10,9 +10,11 @@ import onnx
 from onnx import helper
 
 from onnxsched_runtime.errors import UsageError
-from onnxsched_runtime.model import declared_types, input_values, is_fixed
+from onnxsched_runtime.model import declared_types, input_values, is_fixed, node_reads
 from onnxsched_runtime.tensor import TensorType, fits_no_memory
 
+_COUNTING = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}
+"""Operators whose results are as long as they find things."""
 _VALUE_COUNT = 128
 """Initializers of more elements hold weights, not shapes: inference does without their values."""
 
@@ -101,23 +103,33 @@ def _require_size(name: str, value: onnx.ValueInfoProto) -> None:
 def _forget_shapes(model: onnx.ModelProto) -> None:
     """Drop the shapes that inference now finds from those of the inputs, and all wrong ones.
 
-    These have symbols, or sizes where inference finds that the data decide. What is declared
-    between operators goes for good where inference contradicts any of it: the model was changed
-    after its shapes were written, and ORT believes its inputs.
+    These have symbols, or sizes that an operator counts. What is declared between operators goes
+    for good where inference contradicts any of it: the model was changed after its shapes were
+    written, and ORT believes its inputs.
     """
     declared = take_declarations(model)
     inferred = _inferred(_without_weights(model))
     found = {value.name: _sizes(value) for value in (*inferred.output, *inferred.value_info)}
+    counted = _counted(model)
 
     def is_open(value: onnx.ValueInfoProto) -> bool:
-        sizes = found.get(value.name)
-        return _has_symbol(value) or (sizes is not None and None in sizes)
+        is_counted = value.name in counted and None in (found.get(value.name) or ())
+        return _has_symbol(value) or is_counted
 
     put_back(
         model,
         [value for value in declared if not is_open(value)],
         {name: sizes for name, sizes in found.items() if sizes is not None},
     )
+
+
+def _counted(model: onnx.ModelProto) -> set[str]:
+    """The tensors whose sizes may be what an operator counts in the data."""
+    found: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type in _COUNTING or not found.isdisjoint(node_reads(node)):
+            found.update(node.output)
+    return found
 
 
 def take_declarations(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

@@ -38,20 +38,23 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def _unforeseen(error: Exception) -> int:
-    if _is_interruption(error):
-        return interrupted()
+    for reason in _reasons(error):  # C extensions wrap them while they are imported
+        if isinstance(reason, KeyboardInterrupt):
+            return interrupted()
+        if isinstance(reason, SystemExit):  # a signal's
+            return reason.code if isinstance(reason.code, int) else 1
     if isinstance(error, OSError) and _is_of_printing(error.__traceback__):
         return unwritten(error)
     return fail(unforeseen(error), 1)
 
 
-def _is_interruption(error: BaseException) -> bool:
-    """Whether Ctrl-C is what an error comes from: C extensions wrap it while they are imported."""
+def _reasons(error: BaseException) -> list[BaseException]:
+    """An error and all that it comes from."""
     reasons: list[BaseException] = [error]
     for reason in reasons:
         further = (reason.__cause__, reason.__context__)
         reasons += [e for e in further if e is not None and e not in reasons]
-    return any(isinstance(reason, KeyboardInterrupt) for reason in reasons)
+    return reasons
 
 
 def _is_of_printing(traceback: TracebackType | None) -> bool:

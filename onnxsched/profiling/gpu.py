@@ -19,6 +19,7 @@ from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.model import is_fused, node_reads
 from onnxsched_runtime.partition import assemble
 from onnxsched_runtime.plan import Segment
+from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 
 SAMPLE_COUNT = 9
@@ -30,10 +31,9 @@ _BATCH_COUNT = 32
 """Sessions alive at a time: each may hold tens of megabytes of workspace."""
 
 
-def operator_segment(model: Model, node: onnx.NodeProto, placement: Placement) -> Segment:
+def operator_segment(source: ModelSource, node: onnx.NodeProto, placement: Placement) -> Segment:
     """One operator as a segment of its own."""
-    weights = {weight.name for weight in model.proto.graph.initializer}
-    inputs = tuple(name for name in node_reads(node) if name not in weights)
+    inputs = tuple(name for name in node_reads(node) if not source.is_weight(name))
     outputs = tuple(filter(None, node.output))
     return Segment((node.name,), placement, inputs, outputs, is_fused=is_fused(node))
 
@@ -72,10 +72,11 @@ def _measure_batch(
     announce: Callable[[str], None],
 ) -> Iterator[tuple[str, OperatorProfile]]:
     placement = Placement(device, 0)
-    segments = [operator_segment(model, node, placement) for node in nodes]
+    source = model.source
+    segments = [operator_segment(source, node, placement) for node in nodes]
     inputs = tuple(dict.fromkeys(name for segment in segments for name in segment.inputs))
     plan = assemble(segments, inputs, ())
-    runner = SegmentRunner(model.source, plan, custom_ops=custom_ops, in_place=False)
+    runner = SegmentRunner(source, plan, custom_ops=custom_ops, in_place=False)
     try:
         stream = runner.streams[placement]
         for name in inputs:

@@ -90,7 +90,8 @@ def _measure_nodes(
     """Profiles by node name, and how many distinct operators had to be run for them."""
     signatures = OperatorSignatures(model)
     free = _free(model)
-    nodes = [n for n in model.proto.graph.node if n.name not in {*model.host_reasons, *free}]
+    left_out = {*model.host_reasons, *free}
+    nodes = [node for node in model.proto.graph.node if node.name not in left_out]
     key_of = {node.name: signatures.of(node) for node in nodes}
     representative: dict[str, onnx.NodeProto] = {}
     for node in nodes:
@@ -126,7 +127,8 @@ def _measure_on_cpu(
 ) -> Iterator[tuple[str, OperatorProfile]]:
     source = model.source
     settings = SessionSettings(device, thread_count=1, custom_ops=custom_ops)
-    segments = [operator_segment(model, node, Placement(device, 0)) for node in nodes]
+    source = model.source
+    segments = [operator_segment(source, node, Placement(device, 0)) for node in nodes]
     values = {
         **_integers(model, (n for segment in segments for n in segment.inputs), settings),
         **model.given,

@@ -147,6 +147,9 @@ def _feeds(session: Session, named: Sequence[str]) -> dict[str, np.ndarray]:
 def _described(value: Any) -> Any:
     if isinstance(value, list):
         return [_described(element) for element in value]
+    if value is None or isinstance(value, dict):
+        return "nothing" if value is None else f"map[{len(value)}]"
+    value = np.asarray(value)
     return f"{value.dtype}{list(value.shape)}"
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx
@@ -130,7 +130,9 @@ def _draft_of(path: str | os.PathLike[str]) -> Iterator[Path]:
     if os.path.exists(target) and not os.path.isfile(target):
         raise OnnxschedError(f"'{path}' can't be written (it is no regular file); choose another.")
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        with suppress(FileNotFoundError):
+            os.lstat(target)  # which a name too long for any file fails at
+        with tempfile.TemporaryDirectory(prefix=".onnxsched-", dir=target.parent) as scratch:
             yield Path(scratch) / target.name
     except OSError as error:
         reason = error.strerror or error

@@ -66,6 +66,7 @@ class _Draft:
         graph = source.model.graph
         self._source = source
         self.nodes = {node.name: node for node in graph.node}
+        self._stored = {weight.name for weight in graph.initializer}
         self._writer = {t: node for node in graph.node for t in node.output if t}
         self._depth = _depths(source.model)
         self._fused: dict[str, _Fused] = {
@@ -162,17 +163,20 @@ class _Draft:
         """Let a Relu behind a Concat come before it, if one tensor is all that it changes."""
         joined, result = relu.input[0], relu.output[0]
         concat = self._writer.get(joined)
-        if concat is None or concat.op_type != "Concat" or concat.name not in self.nodes:
+        if concat is None or concat.op_type != "Concat" or not _keeps_signs(concat):
+            return
+        if concat.name not in self.nodes:
             return
         changed = [t for t in dict.fromkeys(concat.input) if t not in self._nowhere_negative]
         if (
-            len(changed) > 1
+            len(changed) != 1
             or not self._is_read_once(joined)
             or self._source.is_weight(changed[0])
         ):
             return
-        stored = {weight.name for weight in self._source.model.graph.initializer}
-        name = unused_name(f"{result}/rectified", self._source.tensors, self._declared, stored)
+        name = unused_name(
+            f"{result}/rectified", self._source.tensors, self._declared, self._stored
+        )
         self._declared[name] = self._source.kind_of(changed[0])
         own = {changed[0]: name, joined: result}
         self.nodes[concat.name] = _renamed(self.nodes[concat.name], own)

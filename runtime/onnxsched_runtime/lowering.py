@@ -120,11 +120,14 @@ def gather_as_transposed(model: onnx.ModelProto) -> None:
     writer = {tensor: node for node in graph.node for tensor in node.output}
     readers = Counter(tensor for node in graph.node for tensor in node_reads(node))
     readers.update(value.name for value in graph.output)
-    shapes = {node.output[0]: node for node in graph.node if node.op_type == "Reshape"}
+    standard = [node for node in graph.node if node.domain in ("", "ai.onnx")]
+    shapes = {node.output[0]: node for node in standard if node.op_type == "Reshape"}
     taken = {*weights, *writer, *readers}
-    for node in [node for node in graph.node if node.op_type == "Transpose"]:
+    for node in [node for node in standard if node.op_type == "Transpose"]:
         gather = writer.get(node.input[0])
         if gather is None or gather.op_type != "Gather" or readers[node.input[0]] > 1:
+            continue
+        if gather.domain not in ("", "ai.onnx"):
             continue
         data, places = gather.input
         length = weights.get(shapes[data].input[1]) if data in shapes else None

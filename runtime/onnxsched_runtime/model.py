@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -48,9 +49,13 @@ def input_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 def name_nodes(model: onnx.ModelProto) -> None:
     """Make node names unique, keeping those that are."""
-    taken: set[str] = set()
+    counts = Counter(node.name for node in model.graph.node)
+    unique = {name for name, count in counts.items() if name and count == 1}
+    taken = set(unique)
     last: dict[str, int] = {}
     for node in model.graph.node:
+        if node.name in unique:
+            continue
         name = stem = node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
         while name in taken:
             last[stem] = last.get(stem, 0) + 1

@@ -92,7 +92,8 @@ class _Draft:
     """A model on its way."""
 
     source: ModelSource
-    nodes: list[NodeProto] = field(default_factory=list)
+    nodes: dict[str, NodeProto] = field(default_factory=dict)
+    """By name, in the order in which they run."""
     declared: dict[str, TensorType] = field(default_factory=dict)
     """Types of new tensors."""
     joined: set[str] = field(default_factory=set)
@@ -103,20 +104,24 @@ class _Draft:
         self.outputs = {value.name for value in graph.output}
         self.taken = {entry.name for entry in (*graph.node, *graph.initializer)}
         self.readers = Counter(t for node in graph.node for t in node_reads(node))
-        self.slices: dict[str, tuple[str, list[int]]] = {}
-        """What each Slice reads, and where it begins along each axis, by what it writes."""
+        self.slices: dict[str, tuple[str, str, list[int]]] = {}
+        """What each Slice is called and reads, and where it begins along each axis, by what it
+        writes."""
 
     def take(self, node: NodeProto) -> None:
         """Add a node, or what is to stand in its place."""
         if node.op_type == "Slice" and (starts := _starts(node, self.source)) is not None:
-            self.slices[node.output[0]] = (node.input[0], starts)
+            self.slices[node.output[0]] = (node.name, node.input[0], starts)
             self._take_slice(node, starts)
         elif _fits_transpose(node, self.source):
             self._take_transpose(node)
         elif _fits_concat(node, self.source):
             self._take_concat(node)
         else:
-            self.nodes.append(node)
+            self._add(node)
+
+    def _add(self, node: NodeProto) -> None:
+        self.nodes[node.name] = node
 
     def _take_slice(self, node: NodeProto, starts: Sequence[int]) -> None:
         before, after = (
@@ -127,10 +132,10 @@ class _Draft:
         ]
         axis = cut[0] if cut else 0
         if len(cut) > 1 or math.prod(before[:axis]) > 1:
-            self.nodes.append(node)
+            self._add(node)
         else:
             values = {"axis": axis, "start": starts[axis], "stop": starts[axis] + after[axis]}
-            self.nodes.append(_made("Slice", [node.input[0]], node.output[0], node.name, **values))
+            self._add(_made("Slice", [node.input[0]], node.output[0], node.name, **values))
 
     def _take_transpose(self, node: NodeProto) -> None:
         """Let it take in a Slice that no one else reads, wherever that cuts, in the place of that.
@@ -141,12 +146,11 @@ class _Draft:
         sizes = self.source.kind_of(read).shape or ()
         starts = [0] * len(sizes)
         if read in self.slices and self.readers[read] == 1 and read not in self.outputs:
-            (name,) = (other.name for other in self.nodes if read in other.output)
-            self.nodes = [other for other in self.nodes if read not in other.output]
-            read, starts = self.slices[read]
+            name, read, starts = self.slices[read]
+            del self.nodes[name]
         stops = [start + size for start, size in zip(starts, sizes, strict=True)]
         values = {"perm": permutation(node, len(sizes)), "starts": starts, "stops": stops}
-        self.nodes.append(_made("Transpose", [read], node.output[0], name, **values))
+        self._add(_made("Transpose", [read], node.output[0], name, **values))
 
     def _take_concat(self, node: NodeProto) -> None:
         """Join what has no place elsewhere; the rest is copied first."""
@@ -160,18 +164,18 @@ class _Draft:
                 self.declared[part] = self.source.kind_of(tensor)
                 count = (self.declared[part].shape or ())[axis]
                 values = {"axis": axis, "start": 0, "stop": count}
-                self.nodes.append(_made("Slice", [tensor], part, part, **values))
+                self._add(_made("Slice", [tensor], part, part, **values))
             self.joined.add(part)
             parts.append(part)
-        self.nodes.append(_made("Concat", parts, node.output[0], node.name, axis=axis))
+        self._add(_made("Concat", parts, node.output[0], node.name, axis=axis))
 
     def finished(self) -> ModelSource:
         """The model, and the types of what is left."""
         model = ModelProto()
         model.CopyFrom(self.source.model)
         del model.graph.node[:]
-        model.graph.node.extend(self.nodes)
-        left = {t for node in self.nodes for t in node.output}
+        model.graph.node.extend(self.nodes.values())
+        left = {t for node in self.nodes.values() for t in node.output}
         left |= {value.name for value in model.graph.input}
         known = {**self.source.tensors, **self.declared}
         tensors = {name: kind for name, kind in known.items() if name in left}

@@ -103,7 +103,7 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (("optimize", "tiny.onnx"), "Missing option '--output'"),
         ((*OPTIMIZE, "--colour", "red"), "No such option: --colour"),
         ((*OPTIMIZE, "--streams", "many"), "Invalid value for '--streams'"),
-        ((*OPTIMIZE, "--streams", "0"), "--streams 0 is too few"),
+        ((*OPTIMIZE, "--streams", "0"), "--streams 0 is no number from 1 to 1024"),
         ((*OPTIMIZE, "--policy", "magic"), "no policy 'magic'"),
         ((*OPTIMIZE, "--device", "tpu"), "'tpu' is no device"),
         ((*OPTIMIZE, "--device", "cpu:0,cpu:0"), "names cpu:0 twice"),

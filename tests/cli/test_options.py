@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "arguments",
     [
         [*_OPTIMIZE, "--seed", "-1"],
+        [*_OPTIMIZE, "--streams", "1025"],
         [*_OPTIMIZE, "--budget", "nan"],
         [*_OPTIMIZE, "--budget", "-1"],
         [*_OPTIMIZE, "--shape", "input:99999999999999999999x3"],

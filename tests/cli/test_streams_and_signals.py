@@ -104,17 +104,29 @@ def test_names_that_the_terminal_cannot_show_are_escaped(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("link", ["__cause__", "__context__"])
-def test_an_interrupt_that_an_extension_wraps_is_130(
-    link: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("signal", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "onnxsched: Interrupted; nothing was written.\n"),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_a_signal_that_an_extension_wraps_is_what_counts(
+    signal: BaseException,
+    code: int,
+    said: str,
+    link: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def importing(*_: Any, **__: Any) -> None:
         error = ImportError("initialization failed")
-        setattr(error, link, KeyboardInterrupt())
+        setattr(error, link, signal)
         raise error
 
     monkeypatch.setattr(dispatch, "app", importing)
-    assert cli.run(["doctor"]) == 130
-    assert capsys.readouterr().err == "onnxsched: Interrupted; nothing was written.\n"
+    assert cli.run(["doctor"]) == code
+    assert capsys.readouterr().err == said
 
 
 def test_a_circle_of_reasons_ends(

@@ -75,7 +75,7 @@ def test_node_names_become_unique_and_unique_ones_stay(tmp_path: Path) -> None:
         }"""
     )
     names = [node.name for node in loaded(model, tmp_path).proto.graph.node]
-    assert names == ["same", "same_1", "same_1_1", "Sin_d", "own"]
+    assert names == ["same", "same_2", "same_1", "Sin_d", "own"]
 
 
 def test_types_need_not_be_declared(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from onnxsched_runtime import distributed
 from onnxsched_runtime.annotation import write_annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.group import joined_process_group
 from onnxsched_runtime.load import load
 from onnxsched_runtime.model import name_nodes
 from support.models import MODELS, annotation_of, assert_same, feeds_for, fork_join, reference
@@ -128,6 +129,29 @@ def test_what_is_unforeseen_is_one_sentence(
     )
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("RANK", "x"), ("RANK", "-1"), ("RANK", "2"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", ""),
+        ("MASTER_PORT", "70000"), ("MASTER_PORT", "0"),
+    ],
+)  # fmt: skip
+def test_variables_that_can_not_be_are_wrong_usage(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, text in {**fine, variable: value}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(UsageError, match=rf"^{variable} (is '{value}'|{value} is none)"):
+        joined_process_group(1.0)
+
+
+def test_every_kind_of_value_is_described() -> None:
+    values = [np.zeros((2, 3), np.float32), {"a": 1.0, "b": 2.0}, None, [np.int64(1)]]
+    assert distributed._described(values) == ["float32[2, 3]", "map[2]", "nothing", ["int64[]"]]
+
+
+@pytest.mark.timeout(120, method="thread")
 def test_a_process_may_load_over_and_over_and_after_a_failure(path: Path) -> None:
     ended = run_ranks(2, "again", str(path), limit_s=100.0)
     assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 2

@@ -193,6 +193,12 @@ def inception_of_a_stranger(net: Lowered) -> str:
     return net.add("Relu", [net.add("Concat", [net.conv("x", 1), "x"], axis=3)])
 
 
+def inception_by_another_operator(net: Lowered) -> str:
+    joined = net.add("Concat", [net.conv("x", 1), "x"], axis=3)
+    net.nodes[-1].domain = "not.onnx"
+    return net.add("Relu", [joined])
+
+
 def inception_of_strangers(net: Lowered) -> str:
     other = net.add("MatMul", ["x", net.store(2, 2)])
     return net.add("Relu", [net.add("Concat", [net.conv("x", 1), "x", other], axis=3)])
@@ -233,6 +239,7 @@ def grouped(net: Lowered) -> str:
         (double, ["Fused", "Add"]),
         (inception, ["Fused", "MaxPool", "Fused", "Fused", "Concat"]),
         (inception_of_a_stranger, ["Fused", "Relu", "Concat"]),
+        (inception_by_another_operator, ["Fused", "Concat", "Relu"]),
         (inception_of_strangers, ["MatMul", "Fused", "Concat", "Relu"]),
         (pooled, ["Fused", "MaxPool"]),
         (pooled_apart, ["Fused", "MaxPool", "Relu"]),

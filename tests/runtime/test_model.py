@@ -25,7 +25,7 @@ from onnxsched_runtime.files import (
     scratch_folder,
     write_model,
 )
-from onnxsched_runtime.model import node_reads, operations_from_model
+from onnxsched_runtime.model import name_nodes, node_reads, operations_from_model
 from onnxsched_runtime.partition import plan_execution
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.session import OrtSession
@@ -428,3 +428,11 @@ def test_strings_stay_in_the_bytes() -> None:
     part = ModelSource(model, {}).part(["Gather_0"], ["at"], ["y"])
     assert not part.weights
     assert _run(part, {"at": np.array(17)}, ("y",))["y"] == "word 17"
+
+
+def test_names_that_are_unique_are_kept_wherever_they_stand() -> None:
+    model = onnx.ModelProto()
+    for name in ("a", "a", "a_1", "", "b"):
+        model.graph.node.add(name=name, op_type="Relu", output=[f"t{len(model.graph.node)}"])
+    name_nodes(model)
+    assert [node.name for node in model.graph.node] == ["a", "a_2", "a_1", "Relu_t3", "b"]

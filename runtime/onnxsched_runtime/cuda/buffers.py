@@ -34,8 +34,13 @@ class DeviceMemory:
         if nbytes:
             with current_device(device):
                 self.pointer = int(check(cudart().cudaMalloc(nbytes)))
-                check(cudart().cudaMemset(self.pointer, 0, nbytes))
-            synchronize(device)
+            try:
+                with current_device(device):
+                    check(cudart().cudaMemset(self.pointer, 0, nbytes))
+                synchronize(device)
+            except BaseException:
+                self.close()
+                raise
 
     def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
         """Copy host values to a place in it, and wait until they are there."""

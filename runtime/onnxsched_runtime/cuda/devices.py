@@ -90,7 +90,7 @@ def _dotted(version: int) -> str:
 def _cudnn_version() -> str:
     """The version of the cuDNN wheel, or of the library that the system has; empty without."""
     for distribution in importlib.metadata.distributions():
-        if (distribution.name or "").startswith("nvidia-cudnn"):
+        if re.fullmatch(r"nvidia-cudnn-cu\d+", distribution.name or ""):
             return distribution.version
     try:
         library = ctypes.CDLL("cudnn64_9.dll" if os.name == "nt" else "libcudnn.so.9")

@@ -32,10 +32,9 @@ class Stream:
         require_device(device)
         self.device = device
         self._events: dict[Device, Event] = {}
-        unused = _unused.setdefault(device, [])
-        if unused:
-            self._stream = unused.pop()
-        else:
+        try:  # another thread may take the last
+            self._stream = _unused.setdefault(device, []).pop()
+        except IndexError:
             with current_device(device):
                 self._stream = check(
                     cudart().cudaStreamCreateWithFlags(cudart().cudaStreamNonBlocking)

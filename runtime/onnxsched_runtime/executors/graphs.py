@@ -60,9 +60,8 @@ class PieceGraphs:
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         """Run the only piece on host arrays with the copies in the graph: in one launch."""
         wanted = frozenset(outputs)
-        ready = self.with_copies.get(wanted)
-        if ready is None:
-            ready = self.with_copies[wanted] = self._made_ready(feeds, sorted(wanted))
+        ready = self.with_copies.pop(wanted, None) or self._made_ready(feeds, sorted(wanted))
+        self.with_copies[wanted] = ready  # last, as the latest that was asked for
         for name, buffer in ready.inputs:
             buffer.stage(feeds[name])
         ready.graph.launch(ready.stream)

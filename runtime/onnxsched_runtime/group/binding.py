@@ -49,19 +49,29 @@ def joined_process_group(timeout_s: float) -> Any:
             f"{missing[0]} is not set; start with `torchrun --nproc-per-node N -m "
             "onnxsched_runtime.distributed MODEL`."
         )
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    _number("MASTER_PORT", 1, 65535)
+    if rank >= size:
+        raise UsageError(f"RANK {rank} is none of WORLD_SIZE {size} ranks, which start at 0.")
     # It warns of each lost connection, and shows its stack where nobody is at the address.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     distributed = torch_module().distributed
     try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = _store_of_all(rank, size, timeout_s)
         distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
         )
     except (RuntimeError, ValueError) as error:
-        own, first_line = os.environ["RANK"], str(error).splitlines()[0]
-        raise RankError(f"Rank {own} can't join the others ({first_line}).") from error
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RankError(f"Rank {rank} can't join the others ({first_line}).") from error
     return distributed.group.WORLD
+
+
+def _number(variable: str, least: int, most: int = 1 << 20) -> int:
+    text = os.environ[variable]
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise UsageError(f"{variable} is '{text}', which is no number from {least} to {most}.")
+    return int(text)
 
 
 def _store_of_all(rank: int, size: int, timeout_s: float) -> Any:
