@@ -65,7 +65,7 @@ def _try_provider(gpus: list[Device]) -> str:
     if not session.is_cuda_built():
         return "this onnxruntime is built without CUDA; install onnxruntime-gpu"
     if not gpus:
-        return "no CUDA device is visible to torch; install a driver and a torch built for CUDA"
+        return "no CUDA device is visible; install a driver and a torch built for CUDA"
     model = roofline_model(Device("cpu"))
     try:
         part = ModelSource(model.proto, model.tensors).whole()

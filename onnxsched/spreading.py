@@ -46,7 +46,7 @@ def spread(graph: OperatorGraph, machine: Machine) -> Schedule:
 
     It is slow but thrifty: tensors are freed after their last reader, and only those alive where
     one device takes over from another are held twice. The device with the most memory comes first,
-    so what fits on one device fits here. O(operators * devices + edges).
+    so what fits on one device fits here. O((operators + edges) * devices).
 
     Raises:
         ScheduleError: Not everything fits.

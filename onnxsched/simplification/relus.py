@@ -1,4 +1,4 @@
-"""Fewer operators that compute the same, bit for bit, beyond what ONNX Runtime merges itself."""
+"""Relus after Concats and pools, instead of one before each."""
 
 from __future__ import annotations
 

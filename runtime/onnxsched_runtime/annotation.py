@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -259,8 +259,7 @@ def _set(holder: onnx.ModelProto | onnx.NodeProto, key: str, value: str) -> None
 
 
 def _remove(entries: Any, condition: Callable[[str], bool]) -> bool:
-    kept: Iterable[Any] = [entry for entry in entries if not condition(entry.key)]
-    kept = list(kept)
+    kept = [entry for entry in entries if not condition(entry.key)]
     if len(kept) == len(entries):
         return False
     del entries[:]

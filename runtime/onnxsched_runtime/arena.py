@@ -68,7 +68,8 @@ def plan_arena(
 
     Greedy by size (Pisarchyk and Lee, "Efficient memory management for deep neural net
     inference", 2020): the largest tensor first, each at the lowest offset where it meets no
-    tensor that it may live together with. O(tensors x (tensors + streams)), in numpy.
+    tensor that it may live together with. O(tensors x (uses + tensors log tensors)), in numpy; a
+    use is a stream that a tensor is made or read on.
 
     Args:
         plan: A plan that passes `check_plan`.

@@ -48,10 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             assert isinstance(executor, RankExecutor)
             held.append(executor)
             _end_with_the_others(executor)
-            if executor.rank == 0:
-                result = _run(session, options)
-            else:
-                _assist(session, options)
+            with executor.telling():
+                if executor.rank == 0:
+                    result = _run(session, options)
+                else:
+                    _assist(session, options)
         leave_process_group()
         if result is not None:
             _report(result, options.json)

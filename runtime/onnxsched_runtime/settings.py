@@ -15,7 +15,7 @@ class SessionSettings:
 
     device: Device
     stream_handle: int | None = None
-    """The CUDA stream that everything is launched on; None lets ORT make its own."""
+    """The CUDA stream that everything is launched on; where None, the session has its own."""
     graph_capture: bool = False
     """Let ORT capture and replay its own CUDA graph."""
     host_operators: bool = False

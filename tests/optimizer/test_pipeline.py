@@ -472,7 +472,7 @@ def test_outputs_that_random_numbers_reach_are_not_compared(tmp_path: Path) -> N
     ("options", "error", "message"),
     [
         ({"policy": "magic"}, UsageError, "no policy 'magic'; there are auto, sequential, "),
-        ({"streams": 0}, UsageError, "--streams 0 is too few"),
+        ({"streams": 0}, UsageError, "--streams 0 is no number from 1"),
         ({"device": "tpu"}, UsageError, "'tpu' is no device"),
         ({"device": "cpu:1"}, DeviceError, "the CPU is cpu:0"),
         ({"device": "cuda:99"}, DeviceError, "cuda:99 is not available"),

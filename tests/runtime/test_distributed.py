@@ -146,6 +146,13 @@ def test_variables_that_can_not_be_are_wrong_usage(
         joined_process_group(1.0)
 
 
+def test_all_hear_what_rank_0_lacks(path: Path) -> None:
+    ended = command(2, path, "none@9", "--input", "x=missing.npy")
+    reason = "There is no file 'missing.npy' for input 'x'."
+    assert (ended[0].code, ended[0].stderr) == (2, f"onnxsched: {reason}\n")
+    assert (ended[1].code, ended[1].stderr) == (1, f"onnxsched: Rank 0 failed: {reason}\n")
+
+
 def test_every_kind_of_value_is_described() -> None:
     values = [np.zeros((2, 3), np.float32), {"a": 1.0, "b": 2.0}, None, [np.int64(1)]]
     assert distributed._described(values) == ["float32[2, 3]", "map[2]", "nothing", ["int64[]"]]
@@ -156,8 +163,8 @@ def test_a_process_may_load_over_and_over_and_after_a_failure(path: Path) -> Non
     ended = run_ranks(2, "again", str(path), limit_s=100.0)
     assert [(process.code, process.stderr) for process in ended] == [(0, "")] * 2
     reason = "There is no file 'missing.onnx'; give the path of an ONNX model."
-    assert ended[0].stdout == f"Rank 1 failed: {reason}\nkept True\n"
-    assert ended[1].stdout == f"{reason}\nkept True\n"
+    assert ended[0].stdout == f"Rank 1 failed: {reason}\nkept few True\n"
+    assert ended[1].stdout == f"{reason}\nkept few True\n"
 
 
 def test_who_does_not_come_is_named(path: Path) -> None:

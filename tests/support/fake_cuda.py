@@ -65,10 +65,14 @@ class FakeStream:
 class FakeMemory(cuda.DeviceMemory):
     """A block of host memory."""
 
+    live: ClassVar[dict[int, int]] = {}
+    """The bytes of each block that is not closed, by where it begins."""
+
     def __init__(self, nbytes: int, device: Device) -> None:
         self.nbytes = nbytes
         self._bytes = np.zeros(nbytes + 1, np.uint8)
         self.pointer = self._bytes.ctypes.data
+        self.live[self.pointer] = nbytes
 
     def repeat(self, block: np.ndarray, offset_nbytes: int, nbytes: int) -> None:
         assert offset_nbytes + nbytes <= self.nbytes
@@ -77,7 +81,15 @@ class FakeMemory(cuda.DeviceMemory):
             ctypes.memmove(self.pointer + offset_nbytes + start, block.ctypes.data, count)
 
     def close(self) -> None:
+        self.live.pop(self.pointer, None)
         self.pointer = 0
+
+    @classmethod
+    def holds(cls, start: int, nbytes: int) -> bool:
+        """Whether these bytes lie in one block."""
+        return any(
+            first <= start and start + nbytes <= first + count for first, count in cls.live.items()
+        )
 
 
 class FakeBuffer(cuda.Buffer):
@@ -131,13 +143,13 @@ class FakeChain:
 class FakeKernel:
     """A fused convolution or pool, computed on the host memory that it is bound to."""
 
-    workspace_nbytes = 64
     wanted: ClassVar[list[Kernel | None]] = []
     """The kernel that was asked for, by each that was made."""
 
     def __init__(self, what: Computed, device: Device, wanted: Kernel | None) -> None:
         self._what = what
         self.device = device
+        self.workspace_nbytes = 64 * (1 + what.output[1])
         FakeKernel.wanted.append(wanted)
 
     def bind(self, places: cuda.Places) -> Callable[[FakeStream], None]:
@@ -152,6 +164,7 @@ class FakeKernel:
             """Compute; what lies in the workspace is lost."""
             assert stream.is_open
             assert stream.device == self.device
+            assert FakeMemory.holds(places.workspace, self.workspace_nbytes)
             ctypes.memset(places.workspace, 0xFF, self.workspace_nbytes)
             image = self._at(places.image, _last(what.image))
             output = self._at(places.output, _last(what.output))

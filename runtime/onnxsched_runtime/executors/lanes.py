@@ -290,7 +290,7 @@ class LaneRunner(PlanRunner):
     def _workspace(self, lane: Lane, nbytes: int) -> int:
         """Memory for what a run allocates; runs of one lane never overlap."""
         held = self._workspaces.get(lane)
-        if held is None or held.nbytes < nbytes:
+        if held is None:
             memory = cuda.DeviceMemory(nbytes, lane.placement.device)
             held = self._resources.enter_context(memory)
             self._workspaces[lane] = held

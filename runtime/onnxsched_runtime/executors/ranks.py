@@ -215,6 +215,15 @@ class RankExecutor:
                     waits.enter_context(self._monitor.waiting_for(rank))
             return self._executor.run(feeds, outputs)
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """End all ranks for what goes wrong between runs; within one they are told anyway."""
+        try:
+            yield
+        except BaseException as error:
+            self._monitor.fail_with(error)
+            raise
+
     def close(self) -> None:
         """Leave the others, once they need nothing more, and free sessions and threads."""
         with ExitStack() as ends:
