@@ -39,7 +39,7 @@ feeds = feeds_for(fork_join())
 draw = random.Random(0)
 with onnxsched.load(sys.argv[1]) as session:
     expected = session.run(None, feeds)
-    for _ in range(150):
+    for _ in range(500):
         signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 2e-3))
         try:
             end = time.monotonic() + 4e-3

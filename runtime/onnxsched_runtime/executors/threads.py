@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import copy
@@ -30,14 +30,33 @@ class _LaneRun:
     """What the lanes of one run share; none of it is left locked where Ctrl-C strikes."""
 
     values: dict[str, Any]
-    events: Mapping[int, threading.Event]
-    """Touched by lanes only."""
+    events: Mapping[int, tuple[SimpleQueue[None], int]]
+    """For each event a queue, written in C, and how many lanes wait for something in it."""
     ended: list[BaseException | None] = field(default_factory=list)
     """How each lane ended, in that order."""
     wakes: SimpleQueue[None] = field(default_factory=SimpleQueue)
     """Something for each lane that has ended."""
     is_stopped: bool = False
     """No lane goes on, or waits for another that does not."""
+
+    def record(self, event: int) -> None:
+        """Let all go on that wait for an event."""
+        wakes, waiting_count = self.events[event]
+        for _ in range(waiting_count):
+            wakes.put(None)
+
+    def wait(self, event: int) -> None:
+        """Wait for an event, or until no lane goes on."""
+        wakes, _ = self.events[event]
+        while not self.is_stopped:
+            with suppress(Empty):
+                return wakes.get(timeout=_POLL_S)
+
+    def stop(self) -> None:
+        """Let no lane go on."""
+        self.is_stopped = True
+        for event in self.events:
+            self.record(event)
 
     def wait_for(self, lane_count: int) -> None:
         """Wait until so many lanes have ended."""
@@ -47,7 +66,7 @@ class _LaneRun:
 
 
 class ThreadExecutor:
-    """Runs a plan on the CPU provider; streams are threads and events are `threading.Event`."""
+    """Runs a plan on the CPU provider; streams are threads, and events are queues."""
 
     capture = "none"
     refusal: str | None = None
@@ -95,7 +114,7 @@ class ThreadExecutor:
                 if not plan.is_copy(index)
             }
             widest = max((len(lanes) for lanes in self._lanes), default=0)
-            needed = widest if widest > 1 or links is not None else 0
+            needed = max(0, widest - 1) if links is None else widest
             self._workers = [self._resources.enter_context(Worker()) for _ in range(needed)]
         except BaseException:
             self._resources.close()
@@ -118,22 +137,29 @@ class ThreadExecutor:
         return [values[name] for name in outputs]
 
     def _run_lanes(self, lanes: Sequence[Sequence[Step]], values: dict[str, Any]) -> None:
-        """Run lanes side by side, none in this thread, which Ctrl-C may strike anywhere."""
+        """Run lanes side by side, the first in this thread unless it may wait for processes.
+
+        Ctrl-C may strike anywhere in this thread, but nothing interrupts who waits for another
+        process.
+        """
         if os.getpid() != self._process:
             raise UsageError(
                 "The session was loaded before this process was forked, which leaves threads "
                 "behind; load the model in each process."
             )
-        steps = (step for lane in lanes for step in lane)
-        run = _LaneRun(
-            values, {s.event: threading.Event() for s in steps if isinstance(s, Record)}
-        )
+        steps = [step for lane in lanes for step in lane]
+        waits = Counter(step.event for step in steps if isinstance(step, Wait))
+        records = [step.event for step in steps if isinstance(step, Record)]
+        run = _LaneRun(values, {event: (SimpleQueue(), waits[event]) for event in records})
+        own, others = (lanes[:1], lanes[1:]) if self._links is None else ([], lanes)
         try:
-            for worker, lane in zip(self._workers, lanes, strict=False):
+            for worker, lane in zip(self._workers, others, strict=False):
                 worker.hand(partial(self._run_to_its_end, lane, run))
-            run.wait_for(len(lanes))
+            for lane in own:
+                self._run_lane(lane, run)
+            run.wait_for(len(others))
         except BaseException:  # the caller may close the sessions next, which waits for the lanes
-            run.is_stopped = True
+            run.stop()
             raise
         if errors := [error for error in run.ended if error is not None]:
             run.ended.clear()
@@ -148,9 +174,7 @@ class ThreadExecutor:
             self._run_lane(lane, run)
         except BaseException as raised:
             error = raised
-            run.is_stopped = True
-            for event in run.events.values():
-                event.set()
+            run.stop()
         run.ended.append(error)
         run.wakes.put(None)
 
@@ -166,12 +190,10 @@ class ThreadExecutor:
                     assert self._links is not None
                     run.values[tensor] = self._links.receive(step)
                 case Record(event):
-                    if event in run.events:
-                        run.events[event].set()
+                    run.record(event)
                 case Wait(event):
                     if event in run.events:
-                        while not run.events[event].wait(_POLL_S) and not run.is_stopped:
-                            pass
+                        run.wait(event)
             if run.is_stopped:
                 return
 
