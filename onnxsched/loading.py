@@ -127,8 +127,7 @@ def load_model(
     allow_node_keys(proto)
     give_outputs_a_node(proto)
     name_nodes(proto)
-    _declare_what_ort_knows(proto, device, custom_ops)
-    simplify(proto, tensor_types(proto))
+    simplify(proto, _with_what_ort_knows(proto, device, custom_ops))
     tensors = tensor_types(proto)
     declare_output_shapes(proto, outputs)
     keep_notes(proto, baseline)
@@ -155,17 +154,18 @@ def _forget_what_ort_contradicts(
     put_back(model, declared, known)
 
 
-def _declare_what_ort_knows(
+def _with_what_ort_knows(
     model: onnx.ModelProto, device: Device, custom_ops: tuple[str, ...]
-) -> None:
-    """Declare the types that onnx can't infer and ORT can, in place: of what its operators write.
+) -> Mapping[str, TensorType]:
+    """The types of all tensors, those declared in place that only ORT can infer.
 
-    Others that depend on these are then inferred, by all that looks at the model later.
+    These are of what its own operators write; others that depend on them are then inferred, by all
+    that looks at the model later.
     """
     tensors = tensor_types(model)
     written = {name for node in model.graph.node for name in node.output if name}
     if written <= tensors.keys():
-        return
+        return tensors
     settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
     found = inferred_by_ort(ModelSource(model, tensors), settings)
     ends = {value.name for value in model.graph.output}
@@ -177,6 +177,7 @@ def _declare_what_ort_knows(
         onnx.helper.make_tensor_value_info(name, found[name].element_type, found[name].shape)
         for name in sorted(unknown & found.keys())
     )
+    return tensor_types(model)
 
 
 def _narrow_concats(model: onnx.ModelProto) -> None:

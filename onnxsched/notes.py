@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 import onnx
 
-_OURS = "onnxsched."
-"""Keys of an older schedule, which are not kept."""
+from onnxsched_runtime.annotation import OUR_KEYS
 
 
 def keep_notes(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
@@ -42,6 +41,6 @@ def keep_notes(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
 def _others(
     notes: Iterable[onnx.StringStringEntryProto], there: Iterable[onnx.StringStringEntryProto]
 ) -> list[onnx.StringStringEntryProto]:
-    """Those whose keys are not there yet."""
+    """Those whose keys are not there yet, without those of an older schedule."""
     keys = {note.key for note in there}
-    return [note for note in notes if note.key not in keys and not note.key.startswith(_OURS)]
+    return [note for note in notes if note.key not in keys and not note.key.startswith(OUR_KEYS)]

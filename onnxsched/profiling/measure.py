@@ -127,7 +127,6 @@ def _measure_on_cpu(
 ) -> Iterator[tuple[str, OperatorProfile]]:
     source = model.source
     settings = SessionSettings(device, thread_count=1, custom_ops=custom_ops)
-    source = model.source
     segments = [operator_segment(source, node, Placement(device, 0)) for node in nodes]
     values = {
         **_integers(model, (n for segment in segments for n in segment.inputs), settings),

@@ -25,6 +25,8 @@ from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 SCHEMA = "1"
 _DEVICE, _STREAM, _ORDER = "onnxsched.device", "onnxsched.stream", "onnxsched.order"
+OUR_KEYS = "onnxsched."
+"""How all keys of ours begin."""
 _NODE_KEYS = {_DEVICE, _STREAM, _ORDER}
 _SCHEMA_KEY, _SCHEDULE_KEY = "onnxsched.schema", "onnxsched.schedule"
 _DAMAGE = (
@@ -134,7 +136,7 @@ def restore_annotation(model: onnx.ModelProto) -> int:
     annotation = read_annotation(model)
     lost = sum(not _NODE_KEYS.issubset(e.key for e in n.metadata_props) for n in model.graph.node)
     for node in model.graph.node:
-        _remove(node.metadata_props, lambda key: key.startswith("onnxsched."))
+        _remove(node.metadata_props, lambda key: key.startswith(OUR_KEYS))
     _write_node_keys(model, annotation.placements)
     return lost
 
@@ -145,9 +147,9 @@ def strip_annotation(model: onnx.ModelProto) -> bool:
     Returns:
         Whether there was one.
     """
-    removed = _remove(model.metadata_props, lambda key: key.startswith("onnxsched."))
+    removed = _remove(model.metadata_props, lambda key: key.startswith(OUR_KEYS))
     for node in model.graph.node:
-        removed |= _remove(node.metadata_props, lambda key: key.startswith("onnxsched."))
+        removed |= _remove(node.metadata_props, lambda key: key.startswith(OUR_KEYS))
     return removed
 
 

@@ -24,7 +24,7 @@ from onnxsched_runtime.arrays import input_files, read_array, write_arrays
 from onnxsched_runtime.errors import OnnxschedError, UsageError, unforeseen
 from onnxsched_runtime.executors.ranks import RankExecutor
 from onnxsched_runtime.files import require_target, written_whole
-from onnxsched_runtime.group import joined_process_group, leave_process_group
+from onnxsched_runtime.group import joined_process_group, leave_process_group, require_timeout
 from onnxsched_runtime.load import Session, load
 
 _GRACE_S = 2.0
@@ -94,8 +94,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse before anything runs what can't end well."""
-    if not 0 < options.timeout < 1e6:
-        raise UsageError(f"--timeout {options.timeout} is no time that can be waited for.")
+    require_timeout("--timeout", options.timeout)
     if options.bench < 0:
         raise UsageError(f"--bench {options.bench} is too few; give at least 0.")
     is_writer = os.environ.get("RANK", "0") == "0"  # others may be on hosts without the folder

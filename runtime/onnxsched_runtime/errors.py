@@ -19,6 +19,11 @@ A message is one sentence: what, where, and what to do.
 from __future__ import annotations
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def unforeseen(error: Exception) -> str:
     """What to say of an error that nobody raises on purpose."""
     text = " ".join(str(error).split())[:300] or "no message"

@@ -22,11 +22,11 @@ from onnxsched_runtime.execution import Executor, lowered_source, open_executor,
 from onnxsched_runtime.executors.ranks import Membership, RankExecutor, joined, member
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.files import read_model
+from onnxsched_runtime.group import require_timeout
 from onnxsched_runtime.model import input_values
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.source import ModelSource
 
-_LONGEST_S = 1e6
 _UNFUSED = "cuDNN has no kernel here for a fused convolution; sessions run all"
 
 
@@ -65,8 +65,8 @@ def load(
     """
     if capture not in get_args(Capture):
         raise UsageError(f"There is no capture '{capture}'; there are whole, ort, none.")
-    if process_group is not None and not 0 < timeout_s < _LONGEST_S:
-        raise UsageError(f"timeout_s {timeout_s} is no time that can be waited for.")
+    if process_group is not None:
+        require_timeout("timeout_s", timeout_s)
     group = nullcontext() if process_group is None else joined(process_group, timeout_s)
     with group as peers:
         model = read_model(path)

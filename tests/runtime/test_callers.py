@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from onnxsched_runtime.annotation import write_annotation
-from support.models import annotation_of, fork_join
-from support.ranks import environment
+from support.ranks import run_script
 
 _MAIN_THREAD_ENDS = """
 import sys, threading, time
@@ -55,12 +51,5 @@ print("served")
 
 @pytest.mark.parametrize("script", [_MAIN_THREAD_ENDS, _INTERRUPTED], ids=["ends", "interrupted"])
 def test_a_session_still_runs(script: str, tmp_path: Path) -> None:
-    model = fork_join()
-    write_annotation(model, annotation_of(model, (0, 1)))
-    path = tmp_path / "out.onnx"
-    path.write_bytes(model.SerializeToString())
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(path)],
-        env=environment(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    found = run_script(script, (0, 1), tmp_path)
     assert (found.returncode, found.stdout, found.stderr) == (0, "served\n", "")

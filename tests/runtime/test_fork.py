@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from onnxsched_runtime.annotation import write_annotation
-from support.models import annotation_of, fork_join
-from support.ranks import environment
+from support.ranks import run_script
 
 _SCRIPT = """
 import os, signal, sys
@@ -48,12 +44,5 @@ with onnxsched.load(sys.argv[1]) as session:
 def test_several_streams_are_refused_in_a_fork(
     streams: tuple[int, ...], said: str, tmp_path: Path
 ) -> None:
-    model = fork_join()
-    write_annotation(model, annotation_of(model, streams))
-    path = tmp_path / "out.onnx"
-    path.write_bytes(model.SerializeToString())
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(path)],
-        env=environment(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    found = run_script(_SCRIPT, streams, tmp_path)
     assert (found.returncode, found.stderr, found.stdout) == (0, "", f"{said}\n")

@@ -47,6 +47,23 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
 
 
+def run_script(
+    script: str, streams: Sequence[int], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a script on the path of `fork_join` over some streams, in a process of its own."""
+    from onnxsched_runtime.annotation import write_annotation
+    from support.models import annotation_of, fork_join
+
+    model = fork_join()
+    write_annotation(model, annotation_of(model, streams))
+    path = folder / "out.onnx"
+    path.write_bytes(model.SerializeToString())
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(path)],
+        env=environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
 def run_ranks(
     count: int, *arguments: str, folder: Path | None = None, limit_s: float = 40.0
 ) -> list[Ended]:

@@ -15,7 +15,7 @@ import onnx
 
 from onnxsched_runtime.annotation import fingerprint
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import RankError, UsageError
+from onnxsched_runtime.errors import RankError, UsageError, reason_of
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.executors.threads import ThreadExecutor
 from onnxsched_runtime.group import GlooLinks, Monitor, NcclLinks, Peers
@@ -60,9 +60,8 @@ def joined(process_group: Any, timeout_s: float) -> Iterator[Peers]:
         yield peers
     except BaseException as error:
         if not isinstance(error, RankError):  # else all have been told
-            reason = " ".join(str(error).split()) or type(error).__name__
             with suppress(RankError):
-                peers.fail(f"Rank {peers.rank} failed: {reason}")
+                peers.fail(f"Rank {peers.rank} failed: {reason_of(error)}")
         peers.close()
         raise
 

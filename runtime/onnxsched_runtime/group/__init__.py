@@ -3,7 +3,11 @@
 Nothing else touches torch.distributed.
 """
 
-from onnxsched_runtime.group.binding import joined_process_group, leave_process_group
+from onnxsched_runtime.group.binding import (
+    joined_process_group,
+    leave_process_group,
+    require_timeout,
+)
 from onnxsched_runtime.group.links import GlooLinks, NcclLinks
 from onnxsched_runtime.group.monitor import Monitor
 from onnxsched_runtime.group.peers import Peers
@@ -15,4 +19,5 @@ __all__ = [
     "Peers",
     "joined_process_group",
     "leave_process_group",
+    "require_timeout",
 ]

@@ -17,6 +17,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CAME = "onnxsched/came/"
 """Before the number of a rank, in the store: it has come."""
 _POLL_S = 0.05
+_LONGEST_S = 1e6
 
 
 @functools.cache
@@ -31,6 +32,16 @@ def torch_module() -> Any:
     if not module.distributed.is_available():
         raise UsageError("This torch is built without torch.distributed; install another.")
     return module
+
+
+def require_timeout(name: str, timeout_s: float) -> None:
+    """Check how long others are to be waited for.
+
+    Raises:
+        UsageError: It is no time that has an end.
+    """
+    if not 0 < timeout_s < _LONGEST_S:
+        raise UsageError(f"{name} {timeout_s} is no time that can be waited for.")
 
 
 def joined_process_group(timeout_s: float) -> Any:

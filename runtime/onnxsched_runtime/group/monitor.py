@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
-from onnxsched_runtime.errors import RankError
+from onnxsched_runtime.errors import RankError, reason_of
 from onnxsched_runtime.group.judge import RankState, Sighting, judge
 from onnxsched_runtime.group.peers import Peers
 
@@ -131,7 +131,7 @@ class Monitor:
 
     def fail_with(self, error: BaseException) -> str:
         """End all ranks for what went wrong on this one; returns as `fail`."""
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         is_whole = isinstance(error, RankError)  # a sentence that names a rank already
         return self.fail(reason if is_whole else f"Rank {self._peers.rank} failed: {reason}")
 
