@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.files import read_model, serialized
-from onnxsched_runtime.model import node_reads, subgraphs
+from onnxsched_runtime.model import sources_of, subgraphs
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.tensor import fits_no_memory
 
@@ -42,13 +42,9 @@ def read_valid_model(path: str | Path) -> onnx.ModelProto:
 
 def _sort(graph: onnx.GraphProto) -> None:
     """Put nodes behind what they read from, as ORT does, those of subgraphs included, in place."""
-    writer = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
-    sources = [
-        {writer[name] for name in node_reads(node) if name in writer} for node in graph.node
-    ]
-    places = range(len(sources))
-    order = topological(places, sources)
-    if order != [*places] and len(order) == len(sources):  # else the checker names the circle
+    places = range(len(graph.node))
+    order = topological(places, sources_of(graph.node))
+    if order != [*places] and len(order) == len(places):  # else the checker names the circle
         nodes = [*graph.node]
         del graph.node[:]
         graph.node.extend(nodes[place] for place in order)

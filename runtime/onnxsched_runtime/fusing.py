@@ -12,7 +12,7 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of, node_reads
+from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of, node_reads, sources_of
 from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.pools import may_see_padding_alone
@@ -295,6 +295,4 @@ def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
 
 def _in_order(nodes: Sequence[NodeProto]) -> list[NodeProto]:
     """The nodes, each after those that it reads from, else as they are."""
-    writer = {tensor: number for number, node in enumerate(nodes) for tensor in node.output}
-    sources = [{writer[t] for t in node_reads(node) if t in writer} for node in nodes]
-    return [nodes[number] for number in topological(range(len(nodes)), sources)]
+    return [nodes[number] for number in topological(range(len(nodes)), sources_of(nodes))]

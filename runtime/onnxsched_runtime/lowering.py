@@ -27,6 +27,7 @@ from onnxsched_runtime.model import (
     input_values,
     name_nodes,
     node_reads,
+    sources_of,
 )
 from onnxsched_runtime.moving import moved
 from onnxsched_runtime.naming import new_name
@@ -245,8 +246,7 @@ def _spread(model: onnx.ModelProto, known: Mapping[str, Placement]) -> dict[str,
 
 def _neighbours(nodes: Sequence[onnx.NodeProto]) -> tuple[list[list[int]], list[list[int]]]:
     """For each node those that it reads from, and those that read from it."""
-    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output if tensor}
-    reads = [sorted({writer[t] for t in node_reads(n) if t in writer}) for n in nodes]
+    reads = sources_of(nodes)
     readers: list[list[int]] = [[] for _ in nodes]
     for index, sources in enumerate(reads):
         for source in sources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -100,6 +100,12 @@ def read_instead(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
             node.input[:] = [instead.get(name, name) for name in node.input]
         for body in subgraphs(node):
             read_instead(body, instead)
+
+
+def sources_of(nodes: Sequence[onnx.NodeProto]) -> list[list[int]]:
+    """For each node those of the nodes that it reads from, by their places, each once."""
+    writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output if tensor}
+    return [sorted({writer[t] for t in node_reads(n) if t in writer}) for n in nodes]
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

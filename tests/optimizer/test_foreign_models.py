@@ -135,23 +135,27 @@ def test_an_output_keeps_the_shape_that_it_was_declared_with(tmp_path: Path) -> 
     assert onnx.load(path).graph.output[0] == model.graph.output[0]
 
 
+def branching(kind: str, first: str = "Add(x, x)") -> onnx.ModelProto:
+    """Branches that read what is computed outside of them."""
+    return parsed(
+        f"""({kind}[2,8] x, bool c) => ({kind}[2,8] y) {{
+            m = {first}
+            s = Sigmoid(m)
+            i = If(c) <
+                then_branch = yes () => ({kind}[2,8] u) {{ u = Relu(m) }},
+                else_branch = no () => ({kind}[2,8] v) {{ v = Sigmoid(m) }}
+            >
+            y = Add(i, s)
+        }}"""
+    )
+
+
 @pytest.mark.parametrize("has_weight", [True, False])
 def test_branches_name_their_tensors_apart_from_those_outside(
     has_weight: bool, tmp_path: Path
 ) -> None:
     """ONNX Runtime calls the casts of float16 that it adds alike inside and outside."""
-    first = "MatMul(x, w)" if has_weight else "Add(x, x)"
-    model = parsed(
-        f"""(float16[2,8] x, bool c) => (float16[2,8] y) {{
-            m = {first}
-            s = Sigmoid(m)
-            i = If(c) <
-                then_branch = yes () => (float16[2,8] u) {{ u = Relu(m) }},
-                else_branch = no () => (float16[2,8] v) {{ v = Sigmoid(m) }}
-            >
-            y = Add(i, s)
-        }}"""
-    )
+    model = branching("float16", "MatMul(x, w)" if has_weight else "Add(x, x)")
     if has_weight:
         half = weight(8, 8).astype(np.float16)
         model.graph.initializer.append(numpy_helper.from_array(half, "w"))
@@ -183,17 +187,7 @@ def test_so_do_branches_in_branches(tmp_path: Path) -> None:
 
 
 def test_half_precision_of_a_model_with_branches_can_be_opened(tmp_path: Path) -> None:
-    model = parsed(
-        """(float[2,8] x, bool c) => (float[2,8] y) {
-            m = Add(x, x)
-            s = Sigmoid(m)
-            i = If(c) <
-                then_branch = yes () => (float[2,8] u) { u = Relu(m) },
-                else_branch = no () => (float[2,8] v) { v = Sigmoid(m) }
-            >
-            y = Add(i, s)
-        }"""
-    )
+    model = branching("float")
     path = tmp_path / "out.onnx"
     onnxsched.optimize(
         saved(model, tmp_path), path, device="cpu", cache_dir=None, precision="fp16"
