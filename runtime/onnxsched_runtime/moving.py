@@ -117,6 +117,8 @@ class _Draft:
             self._take_transpose(node)
         elif _fits_concat(node, self.source):
             self._take_concat(node)
+        elif _fits_split(node, self.source):
+            self._take_split(node)
         else:
             self._add(node)
 
@@ -169,6 +171,22 @@ class _Draft:
             parts.append(part)
         self._add(_made("Concat", parts, node.output[0], node.name, axis=axis))
 
+    def _take_split(self, node: NodeProto) -> None:
+        """Cut each piece by itself, so that each can be where it is read.
+
+        ONNX Runtime makes a Split of Slices that leave nothing out.
+        """
+        axis = attributes_of(node).get("axis", 0) % len(
+            self.source.kind_of(node.input[0]).shape or ()
+        )
+        start = 0
+        for number, piece in enumerate(node.output):
+            name = unused_name(f"{node.name}/piece{number}", self.nodes, self.taken)
+            stop = start + (self.source.kind_of(piece).shape or ())[axis]
+            values = {"axis": axis, "start": start, "stop": stop}
+            self._add(_made("Slice", [node.input[0]], piece, name, **values))
+            start = stop
+
     def finished(self) -> ModelSource:
         """The model, and the types of what is left."""
         model = ModelProto()
@@ -188,7 +206,7 @@ def _made(op: str, reads: list[str], writes: str, name: str, **values: Any) -> N
 
 def _flow(node: NodeProto, source: ModelSource, reads: Sequence[str]) -> list[TensorType] | None:
     """The types of what flows through a node; None where something is stored, empty or unknown."""
-    names = [*reads, node.output[0]]
+    names = [*reads, *node.output]
     kinds = [source.tensors.get(name) for name in names]
     known = [kind for kind in kinds if kind is not None and kind.is_static and kind.nbytes]
     is_flow = len(known) == len(names) and not any(map(source.is_weight, reads))
@@ -241,8 +259,18 @@ def _fits_concat(node: NodeProto, source: ModelSource) -> bool:
     """Whether the parts of a Concat are neighbours in memory, and each begins where it may."""
     if node.op_type != "Concat" or (kinds := _flow(node, source, node.input)) is None:
         return False
-    shape = kinds[-1].shape or ()
-    axis = attributes_of(node)["axis"] % len(shape)
-    sizes = [kind.nbytes for kind in kinds[:-1]]
-    is_aligned = all(start % FINEST_NBYTES == 0 for start in accumulate(sizes[:-1]))
-    return len(sizes) > 1 and is_aligned and math.prod(shape[:axis]) == 1
+    return _are_neighbours(kinds[:-1], kinds[-1], attributes_of(node)["axis"])
+
+
+def _fits_split(node: NodeProto, source: ModelSource) -> bool:
+    """Whether the pieces of a Split are neighbours in memory, and each begins where it may."""
+    if node.op_type != "Split" or (kinds := _flow(node, source, node.input[:1])) is None:
+        return False
+    return _are_neighbours(kinds[1:], kinds[0], attributes_of(node).get("axis", 0))
+
+
+def _are_neighbours(parts: Sequence[TensorType], whole: TensorType, axis: int) -> bool:
+    shape = whole.shape or ()
+    starts = accumulate([part.nbytes for part in parts[:-1]])
+    is_aligned = all(start % FINEST_NBYTES == 0 for start in starts)
+    return len(parts) > 1 and is_aligned and math.prod(shape[: axis % len(shape)]) == 1

@@ -38,8 +38,8 @@ def test_a_model_computes_the_same(source: ModelSource) -> None:
     expected, actual = evaluated(source, feeds), evaluated(after, feeds)
     for value in source.model.graph.output:
         np.testing.assert_array_equal(actual[value.name], expected[value.name])
-    for node in after.model.graph.node:
-        assert after.tensors[node.output[0]].shape == actual[node.output[0]].shape
+    for name in [tensor for node in after.model.graph.node for tensor in node.output]:
+        assert after.tensors[name].shape == actual[name].shape
     assert source.model.SerializeToString() == before
 
 
@@ -91,6 +91,30 @@ def test_two_images_have_no_neighbouring_rows() -> None:
     halves = [net.cut("x", 1, start, start + 2) for start in (0, 2)]
     source = net.source(net.add("Concat", halves, axis=1))
     assert kinds(moved(source)) == ["Slice", "Slice", "Concat"]
+
+
+@pytest.mark.parametrize(("images", "is_cut"), [(1, True), (2, False)])
+def test_pieces_that_leave_nothing_out_are_cut_one_by_one(images: int, is_cut: bool) -> None:
+    net = Lowered((images, 5, 4, 4))
+    upper, lower = net.split(net.conv("x", 4), 1, 3, 2)
+    source = net.source(net.conv(upper, 4), net.conv(lower, 4))
+    net.nodes[2].name = f"{net.nodes[1].name}/piece0"  # what one would be called
+    after = moved(fused(source))
+    nodes = [node for node in after.model.graph.node if node.op_type == "Slice"]
+    assert kinds(after)[1:-2] == (["our Slice"] * 2 if is_cut else ["Split"])
+    assert [node.output[0] for node in nodes] == ([upper, lower] if is_cut else [])
+    assert len({node.name for node in after.model.graph.node}) == len(after.model.graph.node)
+    moves = moved_nodes(after)
+    assert [(m.start_nbytes, m.nbytes) for m in moves.values() if isinstance(m, Cut)] == (
+        [(0, 192), (192, 128)] if is_cut else []
+    )
+    assert left_in_place(moves, source.ends) == {node.name for node in nodes}
+
+
+def test_pieces_that_begin_where_no_kernel_may_are_left_to_one_kernel() -> None:
+    net = Lowered((1, 5, 1, 2))
+    net.add("Concat", net.split("x", 1, 1, 2, 2)[::-1], axis=1)
+    assert kinds(moved(net.source(net.nodes[-1].output[0])))[0] == "Split"
 
 
 def test_a_part_that_has_another_place_is_copied() -> None:

@@ -174,12 +174,11 @@ def chain_of(
 
     def run(name: str) -> None:
         node = source.nodes[name]
-        result = computed(node, {t: value(t) for t in node_reads(node)}).astype(np.float32)
-        written = node.output[0]
-        if written in place:
-            at(place[written], written)[...] = result
-        else:
-            inside[written] = result
+        for written, result in computed(node, {t: value(t) for t in node_reads(node)}).items():
+            if written in place:
+                at(place[written], written)[...] = result
+            else:
+                inside[written] = result.astype(np.float32)
 
     for number, index in enumerate(lane.segments):
         for name in plan.segments[index].nodes:

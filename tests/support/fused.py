@@ -46,13 +46,17 @@ class Lowered:
     def add(self, op: str, inputs: Sequence[str], domain: str = "", **attributes: Any) -> str:
         """An operator; returns what it writes."""
         name = f"t{len(self.nodes)}"
-        node = helper.make_node(op, inputs, [name], f"{op}_{name}", domain=domain, **attributes)
-        known: dict[str, Array] = {
-            t: np.zeros(self.shapes[t]) for t in inputs if t in self.shapes
-        } | {weight.name: numpy_helper.to_array(weight) for weight in self.weights}
-        self.shapes[name] = computed(node, known).shape
-        self.nodes.append(node)
+        self._append(
+            helper.make_node(op, inputs, [name], f"{op}_{name}", domain=domain, **attributes)
+        )
         return name
+
+    def _append(self, node: onnx.NodeProto) -> None:
+        known: dict[str, Array] = {
+            t: np.zeros(self.shapes[t]) for t in node.input if t in self.shapes
+        } | {weight.name: numpy_helper.to_array(weight) for weight in self.weights}
+        self.shapes |= {name: array.shape for name, array in computed(node, known).items()}
+        self.nodes.append(node)
 
     def conv(
         self,
@@ -88,6 +92,15 @@ class Lowered:
             self.weights.append(numpy_helper.from_array(np.array([value], np.int64), name))
         return self.add("Slice", [tensor, *names])
 
+    def split(self, tensor: str, axis: int, *counts: int) -> list[str]:
+        """All of a tensor, in pieces; returns their names."""
+        name, sizes = f"t{len(self.nodes)}", f"sizes{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.array(counts, np.int64), sizes))
+        pieces = [f"{name}_{number}" for number in range(len(counts))]
+        node = helper.make_node("Split", [tensor, sizes], pieces, f"Split_{name}", axis=axis)
+        self._append(node)
+        return pieces
+
     def source(self, *outputs: str) -> ModelSource:
         """The model, as `lower` hands it on."""
 
@@ -115,8 +128,7 @@ def evaluated(source: ModelSource, feeds: Mapping[str, Array]) -> dict[str, Arra
     values = {weight.name: numpy_helper.to_array(weight) for weight in graph.initializer}
     values |= {name: array.astype(np.float64) for name, array in feeds.items()}
     for node in graph.node:
-        (name,) = node.output
-        values[name] = computed(node, values)
+        values |= computed(node, values)
     return values
 
 
@@ -129,11 +141,16 @@ def outputs_of(source: ModelSource, feeds: Mapping[str, Array]) -> list[Array]:
     ]
 
 
-def computed(node: onnx.NodeProto, values: Mapping[str, Array]) -> Array:
+def computed(node: onnx.NodeProto, values: Mapping[str, Array]) -> dict[str, Array]:
     """What one node writes."""
     reads = [values[name] if name else None for name in node.input]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    return _OPERATORS[node.domain, node.op_type](*reads, **attributes)
+    if node.op_type == "Split":
+        tensor, sizes = (read for read in reads if read is not None)
+        pieces = np.split(tensor, np.cumsum(sizes)[:-1], attributes["axis"])
+        return dict(zip(node.output, pieces, strict=True))
+    (name,) = node.output
+    return {name: _OPERATORS[node.domain, node.op_type](*reads, **attributes)}
 
 
 def convolved(
@@ -273,7 +290,7 @@ def lowered_models(draw: DrawFn, max_steps: int = 7, *, on_cpu: bool = False) ->
     shape = (draw(st.integers(1, 2)), draw(st.integers(2, 4)), draw(st.integers(2, 4)), 2)
     lowered = Lowered(shape, draw(st.integers(0, 2**32)))
     kinds = ["conv", "relu", "add", "concat", "sum", "sum", "inception", "inception", "reshape"]
-    kinds += ["pool", "pool", "rows", "bands", "bands", "other order"] + (
+    kinds += ["pool", "pool", "rows", "split", "bands", "bands", "other order"] + (
         [] if on_cpu else ["grouped", "other form"]
     )
     for _ in range(draw(st.integers(1, max_steps))):
@@ -344,6 +361,12 @@ def _grow(draw: DrawFn, lowered: Lowered, kind: str) -> None:
             axis = draw(st.sampled_from([1, 1, 2]))
             stop = draw(st.integers(start + 1, height)) if axis == 1 else width
             lowered.cut(image, axis, start if axis == 1 else 0, stop)
+        case "split" if height > 1:
+            first = draw(st.integers(1, height - 1))
+            pieces = lowered.split(image, 1, first, height - first)
+            if draw(st.booleans()):
+                pieces = [conv(piece) for piece in pieces]
+            lowered.add("Concat", draw(st.permutations(pieces)), axis=1)
         case "bands":
             parts = [draw(recent) for _ in range(draw(st.integers(1, 2)))]
             parts = [t for t in parts if lowered.shapes[t][2:] == (width, count)] + [image]
