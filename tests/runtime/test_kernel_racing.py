@@ -107,6 +107,47 @@ def test_the_plain_kernel_of_a_pool_is_proposed_first_and_of_nothing_else(
     fused_kernels.propose_kernels.cache_clear()
 
 
+def test_an_engine_that_divides_the_work_of_a_pool_is_proposed_in_other_forms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_form: Kernel = ((2,), (17, 1), (24, 8))
+    monkeypatch.setattr(fused_kernels, "_proposed", lambda *_: [with_form, ((3,), (17, 1))])
+    monkeypatch.setattr(fused_kernels, "_described", lambda config: config)
+    monkeypatch.setattr(fused_kernels, "current_device", lambda device: nullcontext())
+    fused_kernels.propose_kernels.cache_clear()
+    proposed = fused_kernels.propose_kernels(POOL, GPU)
+    assert proposed[:3] == (PLAIN, with_form, ((3,), (17, 1)))
+    forms = {form for _, _, (_, form) in proposed[3:]}
+    assert len(forms - {8}) == len(proposed[3:]) > 1
+    assert proposed[3:] == tuple(((2,), (17, 1), (24, form)) for _, _, (_, form) in proposed[3:])
+    assert len(fused_kernels.propose_kernels(DENSE, GPU)) == 2
+    fused_kernels.propose_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(("us", "tried"), [(9.0, [0, 1, 1, 1]), (11.0, [0, 1])])
+def test_an_engine_that_is_hopeless_for_a_pool_is_not_tried_in_other_forms(
+    us: float, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: list[Kernel] = [((0,),), *(((1,), (24, form)) for form in (8, 34, 11))]
+    seen: list[int] = []
+
+    def timed(built: Built, *_: Any) -> float:
+        ((engine,), *_rest) = built.kernel
+        seen.append(engine)
+        return us if engine else 5.0
+
+    monkeypatch.setattr(racing, "propose_kernels", lambda what, device: kernels)
+    monkeypatch.setattr(racing, "build_kernel", Built)
+    monkeypatch.setattr(racing, "DeviceMemory", FakeMemory)
+    monkeypatch.setattr(racing, "_time_us", timed)
+    for what, expected in ((POOL, tried), (DENSE, [0, 1, 1, 1])):
+        seen.clear()
+        racing.fastest_kernel.cache_clear()
+        assert racing.fastest_kernel(what, GPU) == ((0,),)
+        assert seen == expected
+    racing.fastest_kernel.cache_clear()
+
+
 def test_there_may_be_none(race: Race) -> None:
     assert race(DENSE, [None, None]) is None
     assert race(DENSE, []) is None

@@ -45,9 +45,10 @@ _CLEARLY = 0.97
 def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
     """The fastest of those that cuDNN proposes first; None if it has none, or no room to try any.
 
-    Measured once a process.
+    Measured once a process. An engine that is hopeless for a pool in one form is so in others.
     """
     best: tuple[float, Kernel, FusedKernel | PlainPool] | None = None
+    hopeless: set[tuple[int, ...]] = set()
     tried = 0
     with ExitStack() as stack:
         try:
@@ -57,6 +58,8 @@ def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
         for kernel in propose_kernels(what, device):
             if tried == (1 if _is_grouped(what) else _TRIED_COUNT):
                 break
+            if isinstance(what, Pool) and kernel[0] in hopeless:
+                continue
             most_us = math.inf if best is None else _HOPELESS * best[0]
             try:
                 built = build_kernel(what, kernel, device)
@@ -64,6 +67,8 @@ def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
             except OnnxschedError:
                 continue
             tried += 1
+            if us > most_us:
+                hopeless.add(kernel[0])
             if best is None or us < _CLEARLY * best[0]:
                 best = us, kernel, built
     if best is None:
