@@ -33,7 +33,8 @@ _MOST_CONFIGS, _MOST_KNOBS, _MOST_NOTES = 24, 64, 16
 _MOST_WORKSPACE_NBYTES = 32 << 20
 _FORM_KNOB, _FORMS_OF_POOLS = 24, (34, 11, 3)
 """An engine that divides work in many forms proposes one. Of 43 for two pools of 32 images, these
-are unlike each other, compile soon, and the best takes two thirds of the time of that."""
+are unlike each other, compile soon, and the best takes two thirds of the time of that; for one
+image, a quarter."""
 
 
 @functools.cache
@@ -56,6 +57,12 @@ def propose_kernels(what: Computed, device: Device) -> tuple[Kernel, ...]:
     if isinstance(what, Pool):
         found |= dict.fromkeys([form for kernel in found for form in _other_forms(kernel)])
     return tuple(found)
+
+
+def is_other_form(what: Computed, kernel: Kernel) -> bool:
+    """Whether a kernel is not cuDNN's own proposal, but one in another form."""
+    forms = {(_FORM_KNOB, form) for form in _FORMS_OF_POOLS}
+    return isinstance(what, Pool) and not forms.isdisjoint(kernel[1:])
 
 
 def _other_forms(kernel: Kernel) -> Iterator[Kernel]:

@@ -17,6 +17,7 @@ from onnxsched_runtime.cuda.buffers import DeviceMemory
 from onnxsched_runtime.cuda.fused_kernels import (
     FusedKernel,
     build_kernel,
+    is_other_form,
     keep_kernel,
     propose_kernels,
 )
@@ -37,6 +38,8 @@ _ALIGNMENT_NBYTES = 256
 _DRAWN_COUNT = 1 << 20
 _HOPELESS = 2.0
 """Nothing so much slower in the first sample needs more; some take milliseconds."""
+_LEAST_US = 5.5
+"""No pool in another form took less, however small it was."""
 _CLEARLY = 0.97
 """What is chosen over an earlier one is faster by more than noise."""
 
@@ -45,10 +48,9 @@ _CLEARLY = 0.97
 def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
     """The fastest of those that cuDNN proposes first; None if it has none, or no room to try any.
 
-    Measured once a process. An engine that is hopeless for a pool in one form is so in others.
+    Measured once a process.
     """
     best: tuple[float, Kernel, FusedKernel | PlainPool] | None = None
-    hopeless: set[tuple[int, ...]] = set()
     tried = 0
     with ExitStack() as stack:
         try:
@@ -58,7 +60,7 @@ def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
         for kernel in propose_kernels(what, device):
             if tried == (1 if _is_grouped(what) else _TRIED_COUNT):
                 break
-            if isinstance(what, Pool) and kernel[0] in hopeless:
+            if best is not None and best[0] < _LEAST_US and is_other_form(what, kernel):
                 continue
             most_us = math.inf if best is None else _HOPELESS * best[0]
             try:
@@ -67,8 +69,6 @@ def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
             except OnnxschedError:
                 continue
             tried += 1
-            if us > most_us:
-                hopeless.add(kernel[0])
             if best is None or us < _CLEARLY * best[0]:
                 best = us, kernel, built
     if best is None:
