@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsched_runtime import distributed
 from onnxsched_runtime.annotation import write_annotation
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.distributed import command as commands
+from onnxsched_runtime.distributed import run
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.group import joined_process_group
 from onnxsched_runtime.load import load
@@ -53,7 +53,7 @@ def assert_all_end(ended: list[Ended], sentence: str, *, but: int | None = None)
 @pytest.mark.parametrize("text", ["x", "=x.npy", "x=", ""])
 def test_an_input_that_is_no_pair_is_shown_as_it_was_given(text: str, path: Path) -> None:
     with load(path) as session, pytest.raises(UsageError) as caught:
-        distributed._feeds(session, [text])
+        commands._feeds(session, [text])
     assert str(caught.value) == f"--input {text} can't be read: write NAME=FILE.npy."
 
 
@@ -102,31 +102,24 @@ def test_what_cannot_end_well_is_refused_first(
     options: tuple[str, ...],
     sentence: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(distributed, "_voice", threading.Lock())
-    monkeypatch.setattr(distributed, "joined_process_group", pytest.fail)
-    assert distributed.main(["none.onnx", *options]) == 2
-    assert sentence in capsys.readouterr().err
+    monkeypatch.setattr(commands, "joined_process_group", pytest.fail)
+    code, said = run(["none.onnx", *options], [])
+    assert code == 2
+    assert sentence in said
 
 
 def test_only_the_first_rank_needs_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    distributed._parsed(["none.onnx", "--json", "none/result.json"])
+    commands._parsed(["none.onnx", "--json", "none/result.json"])
 
 
-def test_what_is_unforeseen_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_unforeseen_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def joined(timeout_s: float) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr(distributed, "_voice", threading.Lock())
-    monkeypatch.setattr(distributed, "joined_process_group", joined)
-    assert distributed.main(["none.onnx"]) == 1
-    assert capsys.readouterr().err == (
-        "onnxsched: Unforeseen KeyError: 'planted'; please report it.\n"
-    )
+    monkeypatch.setattr(commands, "joined_process_group", joined)
+    assert run(["none.onnx"], []) == (1, "Unforeseen KeyError: 'planted'; please report it.")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +148,7 @@ def test_all_hear_what_rank_0_lacks(path: Path) -> None:
 
 def test_every_kind_of_value_is_described() -> None:
     values = [np.zeros((2, 3), np.float32), {"a": 1.0, "b": 2.0}, None, [np.int64(1)]]
-    assert distributed._described(values) == ["float32[2, 3]", "map[2]", "nothing", ["int64[]"]]
+    assert commands._described(values) == ["float32[2, 3]", "map[2]", "nothing", ["int64[]"]]
 
 
 @pytest.mark.timeout(120, method="thread")
@@ -217,14 +210,6 @@ def test_all_end_when_the_one_with_the_store_is_stopped(path: Path) -> None:
         "does not answer."
     )
     assert_all_end(ended, sentence, but=0)
-
-
-def test_who_is_asked_to_end_while_it_loads_says_so(path: Path) -> None:
-    ended = command(2, path, "SIGTERM@1", "--timeout", "4")
-    assert [process.code for process in ended] == [1, 1]
-    own = "Rank 1 was asked to end (SIGTERM) while it loaded the model; another may have ended."
-    assert ended[1].stderr == f"onnxsched: {own}\n"
-    assert ended[0].stderr == "onnxsched: Rank 1 has not come within 4 s.\n"
 
 
 def test_groups_of_some_and_of_all_take_turns(path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from onnxsched_runtime.arguments import zeros
 from onnxsched_runtime.device import Device, DeviceKind
@@ -163,7 +163,7 @@ def _spoil(kind: str) -> None:
         nonlocal run_count
         run_count += 1
         if run_count > 2:
-            if kind in ("SIGKILL", "SIGSTOP"):
+            if kind.startswith("SIG"):
                 os.kill(os.getpid(), signal.Signals[kind])
             elif kind == "hang":
                 threading.Event().wait()
@@ -190,9 +190,9 @@ def _spoil(kind: str) -> None:
         GlooLinks.__init__ = die  # type: ignore[assignment,method-assign]
     elif kind == "version":
         ranks.own_version = lambda: "0.0.7"
-    elif kind in ("load", "unforeseen", "SIGTERM"):
+    elif kind in ("load", "unforeseen", "asked"):
         module: Any = import_module("onnxsched_runtime.load")
-        instead = {"load": refuse, "unforeseen": break_down, "SIGTERM": wait_to_end}
+        instead = {"load": refuse, "unforeseen": break_down, "asked": wait_to_end}
         module.lowered_source = instead[kind]
     else:
         OrtSession.run = run  # type: ignore[assignment,method-assign]
@@ -248,13 +248,14 @@ def _run_again(path: str) -> None:
     print("kept few", min(open_counts[-2:]) - open_counts[0] < 9)  # else three a load
 
 
-def _run_command(spoiler: str, arguments: Sequence[str]) -> int:
+def _run_command(spoiler: str, arguments: Sequence[str]) -> NoReturn:
     from onnxsched_runtime import distributed
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
     kind, _, rank = spoiler.partition("@")
     if rank == os.environ["RANK"]:
         _spoil(kind)
-    return distributed.main(arguments)
+    distributed.main(arguments)
 
 
 if __name__ == "__main__":
@@ -265,4 +266,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "groups":
         _run_groups(sys.argv[2])
     else:
-        sys.exit(_run_command(sys.argv[2], sys.argv[3:]))
+        _run_command(sys.argv[2], sys.argv[3:])

@@ -4,6 +4,7 @@ Nothing else touches torch.distributed.
 """
 
 from onnxsched_runtime.group.binding import (
+    heard_by_others,
     joined_process_group,
     leave_process_group,
     require_timeout,
@@ -17,6 +18,7 @@ __all__ = [
     "Monitor",
     "NcclLinks",
     "Peers",
+    "heard_by_others",
     "joined_process_group",
     "leave_process_group",
     "require_timeout",

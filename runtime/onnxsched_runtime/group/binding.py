@@ -6,7 +6,8 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CAME = "onnxsched/came/"
 """Before the number of a rank, in the store: it has come."""
 _POLL_S = 0.05
+_HEARING_S = 1.0
 _LONGEST_S = 1e6
 
 
@@ -90,11 +92,10 @@ def _store_of_all(rank: int, size: int, timeout_s: float) -> Any:
 
     torch's own way there waits for them too, but can't say who is missing.
     """
-    is_kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = torch_module().distributed.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not is_kept_by_launcher,
+        is_master=_keeps_store(rank),
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
@@ -111,10 +112,28 @@ def _store_of_all(rank: int, size: int, timeout_s: float) -> Any:
     return store
 
 
+def _keeps_store(rank: int) -> bool:
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def _not_all(rank: int, missing: Sequence[int], when: str) -> RankError:
     names = ", ".join(map(str, missing))
     ranks = "rank" if len(missing) == 1 else "ranks"
     return RankError(f"Rank {rank} can't join the others: {ranks} {names} did not come {when}.")
+
+
+@contextmanager
+def heard_by_others() -> Iterator[None]:
+    """What goes wrong within leaves the others time to read why all must end.
+
+    That is in the store, which may end with this process; each rank looks every half second.
+    """
+    try:
+        yield
+    except BaseException:
+        if _keeps_store(int(os.environ["RANK"])):
+            time.sleep(_HEARING_S)
+        raise
 
 
 def leave_process_group() -> None:

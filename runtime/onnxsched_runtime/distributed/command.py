@@ -1,17 +1,11 @@
-"""`torchrun --nproc-per-node N -m onnxsched_runtime.distributed MODEL`: one schedule, N processes.
-
-Rank 0 has the inputs, the outputs and the result; the others only say what goes wrong.
-"""
+"""What each process does: join the others, load its part, run it, and report on rank 0."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import signal
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,52 +15,52 @@ import numpy as np
 
 from onnxsched_runtime.arguments import zeros
 from onnxsched_runtime.arrays import input_files, read_array, write_arrays
-from onnxsched_runtime.errors import OnnxschedError, UsageError, unforeseen
+from onnxsched_runtime.distributed.ending import end_with_the_others, raise_when_interrupted
+from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.executors.ranks import RankExecutor
 from onnxsched_runtime.files import require_target, written_whole
-from onnxsched_runtime.group import joined_process_group, leave_process_group, require_timeout
+from onnxsched_runtime.group import (
+    heard_by_others,
+    joined_process_group,
+    leave_process_group,
+    require_timeout,
+)
 from onnxsched_runtime.load import Session, load
 
-_GRACE_S = 2.0
-"""For a process to end by itself when all must; then it is ended."""
-_POLL_S = 0.02
 _WARM_UP_COUNT = 10
-_voice = threading.Lock()
-"""Whoever takes it says why this process ends; nobody gives it back."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as one process of several; returns the exit code."""
+def obey(arguments: Sequence[str], held: list[RankExecutor]) -> None:
+    """Run as one process of several.
+
+    Args:
+        arguments: Of the command line.
+        held: Filled with what it runs, once that is loaded.
+
+    Raises:
+        OnnxschedError: What this process can't do, or why all must end.
+    """
+    options = _parsed(arguments)
     result = None
-    held: list[RankExecutor] = []
-    try:
-        options = _parsed(arguments)
-        _end_when_asked(held)
-        group = joined_process_group(options.timeout)
-        with load(options.model, process_group=group, timeout_s=options.timeout) as session:
-            executor = session.executor
-            assert isinstance(executor, RankExecutor)
-            held.append(executor)
-            _end_with_the_others(executor)
-            with executor.telling():
-                if executor.rank == 0:
-                    result = _run(session, options)
-                else:
-                    _assist(session, options)
-        leave_process_group()
-        if result is not None:
-            _report(result, options.json)
-            print(end="", flush=True)  # stdout may be full, or closed
-    except OnnxschedError as error:
-        _say(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say("Interrupted.")
-        return 130
-    except Exception as error:
-        _say(unforeseen(error))
-        return 1
-    return 0
+    group = joined_process_group(options.timeout)
+    raise_when_interrupted()
+    with (
+        heard_by_others(),
+        load(options.model, process_group=group, timeout_s=options.timeout) as session,
+    ):
+        executor = session.executor
+        assert isinstance(executor, RankExecutor)
+        held.append(executor)
+        end_with_the_others(executor)
+        with executor.telling():
+            if executor.rank == 0:
+                result = _run(session, options)
+            else:
+                _assist(session, options)
+    leave_process_group()
+    if result is not None:
+        _report(result, options.json)
+        print(end="", flush=True)  # stdout may be full, or closed
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -166,56 +160,3 @@ def _report(result: Mapping[str, Any], target: str | None) -> None:
     if samples := result["latency_us"]:
         median_us = statistics.median(samples)
         print(f"{median_us:.0f} us, the median of {len(samples)} runs in {count} processes")
-
-
-def _end_when_asked(held: Sequence[RankExecutor]) -> None:
-    """End this process soon after a SIGTERM, with the reason if there is one by then.
-
-    A launcher that sees one process end asks the others to at once, mostly before they have found
-    out why.
-
-    Args:
-        held: What it runs, once that is loaded.
-    """
-
-    def find_out() -> None:
-        end = time.monotonic() + _GRACE_S
-        while time.monotonic() < end and not any(executor.failed.is_set() for executor in held):
-            time.sleep(_POLL_S)
-        rank = os.environ.get("RANK", "0")
-        when = "" if held else " while it loaded the model; another may have ended"
-        _end(held, f"Rank {rank} was asked to end (SIGTERM){when}.")
-
-    def asked(*_: object) -> None:
-        threading.Thread(target=find_out, daemon=True).start()
-
-    signal.signal(signal.SIGTERM, asked)
-
-
-def _end_with_the_others(executor: RankExecutor) -> None:
-    """End this process when all must, even in the middle of what can't be interrupted."""
-
-    def watch() -> None:
-        executor.failed.wait()
-        time.sleep(_GRACE_S)
-        _end([executor], "All processes must end.")
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _end(held: Sequence[RankExecutor], sentence: str) -> None:
-    verdicts = [executor.verdict for executor in held if executor.verdict]
-    _say(verdicts[0] if verdicts else sentence)
-    sys.stdout.flush()
-    os._exit(1)
-
-
-def _say(sentence: str) -> None:
-    if _voice.acquire(blocking=False):
-        print(f"onnxsched: {sentence}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    exit_code = main()
-    if exit_code:  # else a launcher's SIGTERM, or a thread that is stuck, might have its way
-        os._exit(exit_code)
