@@ -9,12 +9,11 @@ from onnxsched.contraction import Contraction, contract_cost, expand, settled
 from onnxsched.cost import CostModel
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
-from onnxsched.memory import too_full
 from onnxsched.policies import POLICIES, SPREADING
 from onnxsched.policies.ios import GROUP_COUNT
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError
 
 STREAM_COUNTS = (2, 3, 4, 6, 8, 12, 16, 32)
 """Tried up to the cap: more is not better, and which count is best depends on the model."""
@@ -67,17 +66,13 @@ def propose(
     for policy, tried in _questions(machine, policies):
         try:
             made = POLICIES[policy](contraction.graph, chain_cost, tried)
-        except ScheduleError:
-            if not tried.is_limited:
-                raise
-            continue
-        contracted = settled(contraction, made)
-        shape = contracted.shape
-        if shape in found:
-            continue
-        schedule = expand(contraction, contracted)
-        check_schedule(graph, replace(tried, memory_nbytes={}), schedule)
-        if too_full(graph, tried, [s.operator for s in schedule.slots], schedule.placement_of):
+            contracted = settled(contraction, made)
+            shape = contracted.shape
+            if shape in found:
+                continue
+            schedule = expand(contraction, contracted)
+            check_schedule(graph, tried, schedule)
+        except RoomError:
             continue
         predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
         found[shape] = Candidate(policy, schedule, contracted, predicted_us)

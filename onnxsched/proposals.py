@@ -29,7 +29,7 @@ from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.seeding import band_schedule
 from onnxsched.simulate import simulate
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError
 from onnxsched_runtime.lowering import origins
 
 _LEAST_GAIN = 0.03
@@ -199,7 +199,7 @@ def _candidates(
 def _bands(
     graph: OperatorGraph, contraction: Contraction, cost: TableCost, machine: Machine
 ) -> tuple[Candidate, ...]:
-    """The schedule that gives each band of rows a device of its own, where there are bands."""
+    """The schedule that gives each band a device of its own, where there are bands and room."""
     chain_cost = contract_cost(contraction, cost)
     try:
         made = band_schedule(contraction.graph, chain_cost, machine)
@@ -208,7 +208,7 @@ def _bands(
         contracted = settled(contraction, made)
         schedule = expand(contraction, contracted)
         check_schedule(graph, machine, schedule)
-    except ScheduleError:  # no room
+    except RoomError:
         return ()
     predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
     return (Candidate("bands", schedule, contracted, predicted_us),)

@@ -10,7 +10,7 @@ from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError, ScheduleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ def check_schedule(graph: OperatorGraph, machine: Machine, schedule: Schedule) -
     reads from; and no device has to hold more than its memory. O(operators + edges).
 
     Raises:
-        ScheduleError: names the first operator that breaks a law, or the device that is too full.
+        RoomError: Only the last law is broken; names the device that is too full.
+        ScheduleError: Names the first operator that breaks another.
     """
     names = [operator.name for operator in graph.operators]
     allowed = set(machine.placements)
@@ -97,4 +98,4 @@ def check_schedule(graph: OperatorGraph, machine: Machine, schedule: Schedule) -
             raise ScheduleError(f"Operator '{name}' is never launched.")
     order = [slot.operator for slot in schedule.slots]
     if lack := too_full(graph, machine, order, schedule.placement_of):
-        raise ScheduleError(lack)
+        raise RoomError(lack)

@@ -31,7 +31,7 @@ def band_schedule(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Sc
         machine: Devices and streams; of more bands than devices several share one.
 
     Raises:
-        ScheduleError: The model does not fit into the devices' memory.
+        RoomError: The model does not fit into the devices' memory.
     """
     bands = [band_of(operator.name) for operator in graph.operators]
     if len(machine.devices) < 2 or all(band is None for band in bands):

@@ -11,7 +11,7 @@ from onnxsched.memory import too_full
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import simulate
 from onnxsched_runtime.device import Placement
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError
 
 
 def shortest(
@@ -31,7 +31,7 @@ def shortest(
         proposals: Valid but for their memory; None where a policy found no room.
 
     Raises:
-        ScheduleError: The model does not fit.
+        RoomError: The model does not fit.
     """
     fitting = [p for p in proposals if p is not None and _fits(graph, machine, p)]
     if not fitting:
@@ -49,7 +49,7 @@ def spread(graph: OperatorGraph, machine: Machine) -> Schedule:
     so what fits on one device fits here. O((operators + edges) * devices).
 
     Raises:
-        ScheduleError: Not everything fits.
+        RoomError: Not everything fits.
     """
     slots: list[Slot] = []
     for device in sorted(machine.devices, key=machine.room_nbytes, reverse=True):
@@ -57,7 +57,7 @@ def spread(graph: OperatorGraph, machine: Machine) -> Schedule:
         slots += [Slot(v, Placement(device, 0)) for v in range(len(slots), end)]
     if len(slots) < len(graph):
         rooms = ", ".join(f"{d} with {machine.room_nbytes(d)} bytes" for d in machine.devices)
-        raise ScheduleError(
+        raise RoomError(
             f"The model does not fit into the memory of {rooms}: no device has room for operator "
             f"'{graph.operators[len(slots)].name}' and those after it; use more devices, "
             "or smaller inputs."

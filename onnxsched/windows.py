@@ -52,7 +52,7 @@ def hierarchical(
         width: Operators in a window.
 
     Raises:
-        ScheduleError: The model does not fit into the devices' memory.
+        RoomError: The model does not fit into the devices' memory.
     """
     [alone] = machine.alone.devices
     by_rank = rank_order(upward_ranks_us(graph, cost, alone))

@@ -31,7 +31,7 @@ def heft(graph: OperatorGraph, cost: CostModel, machine: Machine) -> Schedule:
     of both.
 
     Raises:
-        ScheduleError: The model does not fit into the devices' memory.
+        RoomError: The model does not fit into the devices' memory.
     """
     proposals = [earliest_finish(graph, cost, replace(machine.alone, memory_nbytes={}))]
     if len(machine.devices) > 1:

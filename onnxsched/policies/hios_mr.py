@@ -30,7 +30,7 @@ def hios_mr(
         window: Operators of a device among which those that start together are looked for.
 
     Raises:
-        ScheduleError: The model does not fit into the devices' memory.
+        RoomError: The model does not fit into the devices' memory.
     """
     order = rank_order(upward_ranks_us(graph, cost, *machine.devices))
     number_of = record_mappings(graph, cost, machine, order)

@@ -20,7 +20,7 @@ from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import tasks_on
 from onnxsched.spreading import spread
 from onnxsched.steps import Arrangement, neighbour
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError
 
 WORK_LIMIT = 300_000
 """Operators that local search simulates in all: a second or two on one device, and some more on
@@ -56,16 +56,16 @@ def search(
     `WORK_LIMIT` operators, for all devices, and once for one.
 
     Raises:
-        ScheduleError: The model does not fit into the devices' memory.
+        RoomError: The model does not fit into the devices' memory.
     """
     problem = _Problem.of(graph, cost, machine)
     found: list[Arrangement] = [([*range(len(graph))], [0] * len(graph))]
     for start in starts if len(graph) <= LARGEST else starts[:1]:
-        with suppress(ScheduleError):  # It may find no room where another does.
+        with suppress(RoomError):  # It may find no room where another does.
             made = start(graph, cost, machine)
             found += [] if made is None else [problem.arrangement(made)]
     if len(machine.devices) > 1:
-        with suppress(ScheduleError):  # One device may be too small.
+        with suppress(RoomError):  # One device may be too small.
             alone = search(graph, cost, machine.alone, starts=starts)
             found.append(problem.arrangement(alone))
     contention = cost.contention

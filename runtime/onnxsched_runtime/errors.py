@@ -8,6 +8,7 @@
     │   └── AnnotationError            5   no schedule, or another model's schedule
     ├── SlowerError                    6   a benchmark below its required ratio
     ├── ScheduleError                  1   a policy broke a law: our bug, never the user's
+    │   └── RoomError              1   a schedule that the devices' memory does not hold
     ├── PlanError                      1   a plan broke a law: our bug, never the user's
     ├── RunError                       1   an operator failed on the values it was given
     ├── CaptureError                   1   CUDA or ORT refused a graph capture
@@ -72,6 +73,10 @@ class SlowerError(OnnxschedError):
 
 class ScheduleError(OnnxschedError):
     """A schedule broke a law of `check_schedule`."""
+
+
+class RoomError(ScheduleError):
+    """The devices' memory does not hold a schedule, or a model in any way that was tried."""
 
 
 class PlanError(OnnxschedError):

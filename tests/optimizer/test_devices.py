@@ -14,7 +14,7 @@ from onnxsched.memory import too_full
 from onnxsched.policies import POLICIES, SPREADING
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import critical_path_us, simulate, total_us
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError
 from support.graphs import durations, graph_of, linear
 from support.strategies import DEVICES, GPU, device_problems
 
@@ -25,7 +25,7 @@ def answer(name: str, problem: Problem) -> Schedule | None:
     """The policy's schedule; None where the policy finds that the model does not fit."""
     try:
         return POLICIES[name](*problem)
-    except ScheduleError:
+    except RoomError:
         return None
 
 

@@ -19,7 +19,7 @@ from onnxsched.policies import POLICIES, SPREADING
 from onnxsched.schedule import Schedule, Slot, check_schedule
 from onnxsched.spreading import spread
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError
 from support.graphs import durations
 from support.strategies import DEVICES, device_problems, machines, weighty_graphs
 
@@ -150,7 +150,7 @@ def test_shared_weights_count_once_and_tensors_until_they_are_read() -> None:
 def test_a_schedule_that_needs_too_much_is_refused() -> None:
     one = Schedule(tuple(Slot(v, Placement(DEVICES[0], 0)) for v in range(6)))
     check_schedule(tower(), limited(1, 420), one)
-    with pytest.raises(ScheduleError, match="up to 420 bytes on cuda:0, which has 419"):
+    with pytest.raises(RoomError, match="up to 420 bytes on cuda:0, which has 419"):
         check_schedule(tower(), limited(1, 419), one)
 
 
@@ -167,7 +167,7 @@ def test_a_model_too_large_for_one_device_is_spread(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPREADING)
 def test_a_model_too_large_for_all_devices_is_refused_in_a_sentence(name: str) -> None:
-    with pytest.raises(ScheduleError, match="does not fit into the memory of cuda:0 with 99 b"):
+    with pytest.raises(RoomError, match="does not fit into the memory of cuda:0 with 99 b"):
         POLICIES[name](tower(), durations(*[4.0] * 6), limited(3, 99))
 
 
@@ -178,7 +178,7 @@ def test_spreading_fills_one_device_exactly(graph: OperatorGraph) -> None:
     nbytes = needs(graph, in_order).get(DEVICES[0], 0)
     assert spread(graph, limited(1, nbytes)) == in_order
     if nbytes:
-        with pytest.raises(ScheduleError):
+        with pytest.raises(RoomError):
             spread(graph, limited(1, nbytes - 1))
 
 
@@ -197,7 +197,7 @@ def test_what_is_spread_fits(graph: OperatorGraph, nbytes: int, count: int) -> N
     machine = limited(count, nbytes)
     try:
         schedule = spread(graph, machine)
-    except ScheduleError:
+    except RoomError:
         return
     check_schedule(graph, machine, schedule)
 
@@ -210,7 +210,7 @@ def test_one_device_holds_what_its_one_stream_may_hold(
     one_stream = POLICIES["sequential"](graph, cost, machine)
     try:
         check_schedule(graph, machine, one_stream)
-    except ScheduleError:
+    except RoomError:
         assert not fits_on_first(graph, machine)
     else:
         assert fits_on_first(graph, machine)

@@ -9,16 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from onnxsched.contraction import contract_chains, contract_cost, expand
+from onnxsched import proposals
+from onnxsched.candidates import propose
+from onnxsched.contraction import contract_chains, contract_cost, expand, uncontracted
 from onnxsched.cost import TableCost
 from onnxsched.graph import Operator, OperatorGraph, Weight
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
 from onnxsched.policies import POLICIES
-from onnxsched.schedule import check_schedule
+from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.seeding import band_of, band_schedule
 from onnxsched.simulate import simulate
-from onnxsched_runtime.errors import ScheduleError
+from onnxsched_runtime.errors import RoomError, ScheduleError
 from support.graphs import durations, graph_of
 from support.strategies import DEVICES, device_problems
 
@@ -46,7 +48,7 @@ def test_each_band_is_on_its_device_and_the_schedule_is_valid(problem: Problem) 
     bands = [band_of(operator.name) for operator in graph.operators]
     try:
         schedule = band_schedule(graph, cost, machine)
-    except ScheduleError:
+    except RoomError:
         assert machine.is_limited
         return
     if len(machine.devices) == 1 or all(band is None for band in bands):
@@ -67,7 +69,7 @@ def test_search_starts_from_bands_too(problem: Problem) -> None:
     graph, cost, machine = problem
     try:
         schedule = band_schedule(graph, cost, machine)
-    except ScheduleError:
+    except RoomError:
         return
     if schedule is not None and not too_full(
         graph, machine, [slot.operator for slot in schedule.slots], schedule.placement_of
@@ -77,6 +79,28 @@ def test_search_starts_from_bands_too(problem: Problem) -> None:
         assert simulate(graph, cost, found).makespan_us <= bands_us + 1e-9
 
 
+@pytest.mark.parametrize("room_nbytes", [None, 1 << 20])
+def test_a_broken_law_is_no_lack_of_room(
+    room_nbytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = OperatorGraph((Operator("conv/band1", "Conv", kept_nbytes=256),), ())
+    cost, contraction = durations(1.0), uncontracted(graph)
+    rooms = {} if room_nbytes is None else dict.fromkeys(DEVICES[:2], room_nbytes)
+    machine = Machine(DEVICES[:2], 1, rooms)
+    [proposed] = proposals._bands(graph, contraction, cost, machine)
+    assert proposed.schedule.devices == (DEVICES[1],)
+    assert not proposals._bands(
+        graph, contraction, cost, replace(machine, memory_nbytes=dict.fromkeys(DEVICES, 255))
+    )
+    empty = Schedule(())
+    monkeypatch.setattr(proposals, "band_schedule", lambda *_: empty)
+    with pytest.raises(ScheduleError, match=r"'conv/band1' is never launched"):
+        proposals._bands(graph, contraction, cost, machine)
+    monkeypatch.setitem(POLICIES, "heft", lambda *_: check_schedule(graph, machine, empty))
+    with pytest.raises(ScheduleError, match=r"'conv/band1' is never launched"):
+        propose(graph, contraction, cost, machine, ["heft"])
+
+
 def test_search_goes_on_where_one_start_finds_no_room() -> None:
     operators = (
         Operator("conv/band1", "Conv", kept_nbytes=4096),
@@ -84,7 +108,7 @@ def test_search_goes_on_where_one_start_finds_no_room() -> None:
     )
     graph, cost = OperatorGraph(operators, ()), durations(1.0, 1.0)
     machine = Machine(DEVICES[:2], 1, {DEVICES[0]: 4608, DEVICES[1]: 4096})
-    with pytest.raises(ScheduleError):
+    with pytest.raises(RoomError):
         POLICIES["heft"](graph, cost, machine)
     check_schedule(graph, machine, POLICIES["search"](graph, cost, machine))
 
