@@ -83,9 +83,7 @@ def baseline_of(
     """
     if original is None:
         return ModelSource(model, annotation.tensors)
-    shapes = {
-        name: tuple(shape) for name, shape in annotation.details.get("bound_shapes", {}).items()
-    }
+    shapes = annotation.bound_shapes
     given = read_model(original)
     theirs, ours = ([value.name for value in input_values(m)] for m in (given, model))
     if {*theirs} != {*ours}:

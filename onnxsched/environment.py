@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import os
 import platform
@@ -15,14 +14,7 @@ from onnxsched.machine import Machine
 from onnxsched_runtime import cuda, session
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, UsageError
-
-
-def version() -> str:
-    """The version of onnxsched; `source` where it runs from a checkout uninstalled."""
-    try:
-        return importlib.metadata.version("onnxsched")
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
+from onnxsched_runtime.version import own_version
 
 
 def device_name(device: Device) -> str:
@@ -52,7 +44,7 @@ def describe_environment(device: Device) -> dict[str, Any]:
         "device": device_name(device),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "onnxsched": version(),
+        "onnxsched": own_version(),
         **session.library_versions(),
         **(cuda.library_versions() if device.kind == "cuda" else {}),
     }

@@ -56,7 +56,7 @@ def verify(
     """
     models = [read_model(path) for path in (actual, expected)]
     annotations = [_annotation(model) for model in models]
-    shapes = next((_bound_shapes(a) for a in annotations if a is not None), {})
+    shapes = next((a.bound_shapes for a in annotations if a is not None), {})
     for path, model, annotation in zip((actual, expected), models, annotations, strict=True):
         if annotation is None:
             _bind(model, path, shapes)
@@ -82,11 +82,6 @@ def _annotation(model: onnx.ModelProto) -> Annotation | None:
         if any(entry.key.startswith("onnxsched.") for entry in model.metadata_props):
             raise
         return None
-
-
-def _bound_shapes(annotation: Annotation) -> dict[str, tuple[int, ...]]:
-    shapes: Mapping[str, list[int]] = annotation.details.get("bound_shapes", {})
-    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _bind(

@@ -26,9 +26,9 @@ CustomOps = Annotated[
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from onnxsched.environment import version
+        from onnxsched_runtime.version import own_version
 
-        typer.echo(version())
+        typer.echo(own_version())
         raise typer.Exit
 
 

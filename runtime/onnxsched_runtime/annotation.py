@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,12 @@ class Annotation:
     """Which kernels of cuDNN's its convolutions and pools are computed by."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON for people and tools: policy, bound shapes, measured times, environment."""
+
+    @property
+    def bound_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each input that the schedule is made for, as far as it is known."""
+        shapes: Mapping[str, Sequence[int]] = self.details.get("bound_shapes", {})
+        return {name: tuple(shape) for name, shape in shapes.items()}
 
     @property
     def devices(self) -> tuple[Device, ...]:

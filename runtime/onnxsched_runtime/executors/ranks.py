@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from onnxsched_runtime.ranks import on_device, split_plan, spread, transfers
 from onnxsched_runtime.rendezvous import check_ranks
 from onnxsched_runtime.session import library_versions
 from onnxsched_runtime.source import ModelSource
+from onnxsched_runtime.version import own_version
 
 
 @dataclass(frozen=True)
@@ -270,14 +270,6 @@ def identity(model: onnx.ModelProto, plans: Sequence[ExecutionPlan]) -> dict[str
         "model": content.hexdigest()[:12],
         "schedule": hashlib.sha256(repr(plans).encode()).hexdigest()[:12],
     }
-
-
-def own_version() -> str:
-    """The version of onnxsched; `source` where it runs from a checkout uninstalled."""
-    try:
-        return importlib.metadata.version("onnxsched")
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
 
 
 def local_rank() -> int:
