@@ -68,7 +68,7 @@ def load(
     if process_group is not None:
         require_timeout("timeout_s", timeout_s)
     group = nullcontext() if process_group is None else joined(process_group, timeout_s)
-    with group as peers:
+    with cuda.blas_variable_only_if_needed(), group as peers:
         model = read_model(path)
         annotation = moved(read_annotation(model), device_map or {})
         membership = None if peers is None else member(annotation.devices, peers, device_ranks)

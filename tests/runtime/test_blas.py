@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from onnxsched_runtime import execution
+from onnxsched_runtime.annotation import write_annotation
 from onnxsched_runtime.cuda import blas
 from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
+from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import ModelError
+from onnxsched_runtime.load import load
+from support.models import annotation_of, fork_join
 
 NAME = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -18,6 +26,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has told cuBLAS nothing yet."""
     monkeypatch.setattr(blas, "_kept", None)
     monkeypatch.setattr(blas, "_is_set_here", False)
+    monkeypatch.setattr(blas, "_is_read", False)
     monkeypatch.setenv(NAME, "")
     monkeypatch.delenv(NAME)
 
@@ -59,3 +68,51 @@ def test_one_that_wants_less_is_not_told_anything() -> None:
         keep_blas_workspace("small")
         keep_blas_workspace()
         keep_blas_workspace("full")
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | None]:
+    """Loads a model for a GPU in vain; returns the variable as ONNX Runtime sees it meanwhile."""
+    model = fork_join()
+    write_annotation(model, annotation_of(model, (0, 1), device=Device("cuda")))
+    path = tmp_path / "out.onnx"
+    path.write_bytes(model.SerializeToString())
+    found: list[str | None] = []
+
+    def refuse(*_: object) -> None:
+        found.append(os.environ.get(NAME))
+        raise ModelError("planted")
+
+    def loaded_in_vain() -> str | None:
+        with pytest.raises(ModelError, match="planted"):
+            load(path)
+        return found[-1]
+
+    monkeypatch.setattr(execution, "lower", refuse)
+    return loaded_in_vain
+
+
+def test_a_load_that_fails_takes_it_back_and_the_next_sets_it_again(
+    seen: Callable[[], str | None],
+) -> None:
+    for _ in range(2):
+        assert seen() == ":16:8"
+        assert NAME not in os.environ
+    keep_blas_workspace()
+    assert os.environ[NAME] == ":16:8"  # cuBLAS may have read it
+    release_blas_variable()
+    assert seen() is None
+
+
+def test_a_load_that_fails_leaves_what_an_earlier_one_needs(
+    seen: Callable[[], str | None],
+) -> None:
+    keep_blas_workspace("full")
+    assert seen() == os.environ[NAME] == ":32768:1"
+
+
+def test_a_load_that_fails_leaves_what_the_user_has_set(
+    seen: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NAME, ":4096:2")
+    assert seen() == os.environ[NAME] == ":4096:2"

@@ -5,7 +5,11 @@ caller's tensors, for the profiler, and for kernels that reorder numbers.
 """
 
 from onnxsched_runtime.cuda.binding import load_torch, make_current
-from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
+from onnxsched_runtime.cuda.blas import (
+    blas_variable_only_if_needed,
+    keep_blas_workspace,
+    release_blas_variable,
+)
 from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
 from onnxsched_runtime.cuda.chains import Chain
 from onnxsched_runtime.cuda.devices import (
@@ -46,6 +50,7 @@ __all__ = [
     "Places",
     "PlainPool",
     "Stream",
+    "blas_variable_only_if_needed",
     "cutting",
     "device_count",
     "device_properties",
