@@ -8,7 +8,7 @@
     │   └── AnnotationError            5   no schedule, or another model's schedule
     ├── SlowerError                    6   a benchmark below its required ratio
     ├── ScheduleError                  1   a policy broke a law: our bug, never the user's
-    │   └── RoomError              1   a schedule that the devices' memory does not hold
+    │   └── RoomError                  1   a schedule that the devices' memory does not hold
     ├── PlanError                      1   a plan broke a law: our bug, never the user's
     ├── RunError                       1   an operator failed on the values it was given
     ├── CaptureError                   1   CUDA or ORT refused a graph capture
