@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from onnxsched.graph import RANDOM_TYPES
-from onnxsched_runtime.model import node_reads, subgraphs
+from onnxsched_runtime.model import is_standard, node_reads, subgraphs
 from onnxsched_runtime.tensor import TensorType
 
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
@@ -40,7 +40,7 @@ def _host_reason(
     on_cpu: Mapping[str, str],
 ) -> str | None:
     """Why a node can't be captured; None where it can."""
-    if node.op_type in _CONTROL_FLOW and node.domain in ("", "ai.onnx"):
+    if node.op_type in _CONTROL_FLOW and is_standard(node):
         return f"{node.op_type} decides at run time what to execute"
     if _is_random(node):
         return f"{node.op_type} draws numbers that a replay would repeat"

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched.graph import RANDOM_TYPES
 from onnxsched_runtime.errors import ModelError
-from onnxsched_runtime.model import give_outputs_a_node, subgraphs
+from onnxsched_runtime.model import give_outputs_a_node, is_standard, subgraphs
 from onnxsched_runtime.session import to_float16
 
 _HAS_FLOAT32_INPUTS = {"Resize"}
@@ -96,7 +96,7 @@ def _write_as_tensors(graph: onnx.GraphProto) -> None:
 
 def _constant_value(node: onnx.NodeProto) -> TensorProto | None:
     """What a Constant holds, if that is a tensor or floats."""
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+    if not is_standard(node, "Constant"):
         return None
     for attribute in node.attribute:
         if attribute.name == "value":

@@ -31,7 +31,13 @@ from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.kernels import Kernels
 from onnxsched_runtime.lowering import inferred_by_ort
-from onnxsched_runtime.model import give_outputs_a_node, input_values, name_nodes, node_reads
+from onnxsched_runtime.model import (
+    give_outputs_a_node,
+    input_values,
+    is_standard,
+    name_nodes,
+    node_reads,
+)
 from onnxsched_runtime.settings import SessionSettings
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
@@ -189,7 +195,7 @@ def _narrow_concats(model: onnx.ModelProto) -> None:
     for original in model.graph.node:
         node = onnx.NodeProto()
         node.CopyFrom(original)
-        if node.op_type == "Concat" and node.domain in ("", "ai.onnx"):
+        if is_standard(node, "Concat"):
             while len(node.input) > _MAX_CONCAT:
                 node.input[:] = _joined_parts(node, nodes)
         nodes.append(node)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import helper
 
-from onnxsched_runtime.model import attributes_of, node_reads
+from onnxsched_runtime.model import attributes_of, is_standard, node_reads
 from onnxsched_runtime.tensor import TensorType
 
 _POOLS = ("MaxPool", "AveragePool")
@@ -56,7 +56,7 @@ def has_doubtful_pool(model: onnx.ModelProto) -> bool:
 
 
 def _is_doubtful(node: onnx.NodeProto) -> bool:
-    if node.op_type not in _POOLS or node.domain not in ("", "ai.onnx"):
+    if not is_standard(node, *_POOLS):
         return False
     given = attributes_of(node)
     is_same = given.get("auto_pad") in _SAME

@@ -16,7 +16,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnxsched.loading import Model
 from onnxsched_runtime.annotation import attribute_digests
-from onnxsched_runtime.model import attributes_of, node_reads
+from onnxsched_runtime.model import STANDARD_DOMAINS, attributes_of, is_standard, node_reads
 
 Kind = tuple[str, str]
 """Domain and type of an operator."""
@@ -76,7 +76,7 @@ class GraphView:
     def opset(self) -> int:
         """The version of ONNX's own operators."""
         versions = {entry.domain: entry.version for entry in self.model.proto.opset_import}
-        version: int = max(versions.get("", 0), versions.get("ai.onnx", 0))
+        version: int = max(versions.get(domain, 0) for domain in STANDARD_DOMAINS)
         return version
 
     @cached_property
@@ -143,7 +143,7 @@ class Sibling:
 
 def kind_of(node: onnx.NodeProto) -> Kind:
     """Domain and type of a node."""
-    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+    return ("" if is_standard(node) else node.domain, node.op_type)
 
 
 def find_siblings(

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from torch import fx
 
 from onnxsched_runtime.errors import ModelError
-from onnxsched_runtime.model import input_values
+from onnxsched_runtime.model import STANDARD_DOMAINS, input_values, is_standard
 from tools.torch_call import Call, Lowering, torch_type
 from tools.torch_operators import LOWERINGS, SCALAR_OPERANDS
 
@@ -74,7 +74,7 @@ class _Builder:
     def __init__(self, model: onnx.ModelProto) -> None:
         self._graph = fx.Graph()
         self._tracer = fx.proxy.GraphAppendingTracer(self._graph)
-        self._opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self._opset = next(o.version for o in model.opset_import if o.domain in STANDARD_DOMAINS)
         self._values: dict[str, _Value] = {
             weight.name: torch.from_numpy(np.array(numpy_helper.to_array(weight)))
             for weight in model.graph.initializer
@@ -95,7 +95,7 @@ class _Builder:
 
     def add_node(self, node: onnx.NodeProto) -> None:
         """Add a node: fold it if all it reads is known, else record the calls it is made of."""
-        lower = LOWERINGS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        lower = LOWERINGS.get(node.op_type) if is_standard(node) else None
         if lower is None:
             raise ModelError(
                 f"Operator '{node.name}' is a {node.op_type}, which the torch peer does not "

@@ -15,9 +15,9 @@ from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
     attribute,
-    is_standard,
     renamed,
 )
+from onnxsched_runtime.model import is_standard
 from onnxsched_runtime.views import VIEWS, permutation
 
 _Origins = npt.NDArray[np.int32]

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, is_standard
+from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute
+from onnxsched_runtime.model import is_standard
 
 _MOST_INPUTS = 32
 """ORT's CUDA kernel refuses a capture with more, and then ends the process."""

@@ -9,9 +9,9 @@ from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
     attribute,
-    is_standard,
     renamed,
 )
+from onnxsched_runtime.model import is_standard
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _NORMS = ("SimplifiedLayerNormalization", "RMSNormalization")

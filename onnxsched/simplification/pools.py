@@ -8,10 +8,10 @@ from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
     attribute,
-    is_standard,
     renamed,
     with_attributes,
 )
+from onnxsched_runtime.model import is_standard
 from onnxsched_runtime.tensor import TensorType
 
 _RANK = 4

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, is_standard
+from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute
 from onnxsched.simplification.views import reshape
+from onnxsched_runtime.model import is_standard
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import VIEWS, permutation
 

@@ -10,10 +10,9 @@ import onnx
 from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
-    is_standard,
     renamed,
 )
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import is_standard, node_reads
 from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.pools import may_see_padding_alone
 
@@ -52,7 +51,7 @@ def rectify_after_concat(model: onnx.ModelProto) -> int:
     for node in graph.node:
         nodes.append(node)
         is_positive = positive.issuperset(node.input)
-        if node.domain not in ("", "ai.onnx"):
+        if not is_standard(node):
             continue
         if node.op_type == "Concat" and is_positive:
             movable = [writer[t] for t in dict.fromkeys(node.input) if t in writer]

@@ -11,12 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched_runtime.model import captured_reads, node_reads
+from onnxsched_runtime.model import captured_reads, is_standard, node_reads
 from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.tensor import TensorType
 
 _T = TypeVar("_T")
-_STANDARD = ("", "ai.onnx")
 _SCALAR_COUNT = 16
 """Weights of more elements are never looked into: rules ask for scalars, axes and the like."""
 
@@ -88,11 +87,6 @@ class Replacement:
 
 Rule = Callable[[GraphIndex, onnx.NodeProto], Replacement | None]
 """What to replace, given the node where a pattern ends."""
-
-
-def is_standard(node: onnx.NodeProto, *op_types: str) -> bool:
-    """Whether a node is an operator of ONNX's own of one of these types."""
-    return node.domain in _STANDARD and node.op_type in op_types
 
 
 def attribute(node: onnx.NodeProto, name: str, default: _T) -> _T:

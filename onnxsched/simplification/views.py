@@ -8,10 +8,9 @@ from onnx import TensorProto, helper
 from onnxsched.simplification.replacing import (
     GraphIndex,
     Replacement,
-    is_standard,
     renamed,
 )
-from onnxsched_runtime.model import captured_reads
+from onnxsched_runtime.model import captured_reads, is_standard
 from onnxsched_runtime.views import VIEWS, is_idle
 
 

@@ -12,7 +12,13 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of, node_reads, sources_of
+from onnxsched_runtime.model import (
+    FUSED_DOMAIN,
+    attributes_of,
+    is_standard,
+    node_reads,
+    sources_of,
+)
 from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.ordering import topological
 from onnxsched_runtime.pools import may_see_padding_alone
@@ -20,7 +26,6 @@ from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import VIEWS
 
-_DOMAINS = ("", "ai.onnx")
 NHWC_DOMAIN = "com.ms.internal.nhwc"
 """Of what ONNX Runtime has lowered to channels last."""
 _ELEMENT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -43,7 +48,7 @@ def fused(source: ModelSource) -> ModelSource:
     """
     draft = _Draft(source)
     for node in list(draft.nodes.values()):
-        if node.op_type == "Add" and node.domain in _DOMAINS:
+        if is_standard(node, "Add"):
             draft.take_in_sum(node)
     draft.take_in_relus()
     return draft.finished()
@@ -211,11 +216,11 @@ class _Draft:
 
 
 def _is_relu(node: NodeProto) -> bool:
-    return node.op_type == "Relu" and node.domain in _DOMAINS
+    return is_standard(node, "Relu")
 
 
 def _keeps_signs(node: NodeProto) -> bool:
-    is_known = node.domain in (*_DOMAINS, NHWC_DOMAIN)
+    is_known = is_standard(node) or node.domain == NHWC_DOMAIN
     if not is_known or node.op_type not in _KEEPS_SIGNS or len(node.output) > 1:
         return False
     return node.op_type != "MaxPool" or not may_see_padding_alone(node)
@@ -260,8 +265,8 @@ def _depths(model: ModelProto) -> dict[str, int]:
     depth: dict[str, int] = {}
     for node in model.graph.node:
         before = max((depth.get(tensor, 0) for tensor in node_reads(node)), default=0)
-        is_brief = node.op_type in _BRIEF and node.domain in _DOMAINS
-        depth |= dict.fromkeys(node.output, before if is_brief else before + 1)
+        after = before if is_standard(node, *_BRIEF) else before + 1
+        depth |= dict.fromkeys(node.output, after)
     return depth
 
 

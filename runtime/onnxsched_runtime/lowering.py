@@ -25,6 +25,7 @@ from onnxsched_runtime.model import (
     declared_types,
     give_outputs_a_node,
     input_values,
+    is_standard,
     name_nodes,
     node_reads,
     sources_of,
@@ -106,7 +107,7 @@ def _shape_of_idle_transpose(
     node: onnx.NodeProto, tensors: Mapping[str, TensorType]
 ) -> tuple[int, ...] | None:
     """The shape of what a Transpose writes; None where it moves numbers, or is none."""
-    if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
+    if not is_standard(node, "Transpose"):
         return None
     before, after = (tensors.get(name) for name in (node.input[0], node.output[0]))
     if before is None or before.shape is None or after is None or after.shape is None:
@@ -121,14 +122,12 @@ def gather_as_transposed(model: onnx.ModelProto) -> None:
     writer = {tensor: node for node in graph.node for tensor in node.output}
     readers = Counter(tensor for node in graph.node for tensor in node_reads(node))
     readers.update(value.name for value in graph.output)
-    standard = [node for node in graph.node if node.domain in ("", "ai.onnx")]
+    standard = [node for node in graph.node if is_standard(node)]
     shapes = {node.output[0]: node for node in standard if node.op_type == "Reshape"}
     taken = {*weights, *writer, *readers}
     for node in [node for node in standard if node.op_type == "Transpose"]:
         gather = writer.get(node.input[0])
-        if gather is None or gather.op_type != "Gather" or readers[node.input[0]] > 1:
-            continue
-        if gather.domain not in ("", "ai.onnx"):
+        if gather is None or not is_standard(gather, "Gather") or readers[node.input[0]] > 1:
             continue
         data, places = gather.input
         length = weights.get(shapes[data].input[1]) if data in shapes else None

@@ -17,6 +17,8 @@ from onnxsched_runtime.tensor import TensorType
 
 FUSED_DOMAIN = "onnxsched"
 """Of nodes that no session runs: what cuDNN computes, and what only moves numbers."""
+STANDARD_DOMAINS = ("", "ai.onnx")
+"""Of ONNX's own operators: two names for one."""
 
 
 def declared_types(
@@ -135,6 +137,11 @@ def captured_reads(node: onnx.NodeProto) -> Iterator[str]:
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes by name."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def is_standard(node: onnx.NodeProto, *op_types: str) -> bool:
+    """Whether a node is an operator of ONNX's own, of one of these types where any are given."""
+    return node.domain in STANDARD_DOMAINS and (not op_types or node.op_type in op_types)
 
 
 def is_fused(node: onnx.NodeProto) -> bool:

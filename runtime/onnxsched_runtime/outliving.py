@@ -14,12 +14,14 @@ from dataclasses import replace
 
 from onnx import NodeProto
 
+from onnxsched_runtime.fusing import NHWC_DOMAIN
 from onnxsched_runtime.lanes import Lane, written_instead
+from onnxsched_runtime.model import STANDARD_DOMAINS
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.views import VIEWS, is_view
 
-_DOMAINS = ("", "ai.onnx", "com.microsoft", "com.ms.internal.nhwc")
+_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft", NHWC_DOMAIN)
 _READS_TENSORS = {
     "Abs", "Add", "AveragePool", "BiasGelu", "Cast", "Concat", "Div", "Erf", "Exp", "FastGelu",
     "Gather", "Gelu", "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity",

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import onnx
 
+from onnxsched_runtime.model import is_standard
+
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 """Those operators; Transpose is none, since ONNX Runtime copies for it."""
 
 
 def is_view(node: onnx.NodeProto) -> bool:
     """Whether a node is one of them."""
-    return node.op_type in VIEWS and node.domain in ("", "ai.onnx")
+    return is_standard(node, *VIEWS)
 
 
 def permutation(transpose: onnx.NodeProto, rank: int) -> list[int]:
