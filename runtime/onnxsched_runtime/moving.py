@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of, node_reads
+from onnxsched_runtime.model import FUSED_DOMAIN, attributes_of, is_standard, node_reads
 from onnxsched_runtime.moves import FINEST_NBYTES, Cut, Joined, Move, Reordered
 from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.views import is_idle, permutation
 
-_DOMAINS = ("", "ai.onnx")
 _TILE = 16
 """ONNX Runtime's kernels swap two axes well where both are at least that long."""
 
@@ -210,7 +209,7 @@ def _flow(node: NodeProto, source: ModelSource, reads: Sequence[str]) -> list[Te
     kinds = [source.tensors.get(name) for name in names]
     known = [kind for kind in kinds if kind is not None and kind.is_static and kind.nbytes]
     is_flow = len(known) == len(names) and not any(map(source.is_weight, reads))
-    return known if is_flow and node.domain in _DOMAINS else None
+    return known if is_flow and is_standard(node) else None
 
 
 def _starts(node: NodeProto, source: ModelSource) -> list[int] | None:
