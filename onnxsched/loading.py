@@ -16,7 +16,7 @@ from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.half_precision import in_float16
 from onnxsched.notes import keep_notes
 from onnxsched.optimizing import optimized
-from onnxsched.pooling import agree_on_pool, has_doubtful_pool
+from onnxsched.pool_padding import agree_on_pool, has_doubtful_pool
 from onnxsched.reading import allow_node_keys, read_valid_model
 from onnxsched.shapes import (
     bind_shapes,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from onnxsched.pooling import agree_on_pool
+from onnxsched.pool_padding import agree_on_pool
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime.errors import ModelError
 from support.models import feeds_for, reference
