@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from onnxsched.doctor import Diagnosis
     from onnxsched.inspection import Inspection
     from onnxsched.pipeline import OptimizeResult
+    from onnxsched.profiling.measure import Progress
     from onnxsched.throughput import ThroughputResult
-
-Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
