@@ -35,7 +35,7 @@ _MIN_OPSET = 8
 
 
 @dataclass(frozen=True)
-class Delays:
+class Deferrals:
     """Which biases can wait, and for which sums."""
 
     view: GraphView
@@ -77,14 +77,14 @@ class Delays:
         return len(node.input) == 3  # it adds the offset with its own bias, or lets both wait
 
 
-def find_delays(view: GraphView) -> tuple[Delays, tuple[str, ...]]:
+def find_deferrals(view: GraphView) -> tuple[Deferrals, tuple[str, ...]]:
     """What can wait in a model, and the convolutions whose biases do.
 
     Only for one image: a stored offset is as large as the tensor that it is added to. What is
     stored for sums stays below a fifth of the weights, or 32 MiB. O(nodes and edges).
     """
     if view.opset < _MIN_OPSET:
-        return Delays(view, frozenset()), ()
+        return Deferrals(view, frozenset()), ()
     sizes = (TensorType(w.data_type, tuple(w.dims)).nbytes for w in view.weights.values())
     room = max(_LEAST_ROOM_NBYTES, _ROOM_SHARE * sum(sizes))
     sums = set()
@@ -95,19 +95,19 @@ def find_delays(view: GraphView) -> tuple[Delays, tuple[str, ...]]:
         if room < 0:
             break
         sums.add(node.name)
-    delays = Delays(view, frozenset(sums))
+    deferrals = Deferrals(view, frozenset(sums))
     for node in reversed(view.model.proto.graph.node):  # so that no question leads to many others
         for tensor in node.output:
             for is_map in (True, False):
-                delays.can_wait(tensor, is_map)
+                deferrals.can_wait(tensor, is_map)
     waiting = [
         node.name
         for node in view.model.proto.graph.node
         if _is_stored_convolution(view, node)
         and len(node.input) == 3
-        and delays.can_wait(node.output[0], is_map=False)
+        and deferrals.can_wait(node.output[0], is_map=False)
     ]
-    return delays, tuple(waiting)
+    return deferrals, tuple(waiting)
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,20 @@ class _Waiting:
     """What an Add that a later one takes in would have added."""
 
 
-def delayed(model: Model) -> Model:
+def deferred(model: Model) -> Model:
     """The model whose biases wait for the sums that take them in, and sums for larger ones.
 
     Equal within rounding. O(nodes and arithmetic on the biases).
     """
     draft = Draft(GraphView(model))
-    delays, _ = find_delays(draft.view)
+    deferrals, _ = find_deferrals(draft.view)
     waiting = _Waiting()
     for node in model.proto.graph.node:
         kind = kind_of(node)
         if _is_stored_convolution(draft.view, node):
-            _convolve(draft, delays, node, waiting.offsets)
+            _convolve(draft, deferrals, node, waiting.offsets)
         elif kind == ("", "Add"):
-            _add(draft, delays, node, waiting)
+            _add(draft, deferrals, node, waiting)
         elif kind == ("", "Relu"):
             _rectify(draft, node, waiting.offsets)
         else:
@@ -176,7 +176,7 @@ def _is_padded(view: GraphView, node: onnx.NodeProto) -> bool:
 
 
 def _convolve(
-    draft: Draft, delays: Delays, node: onnx.NodeProto, offsets: dict[str, np.ndarray]
+    draft: Draft, deferrals: Deferrals, node: onnx.NodeProto, offsets: dict[str, np.ndarray]
 ) -> None:
     """A convolution of the offset; what can't wait is its bias."""
     view, result = draft.view, node.output[0]
@@ -191,7 +191,7 @@ def _convolve(
         after = after + _convolved(view, node, before)
     changed = onnx.NodeProto()
     changed.CopyFrom(node)
-    if delays.can_wait(result, is_map=after.shape[2:] != (1, 1)):
+    if deferrals.can_wait(result, is_map=after.shape[2:] != (1, 1)):
         offsets[result] = after
         changed.input[:] = node.input[:2]
     elif before is not None:
@@ -224,14 +224,14 @@ def _convolved(view: GraphView, node: onnx.NodeProto, offset: np.ndarray) -> np.
     return np.concatenate(images)[None]
 
 
-def _add(draft: Draft, delays: Delays, node: onnx.NodeProto, waiting: _Waiting) -> None:
+def _add(draft: Draft, deferrals: Deferrals, node: onnx.NodeProto, waiting: _Waiting) -> None:
     """One sum of what is added here and in Adds before, with the offsets of all."""
     view, result = draft.view, node.output[0]
     addends = [part for name in node.input for part in waiting.addends.get(name, (name,))]
     found = [waiting.offsets[name] for name in node.input if name in waiting.offsets]
     reader = view.only_reader(result)
-    is_inner = reader is not None and reader.name in delays.sums and len(reader.input) == 2
-    if is_inner and node.name in delays.sums and len(addends) < _MOST_ADDENDS - 1:
+    is_inner = reader is not None and reader.name in deferrals.sums and len(reader.input) == 2
+    if is_inner and node.name in deferrals.sums and len(addends) < _MOST_ADDENDS - 1:
         waiting.addends[result] = tuple(addends)
         if found:
             waiting.offsets[result] = sum(found, np.zeros(()))

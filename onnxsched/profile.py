@@ -11,7 +11,7 @@ from onnxsched.cost import Bound, OperatorCost, mean_share
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class KernelProfile:
     """One GPU kernel of an operator, as the profiler saw it."""
 
     name: str
@@ -78,7 +78,7 @@ class OperatorProfile:
 
     samples_us: tuple[float, ...]
     """Every sample; empty for an operator that could not be run alone."""
-    kernels: tuple[Kernel, ...] = ()
+    kernels: tuple[KernelProfile, ...] = ()
     refusal: str | None = None
     """Why it can't be captured into a CUDA graph; None where it can."""
 
@@ -102,8 +102,8 @@ class OperatorProfile:
         return cls(samples, kernels, None if refusal is None else str(refusal))
 
 
-def _kernel(entry: Mapping[str, Any]) -> Kernel:
-    return Kernel(
+def _kernel(entry: Mapping[str, Any]) -> KernelProfile:
+    return KernelProfile(
         name=str(entry["name"]),
         duration_us=float(entry["duration_us"]),
         grid=_three(entry["grid"]),

@@ -18,7 +18,7 @@ from onnxsched.duplication import duplicated
 from onnxsched.folding import find_stems, folded
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import merge
-from onnxsched.offsets import delayed, find_delays
+from onnxsched.offsets import deferred, find_deferrals
 from onnxsched.recomputing import Duplicate
 from onnxsched.regions import find_bands
 from onnxsched.siblings import GraphView, find_siblings
@@ -38,7 +38,7 @@ _TRANSPOSED = "transposed"
 _ALIGNED = "aligned"
 _FOLDED = "folded"
 _STEPS: Mapping[str, Callable[[Model], Model]] = {
-    _LATE: delayed,
+    _LATE: deferred,
     _TRANSPOSED: transposed,
     _ALIGNED: aligned,
     _FOLDED: folded,
@@ -75,7 +75,7 @@ def possible_rewrites(model: Model, device: Device, variant: Variant) -> Rewrite
         if names:
             found.setdefault(names, name)
     merged = tuple(found.values())
-    if not variant.fuse_conv_bias and len(find_delays(view)[1]) >= _least(model):
+    if not variant.fuse_conv_bias and len(find_deferrals(view)[1]) >= _least(model):
         merged = (_LATE, *(joined(name, _LATE) for name in merged[:1]), *merged)
     return Rewrites(_alike(view, variant), merged)
 

@@ -98,31 +98,33 @@ def with_windows(
     """
     if min(width, machine.stream_count) == 1:
         return Schedule(tuple(Slot(v, Placement(devices[v], 0)) for v in order))
-    return slide(Progress(graph, cost, devices), order, width, machine.stream_count)
+    return slide(PartialSchedule(graph, cost, devices), order, width, machine.stream_count)
 
 
-def slide(progress: Progress, order: Sequence[int], width: int, stream_count: int) -> Schedule:
+def slide(
+    partial: PartialSchedule, order: Sequence[int], width: int, stream_count: int
+) -> Schedule:
     """Launch everything, stage by stage; for arguments and time see `with_windows`."""
-    devices = progress.devices
-    everything = _Queue(order, progress)
-    of_device = {d: _Queue([v for v in order if devices[v] == d], progress) for d in set(devices)}
+    devices = partial.devices
+    everything = _Queue(order, partial)
+    of_device = {d: _Queue([v for v in order if devices[v] == d], partial) for d in set(devices)}
     place = {operator: position for position, operator in enumerate(order)}
     slots: list[Slot] = []
     while ahead := everything.first(HORIZON):
         near = of_device[devices[ahead[0]]].first(width)
-        ready = [v for v in near if progress.is_ready(v)][:stream_count]
+        ready = [v for v in near if partial.is_ready(v)][:stream_count]
         ahead = sorted({*ahead, *ready}, key=place.__getitem__)
-        slots += [Slot(v, placement) for v, placement in progress.launch(ahead, ready).items()]
+        slots += [Slot(v, placement) for v, placement in partial.launch(ahead, ready).items()]
     return Schedule(tuple(slots))
 
 
 class _Queue:
     """Operators in launch order, of which some are launched already."""
 
-    def __init__(self, operators: Sequence[int], progress: Progress) -> None:
+    def __init__(self, operators: Sequence[int], partial: PartialSchedule) -> None:
         """Nothing is taken yet."""
         self._operators = operators
-        self._is_launched = progress.is_launched
+        self._is_launched = partial.is_launched
         self._start = 0
 
     def first(self, count: int) -> list[int]:
@@ -134,7 +136,7 @@ class _Queue:
         return list(islice((v for v in rest if not is_launched[v]), count))
 
 
-class Progress:
+class PartialSchedule:
     """When and where the operators launched so far finish.
 
     Without slow-downs the finishes are those of `simulate`; with them, operators that run on while

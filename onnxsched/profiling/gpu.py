@@ -10,7 +10,7 @@ import onnx
 
 from onnxsched.inputs import random_array
 from onnxsched.loading import Model
-from onnxsched.profile import Kernel, OperatorProfile
+from onnxsched.profile import KernelProfile, OperatorProfile
 from onnxsched.profiling.kernels import kernels_by_range
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device, Placement
@@ -98,7 +98,7 @@ def _drawn(element_type: int) -> np.ndarray:
     return random_array(TensorType(element_type, (_DRAWN_COUNT,)), np.random.default_rng(0))
 
 
-def _kernels(runner: SegmentRunner, device: Device) -> dict[str, tuple[Kernel, ...]]:
+def _kernels(runner: SegmentRunner, device: Device) -> dict[str, tuple[KernelProfile, ...]]:
     def run_all() -> None:
         for index, bound in runner.bound.items():
             with cuda.named_range(str(index)):

@@ -10,12 +10,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
-from onnxsched.profile import Kernel
+from onnxsched.profile import KernelProfile
 
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
 
 
-def kernels_by_range(trace: Mapping[str, Any]) -> dict[str, tuple[Kernel, ...]]:
+def kernels_by_range(trace: Mapping[str, Any]) -> dict[str, tuple[KernelProfile, ...]]:
     """Collect the kernels launched inside each named range, in launch order.
 
     Ranges may not overlap on one thread. O(events x log(ranges)).
@@ -33,7 +33,7 @@ def kernels_by_range(trace: Mapping[str, Any]) -> dict[str, tuple[Kernel, ...]]:
             ranges.setdefault(event["tid"], []).append(span)
     for spans in ranges.values():
         spans.sort()
-    found: dict[str, list[Kernel]] = {}
+    found: dict[str, list[KernelProfile]] = {}
     for event in sorted(events, key=lambda e: float(e["ts"])):
         correlation = event.get("args", {}).get("correlation")
         if event.get("cat") not in _LAUNCHES or correlation not in kernels:
@@ -51,10 +51,10 @@ def _enclosing(spans: list[tuple[float, float, str]], time: float) -> str | None
     return spans[position][2]
 
 
-def _kernel(event: Mapping[str, Any]) -> Kernel:
+def _kernel(event: Mapping[str, Any]) -> KernelProfile:
     args = event["args"]
     grid, block = args["grid"], args["block"]
-    return Kernel(
+    return KernelProfile(
         name=str(event["name"]),
         duration_us=float(event["dur"]),
         grid=(int(grid[0]), int(grid[1]), int(grid[2])),

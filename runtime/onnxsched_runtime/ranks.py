@@ -128,14 +128,15 @@ def _rank_plan(
         for index in launches
         if isinstance(index, int) and rank_of[plan.segments[index].placement.device] == rank
     }
-    peers = _Peers(plan, tuple(own.values()), min(d for d, r in rank_of.items() if r == rank))
+    first = min(d for d, r in rank_of.items() if r == rank)
+    streams = _CommunicationStreams(plan, tuple(own.values()), first)
     crossing: dict[str, Send | Receive] = {}
     operations = []
     for item in launches:
         if isinstance(item, Transfer):
             if rank in (item.source, item.target):
                 name = f"transfer {len(crossing)}"
-                crossing[name] = step = peers.step(item, rank)
+                crossing[name] = step = streams.step(item, rank)
                 operations.append(_as_operation(name, step))
         elif (name := f"segment {item}") in own:
             segment = own[name]
@@ -154,7 +155,7 @@ def _rank_plan(
     return _assembled(operations, crossing, own, ends)
 
 
-class _Peers:
+class _CommunicationStreams:
     """On which streams a rank talks to others: one for each peer, where the tensor lies."""
 
     def __init__(self, plan: ExecutionPlan, own: Sequence[Segment], first: Device) -> None:

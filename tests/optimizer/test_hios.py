@@ -20,7 +20,7 @@ from onnxsched.policies.hios_mr import hios_mr, record_mappings
 from onnxsched.rank import rank_order, upward_ranks_us
 from onnxsched.schedule import Schedule, Slot, check_schedule
 from onnxsched.simulate import simulate, total_us
-from onnxsched.windows import HORIZON, Progress, slide, with_windows
+from onnxsched.windows import HORIZON, PartialSchedule, slide, with_windows
 from onnxsched_runtime.device import Placement
 from support.graphs import durations, graph_of, layered_problem, linear
 from support.strategies import DEVICES, GPU, device_problems, problems
@@ -124,11 +124,11 @@ def test_stages_finish_as_the_simulator_says(
     devices = data.draw(
         st.lists(st.sampled_from(machine.devices), min_size=len(graph), max_size=len(graph))
     )
-    progress = Progress(graph, cost, devices)
-    schedule = slide(progress, ranked(*problem), width, machine.stream_count)
+    partial = PartialSchedule(graph, cost, devices)
+    schedule = slide(partial, ranked(*problem), width, machine.stream_count)
     check_schedule(graph, replace(machine, memory_nbytes={}), schedule)
     timeline = simulate(graph, cost, schedule)
-    assert progress.finish_us == pytest.approx(timeline.finishes_us)
+    assert partial.finish_us == pytest.approx(timeline.finishes_us)
 
 
 def test_a_window_finds_neighbours_that_are_not_adjacent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnxsched.profile import Kernel
+from onnxsched.profile import KernelProfile
 from onnxsched.profiling.kernels import kernels_by_range
 
 Event = dict[str, Any]
@@ -43,7 +43,7 @@ def names(*events: Event) -> dict[str, list[str]]:
 def test_a_kernel_is_read_whole() -> None:
     trace = {"traceEvents": [named_range("a", 0, 10), launch(1, 5), kernel("k", 90, 5)]}
     assert kernels_by_range(trace) == {
-        "a": (Kernel("k", 2.5, (8, 2, 1), (128, 1, 1), 40, 1024, 0.25),)
+        "a": (KernelProfile("k", 2.5, (8, 2, 1), (128, 1, 1), 40, 1024, 0.25),)
     }
 
 

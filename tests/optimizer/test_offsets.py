@@ -10,7 +10,7 @@ from hypothesis.strategies import DrawFn
 
 from onnxsched import offsets
 from onnxsched.loading import Model
-from onnxsched.offsets import delayed, find_delays
+from onnxsched.offsets import deferred, find_deferrals
 from onnxsched.rewriting import possible_rewrites, rewritten
 from onnxsched.siblings import GraphView
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
@@ -39,12 +39,12 @@ def kernels(model: Model) -> int:
 
 def check(model: Model) -> Model:
     """The model with late biases, which computes the same with no more kernels."""
-    result = delayed(model)
+    result = deferred(model)
     feeds = feeds_for(model.proto, seed=1)
     assert_close(reference(result.proto, feeds), reference(model.proto, feeds))
     onnx.checker.check_model(result.proto, full_check=True)
     assert kernels(result) <= kernels(model)
-    assert result.proto == delayed(model).proto
+    assert result.proto == deferred(model).proto
     return result
 
 
@@ -132,10 +132,10 @@ def test_what_is_stored_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     net = new_net(6)
     first, second = (net.add("Add", conv(net, "x", 1), conv(net, "x", 1)) for _ in range(2))
     model = net.model(net.add("Relu", first), net.add("Relu", second))
-    assert len(find_delays(GraphView(model))[1]) == 4
+    assert len(find_deferrals(GraphView(model))[1]) == 4
     monkeypatch.setattr(offsets, "_LEAST_ROOM_NBYTES", 4 * CHANNELS * 36)
     monkeypatch.setattr(offsets, "_ROOM_SHARE", 0)
-    assert len(find_delays(GraphView(model))[1]) == 2
+    assert len(find_deferrals(GraphView(model))[1]) == 2
     check(model)
 
 
@@ -146,7 +146,7 @@ def test_only_variants_whose_biases_are_kernels_let_them_wait() -> None:
     fused = Variant("nhwc", fuse_conv_bias=True)
     assert "late-bias" not in possible_rewrites(model, GPU, fused).merged
     assert rewritten(model, "late-bias").rewrite == "late-bias"
-    assert rewritten(model, "late-bias").proto == delayed(model).proto
+    assert rewritten(model, "late-bias").proto == deferred(model).proto
 
 
 def test_adds_of_whole_numbers_stay() -> None:
@@ -156,7 +156,7 @@ def test_adds_of_whole_numbers_stay() -> None:
             "{ a = Add(x, z)  b = Add(a, x)  y = Add(b, z) }"
         )
     )
-    assert [node.op_type for node in delayed(model).proto.graph.node] == ["Add"] * 3
+    assert [node.op_type for node in deferred(model).proto.graph.node] == ["Add"] * 3
 
 
 def test_the_first_bias_of_a_convolution_is_what_came_before() -> None:
@@ -179,7 +179,7 @@ def test_a_window_in_padding_averages_no_bias() -> None:
             b=weight(3),
         )
     )
-    assert find_delays(GraphView(model))[1] == ()
+    assert find_deferrals(GraphView(model))[1] == ()
 
 
 @pytest.mark.parametrize("kind", ["Conv", "Relu", "MaxPool"])
@@ -193,5 +193,5 @@ def test_long_chains_are_no_deep_ones(kind: str) -> None:
             x = net.add(kind, x)
         else:
             x = net.add(kind, x, kernel_shape=[1, 1])
-    _, waiting = find_delays(GraphView(net.model(net.add("Add", x, "x"))))
+    _, waiting = find_deferrals(GraphView(net.model(net.add("Add", x, "x"))))
     assert len(waiting) == 1

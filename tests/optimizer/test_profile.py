@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxsched.cost import OperatorCost
-from onnxsched.profile import Kernel, Multiprocessor, OperatorProfile, Profile, Roofline
+from onnxsched.profile import KernelProfile, Multiprocessor, OperatorProfile, Profile, Roofline
 
 LIMITS = Multiprocessor(shared_memory_nbytes=100_000, registers=64_000, threads=2000, count=4)
 
@@ -21,8 +21,8 @@ def kernel(
     registers: int = 0,
     shared_memory: int = 0,
     grid: tuple[int, int, int] = (1, 1, 1),
-) -> Kernel:
-    return Kernel("k", 1.0, grid, block, registers, shared_memory, 0.5)
+) -> KernelProfile:
+    return KernelProfile("k", 1.0, grid, block, registers, shared_memory, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_the_cost_has_the_largest_block_and_the_mean_share_of_all_kernels() -> N
 
 threes = st.tuples(*[st.integers(1, 99)] * 3)
 kernels = st.builds(
-    Kernel, st.text(), st.floats(0.1, 9), threes, threes, st.integers(0, 255), st.integers(0, 99),
-    st.floats(0, 1),
+    KernelProfile, st.text(), st.floats(0.1, 9), threes, threes, st.integers(0, 255),
+    st.integers(0, 99), st.floats(0, 1),
 )  # fmt: skip
 profiles = st.builds(
     OperatorProfile,
