@@ -16,8 +16,8 @@ import onnx
 from onnx import TensorProto
 
 from onnxsched.drafting import Draft, assembled, with_size
+from onnxsched.graph_view import GraphView, is_dense_convolution, is_elementwise, kind_of
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView, is_dense_convolution, is_elementwise, kind_of
 
 _GROUP = 32
 _MOST_FLOPS = 5e8

@@ -16,6 +16,7 @@ from onnx import helper
 
 from onnxsched.drafting import Draft, assembled, with_size
 from onnxsched.fitting import fit
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model
 from onnxsched.rows import (
     HEIGHT_AXIS,
@@ -28,7 +29,6 @@ from onnxsched.rows import (
     owned_rows,
     row_window,
 )
-from onnxsched.siblings import GraphView
 
 Groups = Sequence[Sequence[str]]
 """Names of nodes, each in one group at most."""

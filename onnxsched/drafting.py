@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView
 from onnxsched_runtime.model import input_values, name_nodes, node_reads
 from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.tensor import TensorType

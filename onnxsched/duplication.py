@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import onnx
 
 from onnxsched.drafting import Draft, assembled
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model
 from onnxsched.recomputing import Duplicate
-from onnxsched.siblings import GraphView
 
 
 def duplicated(model: Model, duplicates: Iterable[Duplicate]) -> Model:

@@ -7,8 +7,8 @@ import onnx
 from onnx import helper
 
 from onnxsched.drafting import Draft
+from onnxsched.graph_view import GraphView
 from onnxsched.rows import HEIGHT_AXIS, crop_axes, explicit_window
-from onnxsched.siblings import GraphView
 
 _TO_THE_END = 2**31 - 1
 

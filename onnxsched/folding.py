@@ -15,8 +15,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxsched.drafting import Draft, assembled
+from onnxsched.graph_view import GraphView, is_dense_convolution
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView, is_dense_convolution
 from onnxsched_runtime.model import attributes_of
 from onnxsched_runtime.tensor import TensorType
 

@@ -11,7 +11,8 @@ import onnx
 from onnx import helper
 
 from onnxsched.drafting import Draft, with_size
-from onnxsched.siblings import GraphView, Sibling, Window, is_elementwise, kind_of
+from onnxsched.graph_view import GraphView, is_elementwise, kind_of
+from onnxsched.siblings import Sibling, Window
 from onnxsched_runtime.annotation import attribute_digests
 
 _SPLIT_SIZES_OPSET = 13

@@ -17,9 +17,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxsched.drafting import Draft, assembled
+from onnxsched.graph_view import GraphView, kind_of
 from onnxsched.loading import Model
 from onnxsched.rows import explicit_window
-from onnxsched.siblings import GraphView, kind_of
 from onnxsched_runtime.model import attributes_of
 from onnxsched_runtime.pools import may_see_padding_alone
 from onnxsched_runtime.tensor import TensorType

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import onnx
 
 from onnxsched.bands import BandPlan, plan_bands
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model
 from onnxsched.rows import Rows, height_of, image_inputs, owned_rows, row_window
 from onnxsched.seeding import band_of
-from onnxsched.siblings import GraphView
 from onnxsched_runtime.model import attributes_of
 
 _OVERHEAD_BOUND = 0.1

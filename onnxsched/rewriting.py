@@ -16,12 +16,13 @@ from onnxsched.bands import banded
 from onnxsched.drafting import Draft, assembled
 from onnxsched.duplication import duplicated
 from onnxsched.folding import find_stems, folded
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import NO_REWRITE, Model
 from onnxsched.merging import merge
 from onnxsched.offsets import deferred, find_deferrals
 from onnxsched.recomputing import Duplicate
 from onnxsched.regions import find_bands
-from onnxsched.siblings import GraphView, find_siblings
+from onnxsched.siblings import find_siblings
 from onnxsched.transposing import find_products, transposed
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.variant import Variant

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from onnxsched.siblings import GraphView, Window, kind_of, window_of
+from onnxsched.graph_view import GraphView, kind_of
+from onnxsched.siblings import Window, window_of
 from onnxsched_runtime.model import attributes_of
 
 HEIGHT_AXIS = 2

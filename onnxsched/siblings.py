@@ -6,20 +6,15 @@ merges, and what makes one product of the queries, keys and values of attention.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
-from onnxsched.loading import Model
+from onnxsched.graph_view import GraphView, is_elementwise, kind_of
 from onnxsched_runtime.annotation import attribute_digests
-from onnxsched_runtime.model import STANDARD_DOMAINS, attributes_of, is_standard, node_reads
-
-Kind = tuple[str, str]
-"""Domain and type of an operator."""
+from onnxsched_runtime.model import attributes_of
 
 _CONVOLUTIONS = {("", "Conv"), ("com.microsoft", "FusedConv")}
 _PRODUCTS = {
@@ -27,74 +22,8 @@ _PRODUCTS = {
     ("com.microsoft", "FusedGemm"), ("com.microsoft", "FusedMatMul"),
 }  # fmt: skip
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
-_UNARY = {
-    ("", "Relu"), ("", "LeakyRelu"), ("", "Elu"), ("", "Sigmoid"), ("", "HardSigmoid"),
-    ("", "HardSwish"), ("", "Tanh"), ("", "Gelu"), ("com.microsoft", "Gelu"),
-    ("com.microsoft", "FastGelu"), ("com.microsoft", "QuickGelu"),
-}  # fmt: skip
-_BIASED = {("", "Add"), ("com.microsoft", "BiasGelu"), ("com.microsoft", "FastGelu")}
 _WINDOW = {"kernel_shape", "strides", "pads", "dilations", "group"}
 """Attributes that may be left out, or differ where kernels are padded."""
-
-
-@dataclass(frozen=True)
-class GraphView:
-    """A model's main graph, by who writes and who reads."""
-
-    model: Model
-
-    @cached_property
-    def position(self) -> dict[str, int]:
-        """The place of each node in the model, by name."""
-        return {node.name: number for number, node in enumerate(self.model.proto.graph.node)}
-
-    @cached_property
-    def writer(self) -> dict[str, onnx.NodeProto]:
-        """The node that writes each tensor."""
-        return {name: node for node in self.model.proto.graph.node for name in node.output if name}
-
-    @cached_property
-    def readers(self) -> dict[str, list[onnx.NodeProto]]:
-        """The nodes that read each tensor or weight, each once."""
-        found: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.model.proto.graph.node:
-            for name in node_reads(node):
-                found.setdefault(name, []).append(node)
-        return found
-
-    @cached_property
-    def weights(self) -> dict[str, onnx.TensorProto]:
-        """What is stored in the model."""
-        return {weight.name: weight for weight in self.model.proto.graph.initializer}
-
-    @cached_property
-    def outputs(self) -> frozenset[str]:
-        """What the caller sees."""
-        return frozenset(value.name for value in self.model.proto.graph.output)
-
-    @cached_property
-    def opset(self) -> int:
-        """The version of ONNX's own operators."""
-        versions = {entry.domain: entry.version for entry in self.model.proto.opset_import}
-        version: int = max(versions.get(domain, 0) for domain in STANDARD_DOMAINS)
-        return version
-
-    @cached_property
-    def _nodes(self) -> list[onnx.NodeProto]:
-        return list(self.model.proto.graph.node)
-
-    def in_order(self, names: Iterable[str]) -> list[onnx.NodeProto]:
-        """Some of the nodes, in the order of the model. O(names * log(names))."""
-        return [self._nodes[place] for place in sorted(self.position[name] for name in names)]
-
-    def only_reader(self, tensor: str) -> onnx.NodeProto | None:
-        """The one node that reads a tensor; None where several do, or the caller."""
-        readers = self.readers.get(tensor, [])
-        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
-
-    def array(self, name: str) -> np.ndarray:
-        """A weight's values."""
-        return numpy_helper.to_array(self.weights[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +68,6 @@ class Sibling:
     def bias(self) -> str:
         """The weight that it adds; empty where it adds none."""
         return str(self.node.input[2]) if len(self.node.input) > 2 else ""
-
-
-def kind_of(node: onnx.NodeProto) -> Kind:
-    """Domain and type of a node."""
-    return ("" if is_standard(node) else node.domain, node.op_type)
 
 
 def find_siblings(
@@ -238,27 +162,6 @@ def end_of_branch(view: GraphView, node: onnx.NodeProto) -> str:
     while (reader := view.only_reader(tensor)) is not None and is_elementwise(view, reader):
         tensor = reader.output[0]
     return tensor
-
-
-def is_elementwise(view: GraphView, node: onnx.NodeProto) -> bool:
-    """Whether a node treats every element alike, or every element of a channel."""
-    flowing = [name for name in node.input if name and name not in view.weights]
-    given = [name for name in node.input if name in view.weights]
-    if len(flowing) != 1:
-        return False
-    return kind_of(node) in (_BIASED if given else _UNARY) and len(given) <= 1
-
-
-def is_dense_convolution(view: GraphView, node: onnx.NodeProto) -> bool:
-    """Whether a node is a convolution of all channels of which nothing stored is computed."""
-    if kind_of(node) != ("", "Conv") or attributes_of(node).get("group", 1) != 1:
-        return False
-    kinds = [view.model.tensors.get(name) for name in (node.input[0], node.output[0])]
-    return (
-        all(name in view.weights for name in node.input[1:])
-        and node.input[0] not in view.weights
-        and all(kind is not None and len(kind.shape or ()) >= 3 for kind in kinds)
-    )
 
 
 def _in_order_of_concat(view: GraphView, group: Sequence[Sibling]) -> tuple[Sibling, ...]:

@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto
 
 from onnxsched.drafting import Draft, assembled
+from onnxsched.graph_view import GraphView, kind_of
 from onnxsched.loading import Model
-from onnxsched.siblings import GraphView, kind_of
 from onnxsched.simplification.replacing import with_attributes
 from onnxsched_runtime.model import attributes_of
 

@@ -10,9 +10,9 @@ from hypothesis.strategies import DrawFn
 
 from onnxsched import aligning
 from onnxsched.aligning import find_passages
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model
 from onnxsched.rewriting import possible_rewrites, rewritten
-from onnxsched.siblings import GraphView
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.models import feeds_for, reference
 from support.nets import Net

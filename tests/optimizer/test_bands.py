@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from onnxsched import regions
 from onnxsched.bands import Groups, banded, plan_bands
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.regions import find_bands, region_of
 from onnxsched.rows import Rows, RowWindow, owned_rows, row_window
 from onnxsched.seeding import band_of
 from onnxsched.shapes import tensor_types
-from onnxsched.siblings import GraphView
 from sample_models import build
 from support.images import cut_stacks
 from support.models import Array, feeds_for, model_of, reference

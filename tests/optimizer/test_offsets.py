@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from onnxsched import offsets
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model
 from onnxsched.offsets import deferred, find_deferrals
 from onnxsched.rewriting import possible_rewrites, rewritten
-from onnxsched.siblings import GraphView
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.models import feeds_for, reference, weight
 from support.nets import Net

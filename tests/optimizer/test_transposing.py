@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxsched.graph_view import GraphView
 from onnxsched.loading import Model
 from onnxsched.rewriting import possible_rewrites, rewritten
-from onnxsched.siblings import GraphView
 from onnxsched.transposing import find_products
 from onnxsched_runtime.variant import DEFAULT_VARIANT
 from support.models import CPU, Array, feeds_for, reference
