@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from onnxsched.environment import device_name
 from onnxsched.graph import OperatorGraph
-from onnxsched.loading import AS_LOADED
+from onnxsched.loading import AS_LOADED, Model
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.profiling.signature import OperatorSignatures
+from onnxsched.proposals import Request
 from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot, check_schedule
+from onnxsched_runtime.annotation import fingerprint
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import ScheduleError
 from onnxsched_runtime.kernels import Kernels, kernels_from_json, kernels_to_json
@@ -87,6 +95,29 @@ def _alternative(outcome: Outcome) -> Mapping[str, Any]:
         "measured_us": outcome.measured_us,
         "samples_us": list(outcome.samples_us),
     }
+
+
+def decision_key(model: Model, request: Request) -> str:
+    """What a decision is kept for: equal where the same is asked of the same model."""
+    signatures = OperatorSignatures(model)
+    operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
+    devices, streams = request.machine.devices, request.machine.stream_count
+    asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]
+    if len(devices) > 1:  # one is as good as another of its kind, but pairs have their own links
+        asked += [request.split, *([str(device), device_name(device)] for device in devices)]
+    if request.schedule is not None:
+        asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
+    asked += [
+        [name, hashlib.sha256(_content(array)).hexdigest()]
+        for name, array in sorted(model.given.items())
+    ]
+    parts = ["decision", fingerprint(model.proto), operators, *asked]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _content(array: np.ndarray) -> bytes:
+    """What an array holds; the bytes of strings are only where they lie."""
+    return repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes()
 
 
 def remember(

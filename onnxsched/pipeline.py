@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +15,7 @@ import numpy as np
 from onnxsched.annotate import annotation_for
 from onnxsched.checking import check_numerics, check_portable, run_plain
 from onnxsched.comparison import Difference
-from onnxsched.decision import Decision, recall, remember
+from onnxsched.decision import Decision, decision_key, recall, remember
 from onnxsched.environment import (
     choose_devices,
     describe_environment,
@@ -33,13 +31,12 @@ from onnxsched.policies import POLICIES
 from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
 from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.sharing import ProfilingWorkers
-from onnxsched.profiling.signature import OperatorSignatures
 from onnxsched.proposals import Request
 from onnxsched.rewriting import rewritten
 from onnxsched.schedule_file import LARGEST_STREAM, ScheduleFile, read_schedule_file, schedule_of
 from onnxsched.scheduling import measured_decision
 from onnxsched_runtime import cuda
-from onnxsched_runtime.annotation import fingerprint, write_annotation
+from onnxsched_runtime.annotation import write_annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.files import require_target, write_model
@@ -173,7 +170,7 @@ def optimize(
         progress("checking", 0, 1)
         reference = chosen if fits_on_first(graph, machine) else Device("cpu")
         plain = run_plain(model, reference, seed, libraries)
-        key = _decision_key(model, request)
+        key = decision_key(model, request)
         decision = kept = recall(
             cache, key, lambda *made: graph_from_model(rewritten(model, *made)), machine
         )
@@ -233,28 +230,6 @@ def _machine(device: str, streams: int | None, given: ScheduleFile | None) -> Ma
     if given is not None:
         return machine_of(devices, given.stream_count)
     return machine_of(devices, streams or _DEFAULT_STREAMS[devices[0].kind])
-
-
-def _decision_key(model: Model, request: Request) -> str:
-    signatures = OperatorSignatures(model)
-    operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
-    devices, streams = request.machine.devices, request.machine.stream_count
-    asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]
-    if len(devices) > 1:  # one is as good as another of its kind, but pairs have their own links
-        asked += [request.split, *([str(device), device_name(device)] for device in devices)]
-    if request.schedule is not None:
-        asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
-    asked += [
-        [name, hashlib.sha256(_content(array)).hexdigest()]
-        for name, array in sorted(model.given.items())
-    ]
-    parts = ["decision", fingerprint(model.proto), operators, *asked]
-    return json.dumps(parts, sort_keys=True)
-
-
-def _content(array: np.ndarray) -> bytes:
-    """What an array holds; the bytes of strings are only where they lie."""
-    return repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes()
 
 
 def _details(

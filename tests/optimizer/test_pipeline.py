@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import onnxsched
-from onnxsched import checking, pipeline, scheduling, tuning
+from onnxsched import checking, decision, pipeline, scheduling, tuning
 from onnxsched.comparison import Difference, Tolerances
 from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
@@ -533,4 +533,4 @@ def test_strings_are_known_again_by_what_they_say() -> None:
         np.array(["".join(word) for word in ("ab", "cd", last)], object)
         for last in ("e", "e", "f")
     )
-    assert pipeline._content(one) == pipeline._content(same) != pipeline._content(other)
+    assert decision._content(one) == decision._content(same) != decision._content(other)
