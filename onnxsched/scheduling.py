@@ -32,7 +32,8 @@ from onnxsched.rewriting import (
     twice,
 )
 from onnxsched.tuning import tune
-from onnxsched.variants import lowered_model, possible_variants, promising, race_variants
+from onnxsched.variant_racing import promising, race_variants
+from onnxsched.variants import lowered_model, possible_variants
 from onnxsched_runtime.errors import DeviceError, OnnxschedError
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 

@@ -16,7 +16,8 @@ from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.profiling.measure import measure_profile
 from onnxsched.rewriting import joined, possible_rewrites, rewritten
-from onnxsched.variants import possible_variants, race_variants
+from onnxsched.variant_racing import race_variants
+from onnxsched.variants import possible_variants
 from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.executors.streams import StreamExecutor

@@ -13,18 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched import variants
+from onnxsched import variant_racing
 from onnxsched.checking import PlainRuns
 from onnxsched.loading import Model, with_refusals
 from onnxsched.rewriting import Rewrites
-from onnxsched.variants import (
-    Raced,
-    VariantOutcome,
-    lowered_model,
-    possible_variants,
-    promising,
-    race_variants,
-)
+from onnxsched.variant_racing import Raced, VariantOutcome, promising, race_variants
+from onnxsched.variants import lowered_model, possible_variants
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError
@@ -173,9 +167,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Form, Any]]:
         assert all(session.is_open[session.form] for session in sessions)
         return [TIMES_US[session.form] for session in sessions]
 
-    monkeypatch.setattr(variants, "lowered_model", lower)
-    monkeypatch.setattr(variants, "Session", kind)
-    monkeypatch.setattr(variants, "race", race)
+    monkeypatch.setattr(variant_racing, "lowered_model", lower)
+    monkeypatch.setattr(variant_racing, "Session", kind)
+    monkeypatch.setattr(variant_racing, "race", race)
     yield plan
     assert not any(is_open.values())
 
