@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
 from itertools import combinations
 
 import networkx as nx
@@ -16,16 +15,9 @@ from hypothesis import strategies as st
 from onnxsched.cost import Contention, TableCost, mean_share
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
-from onnxsched.policies.ios import (
-    ENDINGS_PER_GRAPH,
-    PART_SIZE,
-    Group,
-    Stage,
-    best_stages,
-    ios,
-    stage_us,
-)
+from onnxsched.policies.ios import ios
 from onnxsched.simulate import simulate, total_us
+from onnxsched.stages import ENDINGS_PER_GRAPH, PART_SIZE, Group, Stage, best_stages, stage_us
 from support.graphs import durations, graph_of, layered_problem
 from support.oracles import digraph
 from support.plans import topological_orders
@@ -178,8 +170,7 @@ def test_a_search_that_is_cut_short_ends_in_time_with_right_stages(
         seen += 1
         return stage_us(groups, contention)
 
-    module = import_module("onnxsched.policies.ios")  # The package has a function of that name.
-    monkeypatch.setattr(module, "stage_us", counted)
+    monkeypatch.setattr("onnxsched.stages.stage_us", counted)
     stages = best_stages(graph, cost, GPU, 3, 8)
     halvings, sizes = PART_SIZE.bit_length(), 3
     assert len(graph) < seen <= halvings * sizes * ENDINGS_PER_GRAPH
