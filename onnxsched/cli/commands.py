@@ -10,6 +10,7 @@ import typer
 
 from onnxsched.cli import render
 from onnxsched.cli.app import CustomOps, Inputs, Json, Model, Output, app
+from onnxsched.cli.output import emit, progress_line, require_json_target
 from onnxsched_runtime.errors import NumericsError, SlowerError, UsageError
 
 
@@ -74,10 +75,10 @@ def optimize(
     from onnxsched.shapes import parse_shapes
 
     libraries = custom_ops or []
-    render.require_json_target(json_to, output, schedule, *libraries, models=[model])
+    require_json_target(json_to, output, schedule, *libraries, models=[model])
     if no_cache and cache_dir is not None:
         raise UsageError("--cache-dir and --no-cache contradict each other; give one.")
-    with render.progress() as progress:
+    with progress_line() as progress:
         result = run(
             model,
             output,
@@ -96,7 +97,7 @@ def optimize(
             custom_ops=[str(path) for path in libraries],
             progress=progress,
         )
-    render.emit(json_to, result.to_json(), lambda: render.optimize_result(result))
+    emit(json_to, result.to_json(), lambda: render.optimize_result(result))
 
 
 @app.command()
@@ -129,14 +130,14 @@ def bench(
     """Measure the schedule beside plain ONNX Runtime, in turns."""
     from onnxsched.benchmark import bench as run
 
-    render.require_json_target(json_to, *(custom_ops or []), models=[model, original])
+    require_json_target(json_to, *(custom_ops or []), models=[model, original])
     if throughput:
         _require_throughput_alone(context)
         _bench_throughput(model, duration, inputs, custom_ops, json_to)
         return
     if fail_under is not None and not fail_under >= 0:
         raise UsageError(f"--fail-under {fail_under} is no ratio; give a number, at least 0.")
-    with render.progress() as progress:
+    with progress_line() as progress:
         result = run(
             model,
             against=[name.strip() for name in against.split(",") if name.strip()],
@@ -148,7 +149,7 @@ def bench(
             custom_ops=[str(path) for path in custom_ops or []],
             progress=progress,
         )
-    render.emit(json_to, result.to_json(), lambda: render.bench_result(result))
+    emit(json_to, result.to_json(), lambda: render.bench_result(result))
     reached = result.ratio_to(result.rival).value
     if fail_under is not None and reached < fail_under:
         raise SlowerError(
@@ -175,7 +176,7 @@ def _bench_throughput(
 ) -> None:
     from onnxsched.throughput import ARMS, COPIES, measure_throughput
 
-    with render.progress() as progress:
+    with progress_line() as progress:
         served = measure_throughput(
             model,
             duration_s=duration_s / (len(COPIES) * len(ARMS)),
@@ -183,7 +184,7 @@ def _bench_throughput(
             custom_ops=[str(path) for path in custom_ops or []],
             progress=progress,
         )
-    render.emit(json_to, served.to_json(), lambda: render.throughput_result(served))
+    emit(json_to, served.to_json(), lambda: render.throughput_result(served))
 
 
 @app.command(name="run")
@@ -234,7 +235,7 @@ def verify(
     from onnxsched.comparison import Tolerances
     from onnxsched.verify import verify as run
 
-    render.require_json_target(json_to, *(custom_ops or []), models=[actual, expected])
+    require_json_target(json_to, *(custom_ops or []), models=[actual, expected])
     relative, relative_of = _tolerances("--rtol", rtol or [])
     absolute, absolute_of = _tolerances("--atol", atol or [])
     tolerances = Tolerances(
@@ -254,7 +255,7 @@ def verify(
         "schema_version": 1,
         "outputs": [dataclasses.asdict(difference) for difference in found],
     }
-    render.emit(json_to, content, lambda: render.differences(found))
+    emit(json_to, content, lambda: render.differences(found))
     if wrong := [d for d in found if not d.is_within]:
         raise NumericsError(
             f"Output '{wrong[0].output}' of '{actual}' differs from '{expected}' by "

@@ -10,6 +10,7 @@ import typer
 
 from onnxsched.cli import render
 from onnxsched.cli.app import Json, Model, Output, app
+from onnxsched.cli.output import emit, require_json_target, write_json
 
 _Found = TypeVar("_Found")
 
@@ -28,11 +29,11 @@ def inspect(
     from onnxsched_runtime.files import require_target
 
     require_target("--schedule", schedule, model, models=[model])
-    render.require_json_target(json_to, schedule, models=[model])
+    require_json_target(json_to, schedule, models=[model])
     found = inspect_model(model)
     if schedule is not None:
-        render.write_json(schedule, placements_to_json(found.annotation.placements))
-    render.emit(json_to, found.to_json(), lambda: render.inspection(found))
+        write_json(schedule, placements_to_json(found.annotation.placements))
+    emit(json_to, found.to_json(), lambda: render.inspection(found))
 
 
 @app.command()
@@ -76,6 +77,6 @@ def doctor(json_to: Json = None) -> None:
     """Say whether models can be scheduled on this machine's GPU."""
     from onnxsched.doctor import diagnose
 
-    render.require_json_target(json_to)
+    require_json_target(json_to)
     found = diagnose()
-    render.emit(json_to, found.to_json(), lambda: render.diagnosis(found))
+    emit(json_to, found.to_json(), lambda: render.diagnosis(found))
