@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxsched.loading import Model
-from onnxsched_runtime.model import STANDARD_DOMAINS, attributes_of, is_standard, node_reads
+from onnxsched_runtime.model import STANDARD_DOMAINS, attributes_of, is_standard, readers_of
 
 Kind = tuple[str, str]
 """Domain and type of an operator."""
@@ -43,11 +43,7 @@ class GraphView:
     @cached_property
     def readers(self) -> dict[str, list[onnx.NodeProto]]:
         """The nodes that read each tensor or weight, each once."""
-        found: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.model.proto.graph.node:
-            for name in node_reads(node):
-                found.setdefault(name, []).append(node)
-        return found
+        return readers_of(self.model.proto.graph.node)
 
     @cached_property
     def weights(self) -> dict[str, onnx.TensorProto]:

@@ -11,13 +11,8 @@ import onnx
 from onnx import numpy_helper
 
 from onnxsched.simplification.products import is_product
-from onnxsched.simplification.replacing import (
-    GraphIndex,
-    Replacement,
-    attribute,
-    renamed,
-)
-from onnxsched_runtime.model import is_standard
+from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute
+from onnxsched_runtime.model import is_standard, renamed
 from onnxsched_runtime.views import VIEWS, permutation
 
 _Origins = npt.NDArray[np.int32]

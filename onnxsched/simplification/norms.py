@@ -5,13 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched.simplification.replacing import (
-    GraphIndex,
-    Replacement,
-    attribute,
-    renamed,
-)
-from onnxsched_runtime.model import is_standard
+from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute
+from onnxsched_runtime.model import is_standard, renamed
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _NORMS = ("SimplifiedLayerNormalization", "RMSNormalization")

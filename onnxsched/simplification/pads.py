@@ -10,14 +10,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched.simplification.pools import reads_single_pixels
-from onnxsched.simplification.replacing import (
-    GraphIndex,
-    Replacement,
-    attribute,
-    renamed,
-    with_attributes,
-)
-from onnxsched_runtime.model import is_standard
+from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, with_attributes
+from onnxsched_runtime.model import is_standard, renamed
 from onnxsched_runtime.tensor import TensorType
 
 _AXES = 2

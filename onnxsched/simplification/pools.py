@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import onnx
 
-from onnxsched.simplification.replacing import (
-    GraphIndex,
-    Replacement,
-    attribute,
-    renamed,
-    with_attributes,
-)
-from onnxsched_runtime.model import is_standard
+from onnxsched.simplification.replacing import GraphIndex, Replacement, attribute, with_attributes
+from onnxsched_runtime.model import is_standard, renamed
 from onnxsched_runtime.tensor import TensorType
 
 _RANK = 4

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 
 import onnx
 
-from onnxsched.simplification.replacing import (
-    GraphIndex,
-    Replacement,
-    renamed,
-)
-from onnxsched_runtime.model import is_standard, node_reads
+from onnxsched.simplification.replacing import GraphIndex, Replacement
+from onnxsched_runtime.model import is_standard, node_reads, renamed
 from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.pools import may_see_padding_alone
 

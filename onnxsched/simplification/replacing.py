@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsched_runtime.model import captured_reads, is_standard, node_reads
+from onnxsched_runtime.model import captured_reads, is_standard, node_reads, readers_of
 from onnxsched_runtime.naming import unused_name
 from onnxsched_runtime.tensor import TensorType
 
@@ -98,19 +97,6 @@ def attribute(node: onnx.NodeProto, name: str, default: _T) -> _T:
     return default
 
 
-def renamed(
-    node: onnx.NodeProto,
-    reads: Mapping[str, str],
-    writes: Mapping[str, str] = MappingProxyType({}),
-) -> onnx.NodeProto:
-    """A copy of a node that reads, and writes, tensors of other names."""
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.input[:] = [reads.get(name, name) for name in node.input]
-    copy.output[:] = [writes.get(name, name) for name in node.output]
-    return copy
-
-
 def with_attributes(node: onnx.NodeProto, **values: list[int] | int) -> onnx.NodeProto:
     """A copy of a node with other values of some attributes."""
     copy = onnx.NodeProto()
@@ -156,13 +142,9 @@ def replace_all(model: onnx.ModelProto, rule: Rule, tensors: dict[str, TensorTyp
 
 
 def _index(model: onnx.ModelProto, tensors: Mapping[str, TensorType]) -> GraphIndex:
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for tensor in node_reads(node):
-            readers.setdefault(tensor, []).append(node)
     return GraphIndex(
         {tensor: node for node in model.graph.node for tensor in node.output if tensor},
-        {tensor: tuple(nodes) for tensor, nodes in readers.items()},
+        {tensor: tuple(nodes) for tensor, nodes in readers_of(model.graph.node).items()},
         frozenset(value.name for value in model.graph.output),
         {weight.name: weight for weight in model.graph.initializer},
         tensors,

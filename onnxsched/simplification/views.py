@@ -5,12 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from onnxsched.simplification.replacing import (
-    GraphIndex,
-    Replacement,
-    renamed,
-)
-from onnxsched_runtime.model import captured_reads, is_standard
+from onnxsched.simplification.replacing import GraphIndex, Replacement
+from onnxsched_runtime.model import captured_reads, is_standard, renamed
 from onnxsched_runtime.views import VIEWS, is_idle
 
 

@@ -17,6 +17,8 @@ from onnxsched_runtime.model import (
     attributes_of,
     is_standard,
     node_reads,
+    readers_of,
+    renamed,
     sources_of,
 )
 from onnxsched_runtime.naming import unused_name
@@ -82,10 +84,7 @@ class _Draft:
         """By what they write."""
         self._renamed: dict[str, str] = {}
         """What tensors are called where a Relu has been left out."""
-        self._readers: dict[str, list[NodeProto]] = {}
-        for node in graph.node:
-            for tensor in node_reads(node):
-                self._readers.setdefault(tensor, []).append(node)
+        self._readers = readers_of(graph.node)
         self._outputs = {value.name for value in graph.output}
         self._declared: dict[str, TensorType] = {}
         """Types of new tensors."""
@@ -289,13 +288,10 @@ def _made(fused: _Fused) -> NodeProto:
 
 
 def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    """The node with other names for tensors; itself where it has none of these."""
     if names.keys().isdisjoint((*node.input, *node.output)):
         return node
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    copy.input[:] = [names.get(name, name) for name in node.input]
-    copy.output[:] = [names.get(name, name) for name in node.output]
-    return copy
+    return renamed(node, names, names)
 
 
 def _in_order(nodes: Sequence[NodeProto]) -> list[NodeProto]:

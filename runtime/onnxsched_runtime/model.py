@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -108,6 +109,28 @@ def sources_of(nodes: Sequence[onnx.NodeProto]) -> list[list[int]]:
     """For each node those of the nodes that it reads from, by their places, each once."""
     writer = {tensor: i for i, node in enumerate(nodes) for tensor in node.output if tensor}
     return [sorted({writer[t] for t in node_reads(n) if t in writer}) for n in nodes]
+
+
+def readers_of(nodes: Iterable[onnx.NodeProto]) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor or weight, each once, those whose subgraphs do included."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node_reads(node):
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def renamed(
+    node: onnx.NodeProto,
+    reads: Mapping[str, str],
+    writes: Mapping[str, str] = MappingProxyType({}),
+) -> onnx.NodeProto:
+    """A copy of a node that reads, and writes, tensors of other names."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [reads.get(name, name) for name in node.input]
+    copy.output[:] = [writes.get(name, name) for name in node.output]
+    return copy
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
