@@ -35,11 +35,6 @@ class Candidate:
         """Streams it uses."""
         return self.schedule.stream_count
 
-    @property
-    def label(self) -> str:
-        """Policy and streams, e.g. `heft/4`."""
-        return f"{self.policy}/{self.stream_count}"
-
 
 def propose(
     graph: OperatorGraph,

@@ -41,10 +41,6 @@ class Rows:
         """How many they are."""
         return self.stop - self.start
 
-    def covers(self, other: Rows) -> bool:
-        """Whether all of the others are among them."""
-        return self.start <= other.start and other.stop <= self.stop
-
     def shifted(self, by: int) -> Rows:
         """As many rows, `by` further down."""
         return Rows(self.start + by, self.stop + by)

@@ -38,11 +38,6 @@ class Schedule:
         return {slot.operator: slot.placement for slot in self.slots}
 
     @cached_property
-    def position_of(self) -> dict[int, int]:
-        """The launch position of each operator."""
-        return {slot.operator: position for position, slot in enumerate(self.slots)}
-
-    @cached_property
     def shape(self) -> bytes:
         """Equal for schedules that differ only in how streams and devices are numbered."""
         number: dict[Placement, int] = {}

@@ -107,10 +107,13 @@ def test_only_what_is_asked_for_is_proposed_beside_sequential(policy: str) -> No
 def test_a_chain_has_one_schedule() -> None:
     chain = graph_of(4, [(0, 1), (1, 2), (2, 3)])
     (only,) = proposed((chain, durations(1.0, 2.0, 3.0, 4.0)), 8)
-    assert (only.label, only.predicted_us) == ("sequential/1", 10.0)
+    assert (only.policy, only.stream_count, only.predicted_us) == ("sequential", 1, 10.0)
 
 
 def test_the_diamond_overlaps_where_streams_allow() -> None:
     diamond = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
     found = proposed((diamond, durations(1.0, 4.0, 2.0, 8.0)), 2, ("heft",))
-    assert [(c.label, c.predicted_us) for c in found] == [("sequential/1", 15.0), ("heft/2", 13.0)]
+    assert [(c.policy, c.stream_count, c.predicted_us) for c in found] == [
+        ("sequential", 1, 15.0),
+        ("heft", 2, 13.0),
+    ]

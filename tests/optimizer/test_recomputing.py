@@ -58,7 +58,7 @@ def assert_equivalent(before: Scheduled, after: Recomputation) -> None:
         if names[operator] in copies:
             readers = {edge.consumer for edge in after.graph.outgoing[operator]}
             assert {names[v] for v in readers} == set(copies[names[operator]].consumers)
-            first = min(readers, key=after.schedule.position_of.__getitem__)
+            first = next(s.operator for s in after.schedule.slots if s.operator in readers)
             assert placement == after.schedule.placement_of[first]
             assert placement.device != schedule.placement_of[source].device
             assert after.graph.outgoing[operator]

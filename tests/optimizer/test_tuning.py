@@ -43,6 +43,10 @@ def cost_of(model: Model) -> TableCost:
     return TableCost(tuple(OperatorCost(1.0 + index % 3) for index in range(count)))
 
 
+def label(candidate: Candidate) -> str:
+    return f"{candidate.policy}/{candidate.stream_count}"
+
+
 def candidates_of(model: Model, device: Device = CPU) -> tuple[Contraction, tuple[Candidate, ...]]:
     return candidates_on(Machine((device,), STREAMS), model, cost_of(model))
 
@@ -90,7 +94,7 @@ def test_the_few_most_promising_and_sequential_are_measured(model: Model) -> Non
     outcomes = tuned(model)
     assert_ranked(outcomes)
     _, candidates = candidates_of(model)
-    assert sorted(o.candidate.label for o in outcomes) == sorted(c.label for c in candidates)
+    assert sorted(label(o.candidate) for o in outcomes) == sorted(map(label, candidates))
     finalists = [o for o in outcomes if o.samples_us]
     assert len(finalists) == 4
     assert {len(o.samples_us) for o in finalists} == {35}
@@ -175,11 +179,11 @@ def test_on_a_gpu_all_are_tried_and_what_was_measured_outranks_predictions(
     _, candidates = candidates_of(model, GPU)
     by_prediction = sorted(candidates, key=lambda c: c.predicted_us)
     assert trials.tried == [candidate.contracted for candidate in by_prediction]
-    assert {o.candidate.label: o.trial_us for o in outcomes} == {
-        c.label: 999.0 - number for number, c in enumerate(by_prediction)
+    assert {label(o.candidate): o.trial_us for o in outcomes} == {
+        label(c): 999.0 - number for number, c in enumerate(by_prediction)
     }
-    last = [c.label for c in by_prediction if c.policy != "sequential"][-3:]
-    finalists = {o.candidate.label for o in outcomes if o.samples_us}
+    last = [label(c) for c in by_prediction if c.policy != "sequential"][-3:]
+    finalists = {label(o.candidate) for o in outcomes if o.samples_us}
     assert finalists == {"sequential/1", *last}
 
 

@@ -276,7 +276,7 @@ def gpus(slow: None, monkeypatch: pytest.MonkeyPatch) -> tuple[Device, ...]:
     monkeypatch.setattr(
         exploration,
         "refine",
-        lambda graph, start, placements, measure, *_, **__: Refined(start, measure(start), 1),
+        lambda graph, start, placements, measure, *_, **__: Refined(start, measure(start)),
     )
     monkeypatch.setattr(
         cuda, "time_launches_us", lambda _, launch, count: time_runs_us(launch, count)
