@@ -16,14 +16,13 @@ import onnx
 from onnx import TensorProto
 
 from onnxsched.drafting import Draft, assembled, with_size
-from onnxsched.graph_view import GraphView, is_dense_convolution, is_elementwise, kind_of
+from onnxsched.graph_view import POOLS, GraphView, is_dense_convolution, is_elementwise, kind_of
 from onnxsched.loading import Model
 
 _GROUP = 32
 _MOST_FLOPS = 5e8
 """Of a convolution with the added channels: smaller ones hardly take longer for more of them."""
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
-_POOLS = {("", "MaxPool"), ("", "AveragePool")}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _convolutions_after(view: GraphView, tensor: str) -> tuple[onnx.NodeProto, .
 
 def _leaves_channels(view: GraphView, node: onnx.NodeProto) -> bool:
     """Whether a node computes each channel of one tensor by itself, all in the same way."""
-    if kind_of(node) in _POOLS:
+    if kind_of(node) in POOLS:
         return len(node.output) == 1
     return len(node.input) == 1 and is_elementwise(view, node)
 

@@ -15,6 +15,8 @@ from onnxsched_runtime.model import STANDARD_DOMAINS, attributes_of, is_standard
 
 Kind = tuple[str, str]
 """Domain and type of an operator."""
+CONVOLUTIONS: frozenset[Kind] = frozenset({("", "Conv"), ("com.microsoft", "FusedConv")})
+POOLS: frozenset[Kind] = frozenset({("", "MaxPool"), ("", "AveragePool")})
 
 _UNARY = {
     ("", "Relu"), ("", "LeakyRelu"), ("", "Elu"), ("", "Sigmoid"), ("", "HardSigmoid"),

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxsched.drafting import Draft, assembled
-from onnxsched.graph_view import GraphView, kind_of
+from onnxsched.graph_view import POOLS, GraphView, kind_of
 from onnxsched.loading import Model
 from onnxsched.rows import explicit_window
 from onnxsched_runtime.model import attributes_of
@@ -66,7 +66,7 @@ class Deferrals:
             return _factor(self.view, node) is not None and self.can_wait(result, is_map)
         if kind == ("", "Relu"):
             return not is_map and self.can_wait(result, is_map)
-        if kind in (("", "MaxPool"), ("", "AveragePool")):
+        if kind in POOLS:
             is_kept = len(node.output) == 1 and not attributes_of(node).get("count_include_pad")
             is_kept &= not may_see_padding_alone(node)
             return is_kept and not is_map and self.can_wait(result, is_map)

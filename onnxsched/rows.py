@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from onnxsched.graph_view import GraphView, kind_of
+from onnxsched.graph_view import CONVOLUTIONS, POOLS, GraphView, kind_of
 from onnxsched.siblings import Window, window_of
 from onnxsched_runtime.model import attributes_of
 
 HEIGHT_AXIS = 2
 """Of images, which are `[batch, channels, height, width]`."""
 _RANK = 4
-_CONVOLUTIONS = {("", "Conv"), ("com.microsoft", "FusedConv")}
-_POOLS = {("", "MaxPool"), ("", "AveragePool")}
 _ROW_BY_ROW = {
     ("", name)
     for name in (
@@ -133,7 +131,7 @@ def row_window(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
         return _padding(view, node)
     if kind == ("", "Slice"):
         return _cropping(view, node)
-    if kind not in _CONVOLUTIONS | _POOLS or len(flowing) != 1 or len(node.input) > 3:
+    if kind not in CONVOLUTIONS | POOLS or len(flowing) != 1 or len(node.input) > 3:
         return None
     return _sliding(view, node)
 
@@ -145,7 +143,7 @@ def explicit_window(view: GraphView, node: onnx.NodeProto) -> Window:
     `ceil_mode` of a maximum, which sees no padding, is as much more of it below.
     """
     given = attributes_of(node)
-    is_pool = kind_of(node) in _POOLS
+    is_pool = kind_of(node) in POOLS
     kernel = given["kernel_shape"] if is_pool else view.weights[node.input[1]].dims[2:]
     window = window_of(node, kernel)
     sizes, results = (
@@ -171,7 +169,7 @@ def _sliding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
         return None
     window = explicit_window(view, node)
     spans = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
-    is_pool = kind_of(node) in _POOLS
+    is_pool = kind_of(node) in POOLS
     is_same = attributes_of(node).get("auto_pad", b"").startswith(b"SAME")
     if is_pool and is_same and any(map(operator.gt, window.strides, spans)):
         return None  # ORT crops the image then

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
-from onnxsched.graph_view import GraphView, is_elementwise, kind_of
+from onnxsched.graph_view import CONVOLUTIONS, GraphView, is_elementwise, kind_of
 from onnxsched_runtime.annotation import attribute_digests
 from onnxsched_runtime.model import attributes_of
 
-_CONVOLUTIONS = {("", "Conv"), ("com.microsoft", "FusedConv")}
 _PRODUCTS = {
     ("", "MatMul"), ("", "Gemm"),
     ("com.microsoft", "FusedGemm"), ("com.microsoft", "FusedMatMul"),
@@ -96,7 +95,7 @@ def find_siblings(
 def _sibling(view: GraphView, node: onnx.NodeProto) -> Sibling | None:
     """The node as a sibling; None where it can't be merged whatever is beside it."""
     kind = kind_of(node)
-    if kind not in _CONVOLUTIONS | _PRODUCTS or not 2 <= len(node.input) <= 3:
+    if kind not in CONVOLUTIONS | _PRODUCTS or not 2 <= len(node.input) <= 3:
         return None
     weight, output = view.weights.get(node.input[1]), view.model.tensors.get(node.output[0])
     if weight is None or weight.data_type not in _FLOATS or node.input[0] in view.weights:

@@ -158,7 +158,7 @@ def _wanted(
 ) -> Iterator[tuple[Configuration, WorkerPlace, list[str]]]:
     """Each configuration with arms that the report lacks, where it is measured, and those."""
     device = Device.parse(options.device)
-    arms = _chosen(options.arms, ARMS, "arm")
+    arms = _chosen_arms(options.arms)
     for configuration in configurations(options):
         done = {entry["arm"] for entry in report["results"] if _is_of(entry, configuration)}
         possible = {a for a in arms if is_possible(a, device, configuration.has_images)}
@@ -202,10 +202,10 @@ def configurations(options: argparse.Namespace) -> Iterator[Configuration]:
             )
 
 
-def _chosen(text: str | None, known: Any, kind: str) -> list[str]:
-    names = text.split(",") if text else list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"There is no {kind} '{unknown[0]}'; there are {', '.join(known)}.")
+def _chosen_arms(text: str | None) -> list[str]:
+    names = text.split(",") if text else list(ARMS)
+    if unknown := [name for name in names if name not in ARMS]:
+        raise UsageError(f"There is no arm '{unknown[0]}'; there are {', '.join(ARMS)}.")
     return names
 
 
