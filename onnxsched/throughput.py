@@ -158,7 +158,7 @@ def _served(
         start.wait()
         try:
             before_ns = time.perf_counter_ns()
-            while not kept or before_ns < end_ns:
+            while not errors and (not kept or before_ns < end_ns):
                 session.run(None, feeds)
                 after_ns = time.perf_counter_ns()
                 kept.append((after_ns - before_ns) / 1e3)

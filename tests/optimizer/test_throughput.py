@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 from onnxsched import throughput
 from onnxsched.throughput import ARMS, COPIES, measure_throughput
 from onnxsched_runtime.annotation import write_annotation
-from onnxsched_runtime.errors import OnnxschedError
 from onnxsched_runtime.files import write_model
 from onnxsched_runtime.load import Session
 from support import models
@@ -70,17 +70,26 @@ def test_requests_are_served_at_the_same_time(path: Path, monkeypatch: pytest.Mo
     assert most == 8
 
 
-def test_what_fails_in_one_thread_is_raised_here(
+class Planted(BaseException):
+    """What nobody expects."""
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_what_fails_in_one_thread_is_raised_here_and_ends_the_others(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = Session.run, [0]
+    real, caller, planted = Session.run, threading.current_thread(), Planted()
+    calls = itertools.count()
+    threads = threading.active_count()
 
     def run(self: Session, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
-        calls[0] += 1
-        if calls[0] > 5:
-            raise OnnxschedError("planted")
+        if threading.current_thread() is not caller and next(calls) == 9:
+            raise planted
         return real(self, names, feeds)
 
     monkeypatch.setattr(Session, "run", run)
-    with pytest.raises(OnnxschedError, match="planted"):
-        measure_throughput(path, duration_s=0.2)
+    monkeypatch.setattr(throughput, "COPIES", (2,))
+    with pytest.raises(Planted) as raised:
+        measure_throughput(path, duration_s=1e5)
+    assert raised.value is planted
+    assert threading.active_count() == threads
