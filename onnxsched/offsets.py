@@ -230,7 +230,7 @@ def _add(draft: Draft, deferrals: Deferrals, node: onnx.NodeProto, waiting: _Wai
     addends = [part for name in node.input for part in waiting.addends.get(name, (name,))]
     found = [waiting.offsets[name] for name in node.input if name in waiting.offsets]
     reader = view.only_reader(result)
-    is_inner = reader is not None and reader.name in deferrals.sums and len(reader.input) == 2
+    is_inner = reader is not None and reader.name in deferrals.sums
     if is_inner and node.name in deferrals.sums and len(addends) < _MOST_ADDENDS - 1:
         waiting.addends[result] = tuple(addends)
         if found:

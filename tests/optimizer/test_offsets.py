@@ -120,6 +120,20 @@ def test_adds_of_adds_are_one_sum() -> None:
     assert [len(node.input) for node in sums] == [6]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_sum_reads_more_than_eight_with_its_stored_offset(bias: bool) -> None:
+    lengths = set()
+    for count in range(2, 20):
+        net = new_net(1)
+        total = conv(net, "x", 1, bias=bias)
+        for _ in range(1, count):
+            total = net.add("Add", total, conv(net, "x", 1, bias=bias))
+        result = check(net.model(net.add("Relu", total)))
+        sums = [node for node in result.proto.graph.node if node.op_type == "Sum"]
+        lengths |= {len(node.input) for node in sums}
+    assert max(lengths) == (8 if bias else 7)
+
+
 def test_an_unpadded_convolution_adds_what_came_before_with_its_own_bias() -> None:
     net = new_net(4)
     model = net.model(net.add("Sigmoid", conv(net, net.add("Relu", conv(net, "x", 1)), 1)))
