@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from itertools import combinations, permutations
 from typing import Any
@@ -247,6 +248,57 @@ def test_outputs_are_ready_on_the_current_stream_of_the_device_that_they_are_on(
         found = [device for said_word, device in said if said_word == word]
         assert len(found) == len(set(found))
         assert set(found) == {*homes, executor.main_stream.device}
+
+
+class OrderedStream(fake_cuda.FakeStream):
+    """Knows what is done before what it runs next: by itself, and by what it waited for."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.done: frozenset[str] = frozenset()
+
+    def record(self) -> OrderedStream:
+        return copy(self)
+
+    def wait(self, event: fake_cuda.FakeStream) -> None:
+        assert isinstance(event, OrderedStream)
+        super().wait(event)
+        self.done |= event.done
+
+
+@pytest.mark.parametrize("capture", ["whole", "none"])
+@pytest.mark.parametrize("name", ["branch", "data_dependent"])
+def test_inputs_are_filled_once_the_run_before_has_ended_on_its_stream(
+    graphs: type[fake_cuda.FakeGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capture: Capture,
+) -> None:
+    import torch
+
+    real = fake_cuda.FakeBuffer.fill_from_tensor
+    found: list[frozenset[str]] = []
+
+    def fill(self: fake_cuda.FakeBuffer, tensor: Any, stream: Any) -> None:
+        found.append(stream.done)
+        real(self, tensor, stream)
+
+    monkeypatch.setattr(cuda, "Stream", OrderedStream)
+    monkeypatch.setattr(fake_cuda.FakeBuffer, "fill_from_tensor", fill)
+    model = models.MODELS[name]()
+    feeds = {n: torch.from_numpy(np.array(a)) for n, a in models.feeds_for(model).items()}
+    annotation = models.annotation_of(model, device=GPU, device_count=2)
+    with Session(model, annotation, capture=capture) as session:
+        executor = executor_of(session)
+        end = executor._runner.streams[session.plan.pieces[-1].main]
+        assert isinstance(end, OrderedStream)
+        assert end is not executor.main_stream
+        for run in ("first", "second"):
+            found.clear()
+            executor.run_on_device(feeds, [value.name for value in model.graph.output])
+            end.done |= {run}
+    assert found
+    assert all("first" in done for done in found)
 
 
 def test_a_tensor_that_does_not_fit_is_named(graphs: type[fake_cuda.FakeGraph]) -> None:
