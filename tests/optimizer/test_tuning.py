@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onnxsched import exploration, finalists, tuning
 from onnxsched.candidates import Candidate, propose
@@ -557,3 +559,212 @@ def test_over_several_devices_all_subjects_are_tried_in_one_order(
     assert [name for _, name in opened] != sorted(name for _, name in opened)
     assert len(opened) == len(outcomes) == 2 * len(candidates)
     assert all(outcome.trial_us is not None for outcome in outcomes)
+
+
+class Clock:
+    """Time that passes where a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (tuning, exploration):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def in_forms(
+    model: Model, machine: Machine, names: Sequence[str] = ("none", "merge", "merge-inner")
+) -> list[Subject]:
+    """What is proposed for a model, for several forms of it."""
+    cost = TableCost(tuple(OperatorCost(100.0) for _ in model.proto.graph.node))
+    contraction, candidates = candidates_on(machine, model, cost)
+    forms = [replace(model, rewrite=name) for name in names]
+    return [Subject(model, form, contraction, cost, candidates, {}, {}) for form in forms]
+
+
+def tune_all(subjects: Sequence[Subject], machine: Machine, budget_s: float) -> Tuned:
+    return tune(
+        subjects, machine, budget_s=budget_s, custom_ops=(), is_refined=False,
+        progress=lambda *_: None,
+    )  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 90)), min_size=1, max_size=6))
+def test_each_form_may_take_as_much_time_as_it_leaves_and_the_last_one_all(
+    forms: list[tuple[float, float]],
+) -> None:
+    """Of 70 s of 100 s; a form takes so long to prepare and to try."""
+    clock, end_s = Clock(), 170.0
+    given_s: list[float] = []
+    left_s: list[float] = []
+
+    def explored(of: Trials, is_refined: bool) -> tuple[list[Outcome], float]:
+        given_s.append(of.deadline - clock.now_s)
+        left_s.append(end_s - clock.now_s)
+        needed_s, tried_s = forms[len(given_s) - 1]
+        if given_s[-1] <= 0:
+            return [], 0.0
+        clock.now_s += needed_s + tried_s
+        return [], needed_s
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tuning, "time", clock)
+        patched.setattr(tuning, "explored", explored)
+        patched.setattr(tuning, "measure_finalists", lambda *_: [])
+        subjects: list[Any] = [None] * len(forms)
+        tune_all(subjects, Machine((GPU,), STREAMS), budget_s=100.0)
+    assert len(given_s) == len(forms)
+    needed_s = 0.0
+    for number, (own_s, all_s) in enumerate(zip(given_s, left_s, strict=True)):
+        share_s = all_s if number == len(forms) - 1 else all_s / 2
+        assert own_s == pytest.approx(share_s if needed_s <= share_s else 0.0)
+        needed_s = forms[number][0] if own_s > 0 else 0.0
+
+
+@pytest.mark.parametrize(("needed_s", "tried"), [(30.0, [5, 5]), (40.0, [0, 0])])
+def test_what_can_not_be_prepared_in_time_is_not_begun(
+    needed_s: float,
+    tried: list[int],
+    model: Model,
+    trials: type[FakeTrials],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Model] = []
+
+    def opening(self: FakeTrials, of: Model, *_: Any) -> None:
+        opened.append(of)
+        clock.now_s += needed_s
+
+    def measure_us(self: FakeTrials, contracted: Schedule) -> tuple[float, ...]:
+        clock.now_s += 1.0
+        return (10.0,)
+
+    monkeypatch.setattr(trials, "__init__", opening)
+    monkeypatch.setattr(trials, "measure_us", measure_us)
+    machine, names = Machine((GPU,), STREAMS), ("none", "merge")
+    found = tune_all(in_forms(model, machine, names), machine, budget_s=100.0)
+    assert [of.rewrite for of in opened] == (["none", "merge"] if any(tried) else ["none"])
+    by_form = [[o for o in found.outcomes if o.form[1] == name] for name in names]
+    assert [sum(o.trial_us is not None for o in of) for of in by_form] == tried
+
+
+def test_trials_leave_a_part_of_the_time_in_which_finalists_are_built(
+    model: Model, trials: type[FakeTrials], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(FakeSession):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            clock.now_s += 1.0
+
+    def measure_us(self: FakeTrials, contracted: Schedule) -> tuple[float, ...]:
+        clock.now_s += 1.0
+        return (10.0,)
+
+    monkeypatch.setattr(trials, "measure_us", measure_us)
+    monkeypatch.setattr(finalists, "Session", Slow)
+    outcomes = tuned(model, GPU, budget_s=10.0)
+    assert sum(outcome.trial_us is not None for outcome in outcomes) == 7
+    assert sum(bool(outcome.samples_us) for outcome in outcomes) == 3
+
+
+@pytest.mark.parametrize("pace", [0.0, 0.5, 1.0, 1.5])
+def test_over_several_gpus_half_of_the_time_is_for_all_and_half_of_the_rest_for_the_best_forms(
+    pace: float, model: Model, trials: type[FakeTrials], clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of 70 s of 100 s; everyone takes so much of what is given."""
+    asked: list[tuple[str, float, float]] = []
+
+    def take(what: str, of: Trials) -> None:
+        asked.append((what, clock.now_s - 100.0, of.deadline - 100.0))
+        clock.now_s += pace * max(0.0, of.deadline - clock.now_s)
+
+    def in_turn(over: Sequence[Trials]) -> list[Outcome]:
+        assert len({of.deadline for of in over}) == 1
+        take("all", over[0])
+        return [
+            Outcome(c, form=of.subject.model.form) for of in over for c in of.subject.candidates
+        ]
+
+    def on_all(of: Trials, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        take("form", of)
+        return list(outcomes)
+
+    def explored(of: Trials, is_refined: bool) -> tuple[list[Outcome], float]:
+        take("alone", of)
+        return [Outcome(candidate) for candidate in of.subject.candidates], 0.0
+
+    monkeypatch.setattr(tuning, "_tried_in_turn", in_turn)
+    monkeypatch.setattr(tuning, "explored_on_all", on_all)
+    monkeypatch.setattr(tuning, "explored", explored)
+    tune(
+        in_forms(model, TWO_GPUS), TWO_GPUS, budget_s=100.0, custom_ops=(),
+        progress=lambda *_: None,
+    )  # fmt: skip
+    (_, start_s, end_s), *forms, (_, _, last_s) = asked
+    assert [what for what, *_ in asked] == ["all", *["form"] * len(forms), "alone"]
+    assert (start_s, end_s, last_s) == pytest.approx((0.0, 35.0, 70.0))
+    assert len(forms) == (2 if pace <= 1 else 0)
+    for waiting, (_, start_s, end_s) in zip((1, 0), forms, strict=False):
+        assert 52.5 - end_s == pytest.approx(waiting * (end_s - start_s))
+
+
+@pytest.mark.parametrize("device_count", [2, 3])
+def test_over_several_devices_three_are_built_even_without_time(
+    device_count: int, model: Model, trials: type[FakeTrials]
+) -> None:
+    machine = Machine(tuple(Device("cuda", index) for index in range(device_count)), STREAMS)
+    found = tune_all(in_forms(model, machine, ["none"]), machine, budget_s=-1.0)
+    assert_ranked(found.outcomes)
+    built = [o.candidate for o in found.outcomes if o.samples_us]
+    assert len(built) == 3
+    assert any(c.schedule.devices == (GPU,) for c in built if c.policy != "sequential")
+
+
+@pytest.mark.parametrize("others", [3, 4])
+def test_over_several_devices_nothing_is_tried_where_all_are_finalists(
+    others: int, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Opened(FakeSession):
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(finalists, "Session", Opened)
+    machine = Machine((CPU, Device("cpu", 1)), STREAMS)
+    [subject] = in_forms(model, machine, ["none"])
+    plain = [c for c in subject.candidates if c.policy == "sequential"]
+    chosen = [c for c in subject.candidates if c not in plain][:others]
+    found = tune_all([replace(subject, candidates=(*plain, *chosen))], machine, budget_s=60.0)
+    assert len(found.outcomes) == 1 + others
+    assert all((o.trial_us is not None) == (others > 3) for o in found.outcomes)
+    assert sum(bool(o.samples_us) for o in found.outcomes) == 4
+
+
+def test_each_finalist_is_built_from_its_own_form(
+    model: Model, trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    real = finalists.session_of
+
+    def session_of(of: Subject, outcome: Outcome, custom_ops: tuple[str, ...]) -> Any:
+        assert of.model.form == outcome.form
+        built.append(of.model.rewrite)
+        return real(of, outcome, custom_ops)
+
+    monkeypatch.setattr(finalists, "session_of", session_of)
+    machine = Machine((GPU,), STREAMS)
+    found = tune_all(in_forms(model, machine), machine, budget_s=60.0)
+    assert sorted(built) == sorted(o.form[1] for o in found.outcomes if o.samples_us)
+    assert len(set(built)) > 1
