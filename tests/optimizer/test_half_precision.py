@@ -81,8 +81,11 @@ def test_scales_keep_their_precision() -> None:
     model.graph.node[0].attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(SCALE))
     model.graph.value_info.append(onnx.helper.make_tensor_value_info("s", 1, []))
     store_constants(model)
-    (kept,) = in_float16(model).graph.initializer
+    found = in_float16(model)
+    (kept,) = found.graph.initializer
     assert (kept.name, onnx.numpy_helper.to_array(kept)) == ("s", SCALE)
+    declared = {value.name: value.type.tensor_type.elem_type for value in found.graph.value_info}
+    assert declared.get("s", kept.data_type) == kept.data_type
 
 
 def test_norms_are_computed_in_float16() -> None:
