@@ -9,14 +9,24 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched.checking import PlainRuns, check_numerics, check_portable, differences_from
+from onnxsched import checking
+from onnxsched.checking import (
+    PlainRuns,
+    check_numerics,
+    check_portable,
+    differences_from,
+    run_plain,
+)
 from onnxsched.comparison import Tolerances, difference
 from onnxsched.loading import Model
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError, NumericsError
 from onnxsched_runtime.load import Session
+from onnxsched_runtime.session import OrtSession
+from onnxsched_runtime.settings import SessionSettings
 from support.models import CPU, MODELS
 from support.optimizing import as_it_is
+from support.strategies import GPU
 
 EXACT = np.array([1.0, -0.5, 1e-3], np.float32)
 
@@ -92,6 +102,38 @@ def test_integers_that_differ_are_counted() -> None:
     session = cast(Session, FakeSession(0.0, kind=np.int64))
     with pytest.raises(NumericsError, match=r"in 33\.3% of its elements, .*; leave --precision"):
         check_numerics(model, session, plain)
+
+
+def test_floats_that_overflow_are_said_to_be_apart_and_not_counted() -> None:
+    model = as_it_is(MODELS["chain"]())
+    session = cast(Session, FakeSession(float("inf")))
+    with pytest.raises(NumericsError, match=r"differs from plain ONNX Runtime by inf \(relative"):
+        check_numerics(model, session, runs(0.0))
+
+
+@pytest.mark.parametrize(("device", "otherwise"), [(CPU, "one thread"), (GPU, "no TF32")])
+def test_plain_ort_runs_three_inputs_and_otherwise_only_when_asked(
+    device: Device, otherwise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[SessionSettings] = []
+
+    def open_session(source: Any, settings: SessionSettings) -> OrtSession:
+        opened.append(settings)
+        return OrtSession(source, replace(settings, device=CPU))
+
+    monkeypatch.setattr(checking, "OrtSession", open_session)
+    plain = run_plain(as_it_is(MODELS["chain"]()), device, 0, ())
+    assert len({feed["x"].tobytes() for feed in plain.feeds}) == len(plain.outputs) == 3
+    assert len(opened) == 1
+    for _ in range(2):
+        assert len(plain.outputs_otherwise()) == 3
+    usual, other = opened
+    assert usual.device == other.device == device
+    differs = {
+        "one thread": other.thread_count == 1 != usual.thread_count,
+        "no TF32": usual.variant.tf32 and not other.variant.tf32,
+    }
+    assert [name for name, is_so in differs.items() if is_so] == [otherwise]
 
 
 def test_other_rounding_is_only_computed_where_it_is_needed() -> None:
