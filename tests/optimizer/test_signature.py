@@ -94,6 +94,8 @@ def test_an_output_left_out_differs_from_one_given() -> None:
     [
         ("(float[1,3,8,8] x) => (float[1,4,6,6] y) { y = Conv(x, w) }", (4, 3, 3, 3),
          2 * 4 * 36 * 27, 4 * (192 + 108 + 144)),
+        ("(float[1,3,6,6] x) => (float[1,4,8,8] y) { y = ConvTranspose(x, w) }", (3, 4, 3, 3),
+         2 * 3 * 36 * 4 * 9, 4 * (108 + 108 + 256)),
         ("(float[5,7] x) => (float[5,9] y) { y = MatMul(x, w) }", (7, 9),
          2 * 5 * 9 * 7, 4 * (35 + 63 + 45)),
         ("(float[7,5] x) => (float[5,9] y) { y = Gemm<transA = 1>(x, w) }", (7, 9),
@@ -102,13 +104,24 @@ def test_an_output_left_out_differs_from_one_given() -> None:
         ("(float[5,7] x) => (float[5,7] y) { y = Add(x, x) }", (1,), 35, 4 * 70),
         ("(int64[5] i) => (float[5,9] y) { y = Gather(w, i) }", (1000, 9), 45, 4 * 90),
     ],
-    ids=["convolution", "product", "transposed", "element-wise", "read twice", "gather"],
+    ids=["convolution", "transposed convolution", "product", "transposed", "element-wise",
+         "read twice", "gather"],
 )  # fmt: skip
 def test_operations_and_bytes(text: str, kernel: tuple[int, ...], flops: int, nbytes: int) -> None:
     model = model_of(text, w=weight(*kernel))
     signatures = OperatorSignatures(as_it_is(model))
     node = model.graph.node[0]
     assert (signatures.flop_count(node), signatures.nbytes(node)) == (flops, nbytes)
+
+
+def test_operations_of_a_quantized_convolution() -> None:
+    text = """(uint8[1,3,8,8] x) => (uint8[1,4,6,6] y) {
+        y = QLinearConv(x, s, z, w, s, z, s, z)
+    }"""
+    filters = np.zeros((4, 3, 3, 3), np.uint8)
+    model = parsed(text, w=filters, s=np.array(1.0, np.float32), z=np.array(0, np.uint8))
+    [node] = model.graph.node
+    assert OperatorSignatures(as_it_is(model)).flop_count(node) == 2 * 4 * 36 * 27
 
 
 def test_operations_of_products_by_head() -> None:
