@@ -185,7 +185,7 @@ def _tried_in_turn(trials: Sequence[Trials]) -> list[Outcome]:
     """The outcomes of all candidates, each built as it will run, timed and closed.
 
     The most promising of all subjects comes first. What can't be built, for want of memory say,
-    is left out.
+    is left out where anything else is left; else the finalists, those on one device too, tell.
     """
     waiting = [
         (Outcome(candidate, form=of.subject.model.form), of)
@@ -196,6 +196,7 @@ def _tried_in_turn(trials: Sequence[Trials]) -> list[Outcome]:
     first, count = trials[0].subject.portable, len(waiting)
     feeds = model_inputs(first, seed=0)
     tried: list[Outcome] = []
+    refused: list[Outcome] = []
     while waiting and waiting[0][1].is_time_left():
         outcome, of = waiting.pop(0)
         of.progress("trying schedules", len(tried), count)
@@ -204,8 +205,9 @@ def _tried_in_turn(trials: Sequence[Trials]) -> list[Outcome]:
                 run = timed_run(session, feeds)
                 samples_us = run(_SAMPLE_COUNT)
         except OnnxschedError:
-            if not of.machine.is_limited or not (tried or waiting):
+            if not of.machine.is_limited:
                 raise
-            continue
-        tried.append(replace(outcome, trial_us=statistics.median(samples_us)))
-    return [*tried, *(outcome for outcome, _ in waiting)]
+            refused.append(outcome)
+        else:
+            tried.append(replace(outcome, trial_us=statistics.median(samples_us)))
+    return [*tried, *(outcome for outcome, _ in waiting)] or refused

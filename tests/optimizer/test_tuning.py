@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +140,16 @@ class FakeSession:
 
     def close(self) -> None:
         pass
+
+
+class OpenedSession(FakeSession):
+    """One that is opened for a while."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class FakeTrials:
@@ -734,14 +744,7 @@ def test_over_several_devices_three_are_built_even_without_time(
 def test_over_several_devices_nothing_is_tried_where_all_are_finalists(
     others: int, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Opened(FakeSession):
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(finalists, "Session", Opened)
+    monkeypatch.setattr(finalists, "Session", OpenedSession)
     machine = Machine((CPU, Device("cpu", 1)), STREAMS)
     [subject] = in_forms(model, machine, ["none"])
     plain = [c for c in subject.candidates if c.policy == "sequential"]
@@ -768,3 +771,44 @@ def test_each_finalist_is_built_from_its_own_form(
     found = tune_all(in_forms(model, machine), machine, budget_s=60.0)
     assert sorted(built) == sorted(o.form[1] for o in found.outcomes if o.samples_us)
     assert len(set(built)) > 1
+
+
+def limited(*devices: Device) -> Machine:
+    return Machine(devices, STREAMS, dict.fromkeys(devices, 1 << 30))
+
+
+def refuse_where(is_too_large: Callable[[Any], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let annotations that are too large have no session."""
+
+    class Refusing(OpenedSession):
+        def __init__(self, proto: Any, annotation: Any, **options: Any) -> None:
+            if is_too_large(annotation):
+                raise OnnxschedError("out of memory")
+            super().__init__(proto, annotation, **options)
+
+    monkeypatch.setattr(finalists, "Session", Refusing)
+
+
+def test_where_nothing_over_several_gpus_has_room_one_is_enough(
+    model: Model, trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_where(lambda annotation: len(annotation.devices) > 1, monkeypatch)
+    machine = limited(*TWO_GPUS.devices)
+    found = tune_all(in_forms(model, machine, ["none"]), machine, budget_s=60.0)
+    built = [o.candidate for o in found.outcomes if o.samples_us]
+    assert len(built) > 1
+    assert {candidate.schedule.devices for candidate in built} == {(GPU,)}
+
+
+@pytest.mark.parametrize("budget_s", [-1.0, 60.0])
+@pytest.mark.parametrize(
+    "devices", [(GPU,), TWO_GPUS.devices, (CPU, Device("cpu", 1))], ids=["GPU", "GPUs", "CPUs"]
+)
+def test_where_nothing_has_room_the_error_says_so(
+    devices: tuple[Device, ...], budget_s: float, model: Model, trials: type[FakeTrials],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    refuse_where(lambda annotation: True, monkeypatch)
+    machine = limited(*devices)
+    with pytest.raises(OnnxschedError, match="out of memory"):
+        tune_all(in_forms(model, machine, ["none"]), machine, budget_s)
