@@ -25,6 +25,7 @@ from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject, Tuned
 from onnxsched.policies import POLICIES
+from onnxsched.policies.search import search
 from onnxsched.schedule import Schedule, check_schedule
 from onnxsched.simulate import simulate
 from onnxsched.tuning import tune
@@ -812,3 +813,84 @@ def test_where_nothing_has_room_the_error_says_so(
     machine = limited(*devices)
     with pytest.raises(OnnxschedError, match="out of memory"):
         tune_all(in_forms(model, machine, ["none"]), machine, budget_s)
+
+
+@pytest.mark.parametrize("is_limited", [True, False])
+def test_chains_without_room_end_the_trials_where_memory_is_limited(
+    is_limited: bool, model: Model, trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: FakeTrials, *_: Any) -> None:
+        raise OnnxschedError("out of memory")
+
+    monkeypatch.setattr(trials, "__init__", refused)
+    machine = limited(GPU) if is_limited else Machine((GPU,), STREAMS)
+    subjects = in_forms(model, machine, ["none"])
+    if is_limited:
+        assert_ranked(tune_all(subjects, machine, budget_s=60.0).outcomes)
+    else:
+        with pytest.raises(OnnxschedError, match="out of memory"):
+            tune_all(subjects, machine, budget_s=60.0)
+
+
+def test_a_model_with_host_pieces_is_tried_over_several_gpus_as_it_will_run(
+    model: Model, trials: type[FakeTrials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finalists, "Session", OpenedSession)
+    [subject] = in_forms(model, TWO_GPUS, ["none"])
+    reasons = {model.proto.graph.node[0].name: "for once"}
+    hosted = replace(subject, model=replace(subject.model, host_reasons=reasons))
+    found = tune_all([hosted], TWO_GPUS, budget_s=60.0)
+    assert trials.tried == []
+    assert all(outcome.trial_us is not None for outcome in found.outcomes)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_candidates_are_both_finalists_and_not_tried(
+    count: int, model: Model, trials: type[FakeTrials]
+) -> None:
+    machine = Machine((GPU,), STREAMS)
+    [subject] = in_forms(model, machine, ["none"])
+    plain = [c for c in subject.candidates if c.policy == "sequential"]
+    chosen = [*plain, *(c for c in subject.candidates if c not in plain)][:count]
+    found = tune_all([replace(subject, candidates=tuple(chosen))], machine, budget_s=60.0)
+    assert len(trials.tried) == (0 if count == 2 else 3)
+    assert all(outcome.samples_us for outcome in found.outcomes)
+
+
+def test_search_on_the_machine_starts_on_few_streams_and_goes_on_from_there(
+    model: Model, simulated: type[FakeTrials], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, Schedule]] = []
+
+    def noted(graph: Any, cost: Any, machine: Machine, *, starts: Any, effort: int) -> Schedule:
+        if found:
+            assert starts[0](graph, cost, machine) == simulated.tried[-1]
+        made = search(graph, cost, machine, starts=starts, effort=effort)
+        found.append((machine.stream_count, made))
+        return made
+
+    monkeypatch.setattr(exploration, "search", noted)
+    [subject] = in_forms(model, TWO_GPUS, ["none"])
+    end_s = clock.now_s + 60
+    trials = Trials(subject, TWO_GPUS, (), end_s, Interruption(), lambda *_: None)
+    spread = [Outcome(c) for c in subject.candidates if len(c.schedule.devices) > 1]
+    exploration.explored_on_all(trials, spread)
+    assert [stream_count for stream_count, _ in found] == [2, STREAMS]
+
+
+def test_what_search_finds_has_room_on_every_gpu(
+    model: Model, simulated: type[FakeTrials], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [subject] = in_forms(model, TWO_GPUS, ["none"])
+    spread = [Outcome(c) for c in subject.candidates if len(c.schedule.devices) > 1]
+    known = {outcome.candidate.contracted for outcome in spread}
+    end_s = clock.now_s + 60
+    trials = Trials(subject, TWO_GPUS, (), end_s, Interruption(), lambda *_: None)
+
+    def is_found(too_full: str | None) -> bool:
+        monkeypatch.setattr(exploration, "too_full", lambda *_: too_full)
+        outcomes = exploration.explored_on_all(trials, spread)
+        return any(outcome.candidate.contracted not in known for outcome in outcomes)
+
+    assert is_found(None)
+    assert not is_found("cuda:1 has no room")
