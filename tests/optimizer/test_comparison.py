@@ -77,6 +77,19 @@ def test_a_difference_has_its_size() -> None:
     assert found == Difference("y", 0.5, 0.1, False, False)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-999, 999), st.integers(-999, 999)), min_size=1, max_size=5),
+    st.integers(-900, 900),
+)
+def test_how_far_apart_is_no_matter_of_the_unit(pairs: list[tuple[int, int]], power: int) -> None:
+    actual, expected = np.array(pairs, np.float64).T
+    found = apart(np.ldexp(actual, power), np.ldexp(expected, power))
+    assert found.is_identical == (actual == expected).all()
+    if expected.any():
+        assert found.relative == pytest.approx(apart(actual, expected).relative)
+
+
 def test_huge_values_are_compared_too() -> None:
     assert not apart(np.array([1.5e308]), np.array([-1.5e308])).is_within
     assert not apart(np.array([1e300]), np.array([-1e300])).is_within
