@@ -78,6 +78,11 @@ def test_scan_decides_at_run_time() -> None:
     assert found == {"Scan": "Scan decides at run time what to execute"}
 
 
+@pytest.mark.parametrize("kind", ["If", "Loop", "Scan"])
+def test_operators_of_others_may_be_called_the_same(kind: str) -> None:
+    assert reasons_of(f"(float[3] x) => (float[3] y) {{ y = local.{kind}(x) }}") == {}
+
+
 @pytest.mark.parametrize(
     "operator",
     [
