@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from onnxsched.racing import race, time_runs_us
+from onnxsched.racing import race, require_time, time_runs_us
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
+from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.load import Session
 from support import fake_cuda, models
 
@@ -45,6 +49,21 @@ def test_time_is_in_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1_000, 3_500, 10_000, 10_250])
     monkeypatch.setattr("time.perf_counter_ns", lambda: next(clock))
     assert time_runs_us(lambda: None, 2) == (2.5, 0.25)
+
+
+@settings(deadline=None)
+@given(st.floats())
+@example(0.0)
+@example(1e6)
+@example(math.nextafter(1e6, 0))
+@example(-1e-9)
+@example(math.nan)
+def test_times_are_numbers_from_0_to_a_million(value: float) -> None:
+    if 0 <= value < 1e6:
+        require_time("--duration", value)
+    else:
+        with pytest.raises(UsageError, match=r"^--duration takes a number, at least 0 and below"):
+            require_time("--duration", value)
 
 
 @pytest.mark.parametrize(("name", "is_launched"), [("fork_join", True), ("branch", False)])
