@@ -9,13 +9,15 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched.loading import graph_from_model, load_model
+from onnxsched.loading import _require_arrays, graph_from_model, load_model
+from onnxsched.shapes import tensor_types
 from onnxsched_runtime.annotation import read_annotation
 from onnxsched_runtime.errors import ModelError, UsageError
 from onnxsched_runtime.tensor import TensorType
 from sample_models import build
 from support.models import CPU, MODELS, Array, annotated, assert_same, feeds_for, reference, weight
 from support.optimizing import assert_close, loaded, parsed, saved
+from support.strategies import GPU
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -266,6 +268,24 @@ def test_types_that_numpy_lacks_are_refused_on_the_cpu(code: int, tmp_path: Path
         opset=21,
     )
     assert "'a' is a " in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize("host", ["a", "y"])
+def test_on_a_gpu_the_host_touches_no_type_that_numpy_lacks(host: str) -> None:
+    code = onnx.TensorProto.BFLOAT16
+    model = onnx.shape_inference.infer_shapes(
+        parsed(
+            f"""(float[3] x) => (float[3] y) {{
+                [a] a = Cast<to = {code}>(x)
+                [b] b = Neg(x)
+                [y] y = Cast<to = 1>(a)
+            }}"""
+        )
+    )
+    _require_arrays(model, tensor_types(model), {}, GPU)
+    _require_arrays(model, tensor_types(model), {"b": "for once"}, GPU)
+    with pytest.raises(ModelError, match=r"'a' is a .* outside of the GPU; cast it"):
+        _require_arrays(model, tensor_types(model), {host: "for once"}, GPU)
 
 
 def test_an_annotated_model_is_loaded_like_any_other(tmp_path: Path) -> None:
