@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from itertools import combinations, permutations
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -23,6 +23,7 @@ from onnxsched_runtime.executors.segments import SegmentRunner
 from onnxsched_runtime.executors.streams import Capture, StreamExecutor
 from onnxsched_runtime.load import Session
 from onnxsched_runtime.plan import Piece
+from onnxsched_runtime.session import OrtSession
 from support import fake_cuda, models
 
 GPU = Device("cuda")
@@ -299,6 +300,59 @@ def test_inputs_are_filled_once_the_run_before_has_ended_on_its_stream(
             end.done |= {run}
     assert found
     assert all("first" in done for done in found)
+
+
+class BusyStream(fake_cuda.FakeStream):
+    """Is busy with what was issued until somebody waits for it."""
+
+    opened: ClassVar[list[BusyStream]] = []
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.is_busy = False
+        self.opened.append(self)
+
+    def synchronize(self) -> None:
+        self.is_busy = False
+
+
+@pytest.mark.parametrize("name", ["branch", "loop", "sequence", "data_dependent"])
+def test_a_piece_begins_once_other_streams_have_done_what_was_before(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    launch, copied = fake_cuda.FakeGraph.launch, fake_cuda.FakeBuffer._copy
+    run = OrtSession.run
+    hosted: list[OrtSession] = []
+
+    def busy() -> list[BusyStream]:
+        return [stream for stream in BusyStream.opened if stream.is_busy]
+
+    def copy_on(self: fake_cuda.FakeBuffer, target: int, source: int, stream: Any) -> None:
+        copied(self, target, source, stream)
+        stream.is_busy = True
+
+    def launch_on(self: fake_cuda.FakeGraph, stream: Any) -> None:
+        assert {*busy()} <= {stream}
+        launch(self, stream)
+        stream.is_busy = True
+
+    def run_on_host(self: OrtSession, *arguments: Any) -> list[Any]:
+        assert busy() == []
+        hosted.append(self)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(BusyStream, "opened", [])
+    monkeypatch.setattr(cuda, "Stream", BusyStream)
+    model = models.MODELS[name]()
+    feeds = models.feeds_for(model)
+    with Session(model, models.annotation_of(model, device=GPU, device_count=2)) as session:
+        monkeypatch.setattr(fake_cuda.FakeBuffer, "_copy", copy_on)
+        monkeypatch.setattr(fake_cuda.FakeGraph, "launch", launch_on)
+        monkeypatch.setattr(OrtSession, "run", run_on_host)
+        models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+        assert busy() == []
+    assert hosted
+    assert len(BusyStream.opened) > 1
 
 
 def test_a_tensor_that_does_not_fit_is_named(graphs: type[fake_cuda.FakeGraph]) -> None:
