@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
+from onnxsched_runtime.errors import RunError
 from onnxsched_runtime.executors import threads
 from onnxsched_runtime.executors.threads import thread_count
 from onnxsched_runtime.load import Session
@@ -88,6 +89,32 @@ def test_each_segment_finds_what_it_reads_however_the_threads_are_delayed(
             session.run(None, feeds_for(model))
             assert finished[0] == "top"
             assert finished[-1] == "y"
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_an_error_is_raised_however_late_its_lane_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next run finds all threads idle."""
+    model = diamond()
+    real, stop = OrtSession.run, threads._LaneRun.stop
+    ended: list[str] = []
+
+    def run(self: OrtSession, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[Any]:
+        if "left" in (outputs or ()):
+            raise RunError("planted")
+        return real(self, feeds, outputs)
+
+    def stop_slowly(self: threads._LaneRun) -> None:
+        stop(self)
+        threading.Event().wait(0.1)
+        ended.append("left")
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    monkeypatch.setattr(threads._LaneRun, "stop", stop_slowly)
+    with Session(model, annotation_of(model, (1, 2, 3, 1))) as session:
+        for count in (1, 2):
+            with pytest.raises(RunError, match="planted"):
+                session.run(None, feeds_for(model))
+            assert len(ended) == count
 
 
 @pytest.mark.timeout(60, method="thread")
