@@ -58,6 +58,15 @@ def test_what_names_no_devices_is_refused(text: str, error: type[Exception], mes
         choose_devices(text)
 
 
+@pytest.mark.parametrize(("gpu_count", "is_built"), [(0, True), (4, False), (0, False), (4, True)])
+def test_the_gpu_is_taken_by_itself_where_onnx_runtime_has_it_too(
+    gpu_count: int, is_built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "device_count", lambda: gpu_count)
+    monkeypatch.setattr(session, "is_cuda_built", lambda: is_built)
+    assert choose_devices("auto") == (GPUS[0] if gpu_count and is_built else CPU,)
+
+
 def test_where_one_is_wanted_several_are_refused() -> None:
     assert choose_device("cuda:1") == GPUS[1]
     with pytest.raises(UsageError, match="'cuda:0,cuda:1' names several"):
