@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxsched.cost import TableCost
@@ -58,6 +60,24 @@ def test_a_curve_lies_within_its_samples(samples: list[tuple[int, float]]) -> No
 @given(curve=curves())
 def test_samples_on_a_curve_give_it_back(curve: TransferCurve) -> None:
     assert curve_from_samples(curve.points[::-1] * 3, is_peer=True) == curve
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.integers(1, 10**6), st.floats(0, 1000, allow_subnormal=False), min_size=1, max_size=9
+    )
+)
+def test_no_curve_that_never_falls_is_closer(medians: dict[int, float]) -> None:
+    """To be closest is to rise only where what is left on both sides adds up to nothing."""
+    curve = curve_from_samples(medians.items(), is_peer=True)
+    left_us = 0.0
+    times = [us for _, us in curve.points]
+    for (nbytes, us), next_us in zip(curve.points, [*times[1:], math.inf], strict=True):
+        left_us += medians[nbytes] - us
+        assert left_us >= -1e-6
+        if next_us > us * (1 + 1e-9):
+            assert left_us == pytest.approx(0.0, abs=1e-6)
 
 
 def test_medians_are_taken_and_falling_times_levelled() -> None:
