@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -40,6 +41,15 @@ def test_a_block_is_measured_by_the_resource_it_takes_most_of(
     block: tuple[int, int, int], registers: int, shared_memory: int, share: float
 ) -> None:
     assert kernel(block, registers, shared_memory).block_share(LIMITS) == share
+
+
+@pytest.mark.parametrize("grid", [*permutations((2, 3, 4))])
+def test_multiprocessors_get_a_block_each_whatever_shape_the_grid_has(
+    grid: tuple[int, int, int],
+) -> None:
+    few, many = dataclasses.replace(LIMITS, count=20), dataclasses.replace(LIMITS, count=48)
+    one = kernel((32, 1, 1), grid=grid)
+    assert (one.sm_share(few), one.sm_share(many)) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
