@@ -38,10 +38,9 @@ with onnxsched.load(sys.argv[1]) as session:
     for _ in range(500):
         signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 2e-3))
         try:
-            end = time.monotonic() + 4e-3
-            while time.monotonic() < end:
+            while True:  # until it comes, late on a busy machine
                 session.run(None, feeds)
-            time.sleep(1e-3)
+                time.sleep(1e-4)
         except KeyboardInterrupt:
             pass
         assert all(map(np.array_equal, session.run(None, feeds), expected))

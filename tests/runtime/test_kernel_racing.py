@@ -107,43 +107,6 @@ def test_the_plain_kernel_of_a_pool_is_proposed_first_and_of_nothing_else(
     fused_kernels.propose_kernels.cache_clear()
 
 
-def test_an_engine_that_divides_the_work_of_a_pool_is_proposed_in_other_forms(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with_form: Kernel = ((2,), (17, 1), (24, 8))
-    monkeypatch.setattr(fused_kernels, "_proposed", lambda *_: [with_form, ((3,), (17, 1))])
-    monkeypatch.setattr(fused_kernels, "_described", lambda config: config)
-    monkeypatch.setattr(fused_kernels, "current_device", lambda device: nullcontext())
-    fused_kernels.propose_kernels.cache_clear()
-    proposed = fused_kernels.propose_kernels(POOL, GPU)
-    assert proposed[:3] == (PLAIN, with_form, ((3,), (17, 1)))
-    forms = {form for _, _, (_, form) in proposed[3:]}
-    assert len(forms - {8}) == len(proposed[3:]) > 1
-    assert proposed[3:] == tuple(((2,), (17, 1), (24, form)) for _, _, (_, form) in proposed[3:])
-    assert len(fused_kernels.propose_kernels(DENSE, GPU)) == 2
-    fused_kernels.propose_kernels.cache_clear()
-
-
-@pytest.mark.parametrize(("proposed_us", "fastest"), [(4.0, 8), (6.0, 34)])
-def test_other_forms_are_tried_where_they_may_be_faster(
-    proposed_us: float, fastest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernels: list[Kernel] = [((1,), (24, form)) for form in (8, 34, 11)]
-
-    def timed(built: Built, *_: Any) -> float:
-        ((_engine,), (_knob, form)) = built.kernel
-        return {8: proposed_us, 34: 3.0, 11: 9.0}[form]
-
-    monkeypatch.setattr(racing, "propose_kernels", lambda what, device: kernels)
-    monkeypatch.setattr(racing, "build_kernel", Built)
-    monkeypatch.setattr(racing, "DeviceMemory", FakeMemory)
-    monkeypatch.setattr(racing, "_time_us", timed)
-    for what, expected in ((POOL, fastest), (DENSE, 34)):
-        racing.fastest_kernel.cache_clear()
-        assert racing.fastest_kernel(what, GPU) == ((1,), (24, expected))
-    racing.fastest_kernel.cache_clear()
-
-
 def test_there_may_be_none(race: Race) -> None:
     assert race(DENSE, [None, None]) is None
     assert race(DENSE, []) is None

@@ -31,10 +31,6 @@ _BY_DECISION_TREE, _BY_ALL_MEANS = 3, 2
 _NONDETERMINISTIC = 4
 _MOST_CONFIGS, _MOST_KNOBS, _MOST_NOTES = 24, 64, 16
 _MOST_WORKSPACE_NBYTES = 32 << 20
-_FORM_KNOB, _FORMS_OF_POOLS = 24, (34, 11, 3)
-"""An engine that divides work in many forms proposes one. Of 43 for two pools of 32 images, these
-are unlike each other, compile soon, and the best takes two thirds of the time of that; for one
-image, a quarter."""
 
 
 @functools.cache
@@ -42,8 +38,7 @@ def propose_kernels(what: Computed, device: Device) -> tuple[Kernel, ...]:
     """The kernels that cuDNN proposes, what it takes for the fastest first.
 
     Not all of them are supported; those that sum in no fixed order are left out. Of pools the
-    plain one is the first: what ONNX Runtime launches, for most of them the fastest. Behind are
-    the forms of the engines that are proposed in one form.
+    plain one is the first: what ONNX Runtime launches, for most of them the fastest.
     """
     found: dict[Kernel, None] = dict.fromkeys([PLAIN] if isinstance(what, Pool) else [])
     with using_handle, current_device(device):
@@ -54,21 +49,7 @@ def propose_kernels(what: Computed, device: Device) -> tuple[Kernel, ...]:
                 continue
             described = (_described(config) for config in configs)
             found |= dict.fromkeys(kernel for kernel in described if kernel is not None)
-    if isinstance(what, Pool):
-        found |= dict.fromkeys([form for kernel in found for form in _other_forms(kernel)])
     return tuple(found)
-
-
-def is_other_form(what: Computed, kernel: Kernel) -> bool:
-    """Whether a kernel is not cuDNN's own proposal, but one in another form."""
-    forms = {(_FORM_KNOB, form) for form in _FORMS_OF_POOLS}
-    return isinstance(what, Pool) and not forms.isdisjoint(kernel[1:])
-
-
-def _other_forms(kernel: Kernel) -> Iterator[Kernel]:
-    for place, (knob, *_) in enumerate(kernel[1:], start=1):
-        for form in _FORMS_OF_POOLS if knob == _FORM_KNOB else ():
-            yield (*kernel[:place], (knob, form), *kernel[place + 1 :])
 
 
 def _proposed(what: Computed, device: Device, mode: int) -> list[Descriptor]:

@@ -17,7 +17,6 @@ from onnxsched_runtime.cuda.buffers import DeviceMemory
 from onnxsched_runtime.cuda.fused_kernels import (
     FusedKernel,
     build_kernel,
-    is_other_form,
     keep_kernel,
     propose_kernels,
 )
@@ -38,8 +37,6 @@ _ALIGNMENT_NBYTES = 256
 _DRAWN_COUNT = 1 << 20
 _HOPELESS = 2.0
 """Nothing so much slower in the first sample needs more; some take milliseconds."""
-_LEAST_US = 5.5
-"""No pool in another form took less, however small it was."""
 _CLEARLY = 0.97
 """What is chosen over an earlier one is faster by more than noise."""
 
@@ -60,8 +57,6 @@ def fastest_kernel(what: Computed, device: Device) -> Kernel | None:
         for kernel in propose_kernels(what, device):
             if tried == (1 if _is_grouped(what) else _TRIED_COUNT):
                 break
-            if best is not None and best[0] < _LEAST_US and is_other_form(what, kernel):
-                continue
             most_us = math.inf if best is None else _HOPELESS * best[0]
             try:
                 built = build_kernel(what, kernel, device)
