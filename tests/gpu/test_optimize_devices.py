@@ -38,6 +38,7 @@ def _two_gpus() -> None:
         pytest.skip("needs two CUDA devices")
 
 
+@pytest.mark.alone  # a link that others use is as slow as they make it
 def test_curves_rise_and_are_those_of_a_link() -> None:
     curves = measure_transfers(GPUS, MeasurementCache(None, ""), lambda *_: None)
     assert curves.keys() == {*permutations(GPUS, 2)}
