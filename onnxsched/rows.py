@@ -139,7 +139,7 @@ def row_window(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
 def explicit_window(view: GraphView, node: onnx.NodeProto) -> Window:
     """The window of a convolution or pool, with the padding that its other attributes stand for.
 
-    `auto_pad` is the least padding with which the result is as large as it is, none for `VALID`;
+    `SAME` is the least padding with which the result is as large as it is, `VALID` none;
     `ceil_mode` of a maximum, which sees no padding, is as much more of it below.
     """
     given = attributes_of(node)
@@ -152,6 +152,8 @@ def explicit_window(view: GraphView, node: onnx.NodeProto) -> Window:
     rows = zip(results, window.strides, window.kernel, window.dilations, sizes, strict=True)
     sums = [max(0, (n - 1) * s + (k - 1) * d + 1 - size) for n, s, k, d, size in rows]
     auto_pad = given.get("auto_pad", b"NOTSET")
+    if auto_pad == b"VALID":
+        return replace(window, begins=(0,) * len(sums), ends=tuple(sums))
     if auto_pad == b"NOTSET":
         pads = zip(window.ends, window.begins, sums, strict=True)
         return replace(window, ends=tuple(max(end, both - begin) for end, begin, both in pads))

@@ -283,6 +283,7 @@ def test_groups_are_as_long_as_little_is_done_twice() -> None:
         "AveragePool<kernel_shape = [2,2], strides = [1,2], count_include_pad = 1>",
         'MaxPool<kernel_shape = [1,1], strides = [2,2], auto_pad = "SAME_UPPER">',
         "MaxPool<kernel_shape = [3,1], strides = [2,2], pads = [1,0,1,0]>",
+        'MaxPool<kernel_shape = [5,1], strides = [5,1], auto_pad = "VALID", ceil_mode = 1>',
     ],
 )
 def test_bands_of_odd_pools_compute_the_same_or_are_none(pool: str) -> None:
