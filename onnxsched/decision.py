@@ -166,8 +166,9 @@ def recall(
             for operator, copy, consumers in content["duplicates"]
         )
         placed = [(int(o), int(device), int(stream)) for o, device, stream in content["slots"]]
+        numbered = dict(enumerate(machine.devices))
         schedule = Schedule(
-            tuple(Slot(o, Placement(machine.devices[device], s)) for o, device, s in placed)
+            tuple(Slot(o, Placement(numbered[device], s)) for o, device, s in placed)
         )
         count = 1 + max(stream for _, _, stream in placed)
         graph = graph_of(rewrite, duplicates)
@@ -186,5 +187,5 @@ def recall(
             refusals={str(name): str(why) for name, why in content["refusals"].items()},
             kernels=kernels_from_json(content["kernels"]),
         )
-    except (AttributeError, LookupError, TypeError, ValueError, ScheduleError):
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, ScheduleError):
         return None

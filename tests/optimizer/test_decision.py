@@ -243,6 +243,8 @@ def test_a_decision_for_another_graph_is_ignored(
         lambda content: content.update(slots=[[0, 0, -1], [1, 0, 0], [2, 0, 0], [3, 0, 0]]),
         lambda content: content.update(slots=[[0, 1, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]]),
         lambda content: content.update(slots=[[0, 0], [1, 0], [2, 0], [3, 0]]),
+        lambda content: content.update(slots=[[0, -1, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]]),
+        lambda content: content.update(slots=[[float("inf"), 0, 0]]),
         lambda content: content.update(slots=[]),
         lambda content: content.update(slots=[0, 1, 2, 3]),
         lambda content: content.update(measured_us=None),
