@@ -269,6 +269,12 @@ def test_a_split_says_its_sizes_as_the_opset_wants(opset: int) -> None:
          ["Conv", "Split", "Relu", "Concat"]),
         ("a = Conv(x, u)  b = Conv(x, v)  c = Relu(a)  d = Neg(b)  y = Concat<axis = 1>(c, d)",
          ["Conv", "Split", "Relu", "Neg", "Concat"]),
+        ("a = Conv(x, u)  b = Conv(x, v)  c = Tanh(a)  d = Sigmoid(b)"
+         "  y = Concat<axis = 1>(c, d)", ["Conv", "Split", "Tanh", "Sigmoid", "Concat"]),
+        ("a = Conv(x, u)  b = Conv(x, v)  c = Elu<alpha = 0.5>(a)  d = Elu<alpha = 0.25>(b)"
+         "  y = Concat<axis = 1>(c, d)", ["Conv", "Split", "Elu", "Elu", "Concat"]),
+        ("a = Conv(x, u)  b = Conv(x, v)  c = Sigmoid(a)  d = Add(b, q)"
+         "  y = Concat<axis = 1>(c, d)", ["Conv", "Split", "Sigmoid", "Add", "Concat"]),
         ("a = Conv(x, u)  b = Conv(x, w)  y = Concat<axis = 1>(a, b)", ["Conv"]),
         ("a = Conv(x, u)  b = Conv(x, u)  y = Sub(a, b)", ["Conv", "Split", "Sub"]),
         ("a = Conv(x, u)  b = Conv(x, w)  y = Concat<axis = 2>(a, b)",
