@@ -130,14 +130,14 @@ def _nbytes(view: GraphView, tensor: str, rows: Rows) -> int:
 
 def _row_operations(view: GraphView, node: onnx.NodeProto) -> int:
     """How many operations one row of a node's result takes, a product and a sum being two."""
-    _, channels, _, width = view.model.tensors[node.output[0]].shape or ()
+    batch, channels, _, width = view.model.tensors[node.output[0]].shape or ()
     weights = [view.weights[name].dims for name in node.input[1:2] if name in view.weights]
     each = 1
     if node.op_type.endswith("Conv"):
         each = 2 * math.prod(weights[0][1:])
     elif node.op_type.endswith("Pool"):
         each = math.prod(attributes_of(node)["kernel_shape"])
-    return channels * width * each
+    return batch * channels * width * each
 
 
 def _grouped(view: GraphView, pieces: Sequence[Nodes], count: int) -> list[tuple[str, ...]]:

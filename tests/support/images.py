@@ -28,7 +28,12 @@ class Stack:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.shapes: dict[str, tuple[int, ...]] = {
-            "x": (1, CHANNELS, draw(st.integers(6, 24)), draw(st.integers(5, 8))),
+            "x": (
+                draw(st.sampled_from([1, 1, 2])),
+                CHANNELS,
+                draw(st.integers(6, 24)),
+                draw(st.integers(5, 8)),
+            ),
         }
 
     def weight(self, *shape: int) -> str:
