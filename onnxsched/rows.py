@@ -195,8 +195,6 @@ def _padding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
         return None
     pads = view.array(node.input[1])
     rank = len(pads) // 2
-    if min(pads) < 0 or pads[0] or pads[rank]:
-        return None
     return RowWindow(above=int(pads[HEIGHT_AXIS]), below=int(pads[rank + HEIGHT_AXIS]))
 
 

@@ -116,9 +116,17 @@ class Stack:
             if made[1] <= 6:
                 self.add(kind, joined, made, axis=draw(st.sampled_from([1, -3])))
         elif kind == "Pad":
-            pads = draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
-            stored = self.stored([0, 0, *pads[:2], 0, 0, *pads[2:]])
-            made = (batch, channels, height + pads[0] + pads[2], width + pads[1] + pads[3])
+            pads = draw(st.lists(st.integers(-2, 3), min_size=4, max_size=4))
+            images = draw(st.sampled_from([0, 0, 0, 1]))
+            made = (
+                batch + images,
+                channels,
+                height + pads[0] + pads[2],
+                width + pads[1] + pads[3],
+            )
+            if min(made) < 1:
+                return
+            stored = self.stored([images, 0, *pads[:2], 0, 0, *pads[2:]])
             self.add(kind, [source, stored], made)
             # A second reader, or ONNX Runtime makes padding of a pool of it that the pool refuses.
             self.add("Abs", [self.nodes[-1].output[0]], made)
