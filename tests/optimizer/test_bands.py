@@ -199,19 +199,32 @@ KERNEL = np.zeros((2, 2, 3, 3), np.float32)
         "y = Concat<axis = 2>(x, x)",
         "a = GlobalAveragePool(x)  y = Mul(x, a)",
         "y = Add(x, rows)",
+        'y = Pad<mode = "reflect">(x, sides)',
+        "a = Neg(sides)  y = Pad(x, a)",
         "y = Conv<pads = [4,0,0,0]>(x, k)",
         "y = Transpose<perm = [0,1,3,2]>(x)",
         "y = Softmax<axis = 2>(x)",
     ],
 )
 def test_what_has_no_rows_of_its_own_is_not_cut(text: str) -> None:
-    given = {"k": KERNEL, "rows": np.zeros((40, 1), np.float32)}
+    given: dict[str, Array] = {
+        "k": KERNEL,
+        "rows": np.zeros((40, 1), np.float32),
+        "sides": np.array([0, 0, 1, 0, 0, 0, 1, 0], np.int64),
+    }
     model = of_text(text, **{name: a for name, a in given.items() if name in text})
     [node] = [node for node in model.proto.graph.node if "y" in node.output]
     assert row_window(GraphView(model), node) is None
     with pytest.raises(ValueError, match="can't be cut"):
         banded(model, [[node.name]], 2)
     assert all(node.name not in g for r in find_bands(model, 2).values() for g in r.groups)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 12), (1, 2, 40, 12, 3)])
+def test_only_images_of_two_dimensions_are_cut(shape: tuple[int, ...]) -> None:
+    sizes = ",".join(map(str, shape))
+    model = as_it_is(model_of(f"(float[{sizes}] x) => (float[{sizes}] y) {{ y = Relu(x) }}"))
+    assert not find_bands(model, 2)
 
 
 def test_images_with_few_rows_are_not_cut() -> None:
