@@ -150,11 +150,12 @@ def _promising(
         return None
     if node.op_type in _DRAWING_TYPES:
         return None
-    inputs_us = (
+    inputs_us = [
         timeline.finishes_us[edge.producer]
         + cost.transfer_us(edge.nbytes, placement_of[edge.producer].device, device)
         for edge in graph.incoming[operator]
-    )
+    ]
+    inputs_us += [cost.transfer_us(w.nbytes, home, device) for w in node.weights if w.is_input]
     copy_us = max(inputs_us, default=0.0) + cost.operator(operator, device).duration_us
     arrival_us = timeline.finishes_us[operator] + cost.transfer_us(edges[0].nbytes, home, device)
     overhead_us = cost.contention.event_us + cost.contention.start_us

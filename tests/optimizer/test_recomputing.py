@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.duplication import duplicated
-from onnxsched.graph import Operator, OperatorGraph
+from onnxsched.graph import Operator, OperatorGraph, Weight
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
@@ -123,6 +124,17 @@ def test_not_where_what_it_reads_takes_as_long_to_come() -> None:
     slots = [replace(slot, operator=slot.operator + 1) for slot in schedule.slots]
     schedule = Schedule((schedule.slots[0], *slots))
     assert not recompute(graph, cost, machine, schedule).duplicates
+
+
+@pytest.mark.parametrize(("nbytes", "count"), [(1 << 20, 0), (16, 1)])
+def test_inputs_of_the_model_have_to_come_too(nbytes: int, count: int) -> None:
+    graph, cost, machine, schedule = shared()
+    for is_input, expected in ((True, count), (False, 1)):
+        weights = (Weight("image", nbytes, is_input=is_input),)
+        reading = replace(graph.operators[0], weights=weights)
+        edges = tuple(replace(edge, nbytes=4096) for edge in graph.edges)
+        read = OperatorGraph((reading, *graph.operators[1:]), edges)
+        assert len(recompute(read, cost, machine, schedule).duplicates) == expected
 
 
 @st.composite
