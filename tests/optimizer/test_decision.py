@@ -7,25 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from onnxsched.candidates import Candidate
 from onnxsched.contraction import Contraction
 from onnxsched.cost import TableCost
-from onnxsched.decision import Decision, decide, recall, remember
+from onnxsched.decision import Decision, decide, decision_key, recall, remember
 from onnxsched.graph import OperatorGraph, Weight
 from onnxsched.loading import Model
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject
 from onnxsched.profiling.cache import MeasurementCache
+from onnxsched.proposals import Request
 from onnxsched.recomputing import Duplicate
 from onnxsched.schedule import Schedule, Slot
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.kernels import FusedConvolution, Kernels, kernels_to_json
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.graphs import graph_of
-from support.models import CPU
+from support.models import CPU, MODELS
+from support.optimizing import as_it_is
 
 DIAMOND = graph_of(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
 OPERATORS = {f"operator_{index}": (float(index + 1), "memory") for index in range(4)}
@@ -149,6 +152,53 @@ def test_the_kernels_of_what_was_chosen_are_part_of_it(cache: MeasurementCache) 
     remember(cache, "key", kept, MACHINE.devices)
     assert recall(cache, "key", lambda *_: DIAMOND, MACHINE) == kept
     assert decide([SEQUENTIAL], [subject(), other], "auto").kernels == {}
+
+
+ASKED = Request("auto", MACHINE, 5.0, True, ())
+GROUPS = Machine((CPU, Device("cpu", 1)), 2)
+GIVEN = {"x": np.array([1, 2]), "names": np.array(["ab", "cd"], object)}
+
+
+def model_key(request: Request = ASKED, **changes: Any) -> str:
+    model = replace(as_it_is(MODELS["fork_join"]()), given=GIVEN)
+    return decision_key(replace(model, **changes), request)
+
+
+def test_it_is_kept_for_all_that_is_asked() -> None:
+    order = Schedule(tuple(Slot(index, Placement(CPU, index % 2)) for index in range(4)))
+    asked = [
+        ASKED,
+        replace(ASKED, policy="heft"),
+        replace(ASKED, machine=replace(MACHINE, stream_count=3)),
+        replace(ASKED, budget_s=6.0),
+        replace(ASKED, variants=False),
+        replace(ASKED, machine=GROUPS),
+        replace(ASKED, machine=GROUPS, split=False),
+        replace(ASKED, machine=replace(GROUPS, devices=GROUPS.devices[::-1])),
+        replace(ASKED, schedule=order),
+        replace(ASKED, schedule=Schedule((*order.slots[:2], *order.slots[:1:-1]))),
+    ]
+    keys = [model_key(request) for request in asked]
+    keys += [
+        model_key(given={**GIVEN, name: array})
+        for name, array in (
+            ("x", np.array([2, 1])),
+            ("names", np.array(["ab", "ce"], object)),
+            ("y", np.array([1, 2])),
+        )
+    ]
+    other = as_it_is(MODELS["diamond"]()).proto
+    keys.append(model_key(proto=other))
+    assert len(set(keys)) == len(keys)
+    assert keys[: len(asked)] == [model_key(request) for request in asked]
+    elsewhere = {**GIVEN, "names": np.array(["".join("ab"), "".join("cd")], object)}
+    assert model_key(given=elsewhere) == model_key()
+
+
+def test_one_device_is_as_good_as_another_of_its_kind() -> None:
+    second = replace(MACHINE, devices=GROUPS.devices[1:])
+    for split in (True, False):
+        assert model_key(replace(ASKED, machine=second, split=split)) == model_key()
 
 
 def test_it_is_recalled_for_the_graph_that_its_rewrite_makes(
