@@ -70,6 +70,7 @@ def test_what_is_written_is_read_and_obeyed(problem: tuple[OperatorGraph, Schedu
     assert placed == tuple(placements.items())
     file = ScheduleFile(Path("s.json"), placed)
     assert file.devices == schedule.devices
+    assert file.stream_count - 1 in {placement.stream for placement in placements.values()}
     machine = Machine(file.devices, file.stream_count)
     assert schedule_of(file, graph, machine) == schedule
 
