@@ -126,6 +126,19 @@ def test_not_where_what_it_reads_takes_as_long_to_come() -> None:
     assert not recompute(graph, cost, machine, schedule).duplicates
 
 
+@pytest.mark.parametrize(("kept_nbytes", "count"), [(0, 0), (1, 1)])
+def test_only_what_is_still_needed_where_it_was_is_computed_twice(
+    kept_nbytes: int, count: int
+) -> None:
+    graph, cost, machine, schedule = shared()
+    short = replace(graph.operators[0], kept_nbytes=kept_nbytes)
+    graph = replace(graph, operators=(short, *graph.operators[1:]))
+    first, *readers = schedule.slots
+    elsewhere = [replace(slot, placement=machine.placements[1]) for slot in readers]
+    found = recompute(graph, cost, machine, Schedule((first, *elsewhere)))
+    assert len(found.duplicates) == count
+
+
 @pytest.mark.parametrize(("nbytes", "count"), [(1 << 20, 0), (16, 1)])
 def test_inputs_of_the_model_have_to_come_too(nbytes: int, count: int) -> None:
     graph, cost, machine, schedule = shared()
