@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.naming import new_name
 from onnxsched_runtime.plan import Operation, name_on
 
 
@@ -26,7 +27,9 @@ def with_copies(
     """
     homes = homes_of(operations)
     streams: dict[Device, int] = {}
+    taken: set[str] = set()
     for operation in operations:
+        taken.update((operation.name, *operation.reads, *operation.writes))
         device, stream = operation.placement.device, operation.placement.stream
         streams[device] = max(streams.get(device, 0), stream + 1)
     copies: dict[tuple[str, Device], Operation] = {}
@@ -39,7 +42,7 @@ def with_copies(
                 if (tensor, device) not in copies:
                     placement = Placement(device, streams[device])
                     streams[device] += 1
-                    copies[tensor, device] = copy_of(tensor, placement)
+                    copies[tensor, device] = _copy_of(tensor, placement, taken)
             names = {tensor: copies[tensor, device].name for tensor in strange}
             operation = replace(
                 operation, reads=tuple(names.get(tensor, tensor) for tensor in operation.reads)
@@ -48,9 +51,9 @@ def with_copies(
     return _launched(moved, copies.values()), {c.name: c.reads[0] for c in copies.values()}
 
 
-def copy_of(tensor: str, placement: Placement) -> Operation:
+def _copy_of(tensor: str, placement: Placement, taken: set[str]) -> Operation:
     """The operation that copies a tensor to the device of a placement."""
-    name = name_on(tensor, placement.device)
+    name = new_name(name_on(tensor, placement.device), taken)
     return Operation(name, placement, (tensor,), (name,))
 
 

@@ -139,7 +139,8 @@ class ExecutionPlan:
 
     def is_copy(self, segment: int) -> bool:
         """Whether a segment only copies a tensor to its device: it is called as what it writes."""
-        return self.segments[segment].nodes[0] in self.copies
+        name, *others = self.segments[segment].nodes
+        return not others and name in self.copies and self.segments[segment].outputs == (name,)
 
     def placement_of(self, step: Step) -> Placement:
         """The stream that a step is issued on."""

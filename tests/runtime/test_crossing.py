@@ -118,6 +118,28 @@ def test_copies_have_streams_of_their_own_and_follow_what_they_copy(problem: Pro
         assert all(operation.name in copies for operation in operations[after : place[name]])
 
 
+@settings(deadline=None, max_examples=50)
+@given(problem=SEVERAL, every=st.integers(1, 3))
+def test_tensors_and_operators_may_be_called_as_copies_are(problem: Problem, every: int) -> None:
+    called = {"x": "x"}
+    for number, tensor in enumerate(t for o in problem.operations for t in o.writes):
+        like_a_copy = f"{list(called.values())[-1]}@cuda:{number % 2}"
+        called[tensor] = tensor if number % every else like_a_copy
+    operations = tuple(
+        replace(
+            operation,
+            name=called[operation.writes[0]],
+            reads=tuple(called[tensor] for tensor in operation.reads),
+            writes=tuple(called[tensor] for tensor in operation.writes),
+        )
+        for operation in problem.operations
+    )
+    renamed = Problem(operations, tuple(called[tensor] for tensor in problem.outputs))
+    expected = computed(operations, renamed.inputs)
+    found = run(renamed, renamed.plan(), seed=0)
+    assert all(found[tensor] == expected[tensor] for tensor in renamed.outputs)
+
+
 def test_reading_from_another_device_is_refused() -> None:
     problem = Problem(
         (
