@@ -71,6 +71,10 @@ def host_array(argument: NodeArg, value: Any) -> Any:
         return value
     array = as_array(argument.name, value)
     dtype = _dtype_of(argument.type)
+    if dtype.kind == "O" and array.dtype.kind not in "OU":
+        raise UsageError(
+            f"Input '{argument.name}' takes strings, got {array.dtype.name}; convert it."
+        )
     if array.dtype != dtype and dtype.kind != "O":
         is_swapped = array.dtype.name == dtype.name
         found = f"{array.dtype.name} of another byte order" if is_swapped else array.dtype.name

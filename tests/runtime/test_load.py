@@ -287,6 +287,16 @@ def test_an_input_that_does_not_fit_is_refused_in_a_sentence(
     towers.run(None, ZEROS)
 
 
+def test_strings_are_taken_as_numpy_has_them_and_bytes_and_numbers_are_refused() -> None:
+    model = models.model_of("(string[2] x) => (string[2] y) { y = Identity(x) }")
+    with Session(model, annotation_of(model)) as session:
+        for fitting in (np.array(["a", "ü"]), np.array(["a", "ü"], object), ["a", "ü"]):
+            assert session(fitting).tolist() == ["a", "ü"]
+        for strange, name in ((np.array([1, 2]), "int64"), (np.array([b"a", b"b"]), "bytes8")):
+            with pytest.raises(UsageError, match=f"^Input 'x' takes strings, got {name}; conv"):
+                session(strange)
+
+
 def test_what_is_no_array_is_refused_in_a_sentence(towers: Session) -> None:
     with pytest.raises(UsageError, match=r"^Input 'left' can't be read \(.*\)\.$"):
         towers.run(None, {**ZEROS, "left": [[1.0, 2.0], [3.0]]})
