@@ -40,11 +40,9 @@ def _fits(node: NodeProto, source: ModelSource) -> bool:
     kinds = [source.tensors.get(name) for name in (node.input[0], *node.output)]
     values = attributes_of(node)
     if (
-        len(node.output) > 1
-        or not all(map(is_image, kinds))
+        not all(map(is_image, kinds))
         or values.get("auto_pad", b"NOTSET") != b"NOTSET"
         or any(step > 1 for step in values.get("dilations", ()))
-        or len(values["kernel_shape"]) != _RANK
     ):
         return False
     window, strides, pads = _form(node)
@@ -69,7 +67,7 @@ def _form(node: NodeProto) -> tuple[list[int], list[int], list[int]]:
 
 def _made(node: NodeProto) -> NodeProto:
     window, strides, pads = _form(node)
-    counts = node.op_type == "AveragePool" and attributes_of(node).get("count_include_pad")
+    counts = attributes_of(node).get("count_include_pad")
     return helper.make_node(
         node.op_type,
         list(node.input),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from onnxsched_runtime.fused import fused_nodes
 from onnxsched_runtime.fusing import fused
@@ -105,12 +105,33 @@ def _left_to_sessions(net: Lowered, **attributes: Any) -> bool:
     [
         {"op": "AveragePool", "pads": [0, 0, 1, 1]},
         {"dilations": [2, 1], "pads": [0] * 4},
+        {"dilations": [2, 1], "pads": [0] * 4, "strides": [2, 2]},  # of as many rows without
         {"kernel_shape": [2, 2], "pads": [2] * 4},
+        {"kernel_shape": [2, 2], "pads": [0, 0, 2, 0]},
     ],
 )
 def test_what_cudnn_may_take_otherwise_is_left_to_sessions(attributes: dict[str, Any]) -> None:
     assert _left_to_sessions(Lowered((1, 6, 6, 2)), **attributes)
-    assert not _left_to_sessions(Lowered((1, 6, 6, 2)))
+    assert not _left_to_sessions(Lowered((1, 6, 6, 2)), dilations=[1, 1])
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+def test_what_a_pool_does_not_say_is_as_onnx_has_it(op: str) -> None:
+    net = Lowered((1, 5, 6, 2))
+    source = net.source(net.add(op, ["x"], NHWC_DOMAIN, kernel_shape=[3, 2]))
+    after, feeds = pooled(source), feeds_for(source)
+    (node,) = fused_nodes(after)
+    assert node == source.model.graph.node[0].name
+    for name, values in evaluated(source, feeds).items():
+        np.testing.assert_array_equal(evaluated(after, feeds)[name], values)
+
+
+def test_a_pool_that_finds_its_padding_itself_is_left_to_sessions() -> None:
+    net = Lowered((1, 4, 4, 2))
+    source = net.source(net.pool("x", kernel_shape=[2, 2], pads=[1, 1, 0, 0]))
+    assert fused_nodes(pooled(source))
+    source.model.graph.node[0].attribute.append(helper.make_attribute("auto_pad", "SAME_UPPER"))
+    assert not fused_nodes(pooled(source))
 
 
 def test_only_two_types_are_pooled_by_us() -> None:
@@ -118,17 +139,18 @@ def test_only_two_types_are_pooled_by_us() -> None:
     assert _left_to_sessions(Lowered((1, 4, 4, 2), element_type=TensorProto.DOUBLE))
 
 
-def test_rounded_up_sizes_are_left_to_sessions() -> None:
+@pytest.mark.parametrize("rounded", [(1, 3, 3, 2), (1, 3, 2, 2), (1, 2, 3, 2)])
+def test_rounded_up_sizes_are_left_to_sessions(rounded: tuple[int, ...]) -> None:
     net = Lowered((1, 6, 6, 2))
     result = net.pool("x", kernel_shape=[3, 3], strides=[2, 2], pads=[0] * 4)
-    net.shapes[result] = (1, 3, 3, 2)  # as with `ceil_mode`
+    net.shapes[result] = rounded  # as with `ceil_mode`
     assert not fused_nodes(pooled(net.source(result)))
 
 
 def test_a_pool_that_tells_where_maxima_are_is_left_to_sessions() -> None:
     net = Lowered((1, 4, 4, 2))
     source = net.source(net.pool("x"))
-    source.model.graph.node[0].output.append("places")
+    source.model.graph.node[0].output.append("places")  # integers, whose type is known or not
     assert not fused_nodes(pooled(source))
 
 
