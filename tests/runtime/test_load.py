@@ -287,6 +287,14 @@ def test_an_input_that_does_not_fit_is_refused_in_a_sentence(
     towers.run(None, ZEROS)
 
 
+@pytest.mark.parametrize("strange", [np.zeros((3, 2), np.float32), np.zeros((2, 3))])
+def test_an_only_input_that_does_not_fit_is_refused(strange: np.ndarray) -> None:
+    with Session(diamond(), annotation_of(diamond())) as session:
+        session.run(None, feeds_for(diamond()))
+        with pytest.raises(UsageError, match=r"^Input 'x' takes"):
+            session.run(None, {"x": strange})
+
+
 def test_strings_are_taken_as_numpy_has_them_and_bytes_and_numbers_are_refused() -> None:
     model = models.model_of("(string[2] x) => (string[2] y) { y = Identity(x) }")
     with Session(model, annotation_of(model)) as session:
