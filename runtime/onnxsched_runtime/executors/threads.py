@@ -12,8 +12,10 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Self
 
+from onnx.helper import tensor_dtype_to_np_dtype
+
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.errors import ModelError, UsageError
 from onnxsched_runtime.executors.workers import Worker
 from onnxsched_runtime.group import GlooLinks
 from onnxsched_runtime.plan import ExecutionPlan, Piece, Receive, Record, Run, Send, Step, Wait
@@ -87,7 +89,12 @@ class ThreadExecutor:
             custom_ops: Libraries of custom operators.
             links: To other processes, where the plan sends and receives.
             process_count: How many processes share this machine's cores.
+
+        Raises:
+            ModelError: ONNX Runtime refuses a segment, or would have to hand over a type that
+                numpy does not have.
         """
+        _require_arrays(source, plan)
         self._plan = plan
         self._links = links
         self._process = os.getpid()
@@ -230,6 +237,14 @@ def _lanes_of(plan: ExecutionPlan, piece: Piece) -> list[list[Step]]:
     for step in piece.steps:
         lanes.setdefault(plan.placement_of(step), []).append(step)
     return list(lanes.values())
+
+
+def _require_arrays(source: ModelSource, plan: ExecutionPlan) -> None:
+    """Check that arrays can hold all that goes in and out of segments."""
+    for name in (plan.original(t) for s in plan.segments for t in (*s.inputs, *s.outputs)):
+        kind = source.tensors.get(name)
+        if kind is not None and tensor_dtype_to_np_dtype(kind.element_type).isbuiltin != 1:
+            raise ModelError(f"'{name}' is a {kind}, which can't be run on the CPU; use a GPU.")
 
 
 def thread_count(stream_count: int) -> int:
