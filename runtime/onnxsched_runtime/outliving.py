@@ -52,7 +52,7 @@ def outliving(source: ModelSource, plan: ExecutionPlan, lane: Lane) -> Lane:
     """
     segments = [[source.nodes[n] for n in plan.segments[i].nodes] for i in lane.segments]
     nodes = [node for segment in segments for node in segment]
-    told = {t for node in nodes if node.op_type in _READS_SETTINGS for t in node.input[1:] if t}
+    told = {t for node in nodes if node.op_type in _READS_SETTINGS for t in node.input[1:]}
     keeps_nodes = source.is_lowered or bool(lane.marks)
     if not keeps_nodes or not all(_is_plain(source, node, told) for node in nodes):
         return lane

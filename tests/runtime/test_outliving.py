@@ -50,6 +50,7 @@ def test_all_that_an_outliving_lane_writes_has_a_place(name: str, streams: list[
             assert found == lane
             continue
         nodes = [source.nodes[n] for i in lane.segments for n in plan.segments[i].nodes]
+        assert viewed(nodes).isdisjoint(found.outputs[len(lane.outputs) :])
         written = {t for node in nodes if not is_view(node) for t in node.output if t}
         instead = written_instead(source, plan, found)
         assert instead == written_instead(source, plan, lane)
@@ -125,15 +126,86 @@ def test_where_sessions_fuse_operators_they_stay() -> None:
     assert outliving(replace(source, is_lowered=False), plan, lane) == lane
 
 
-@pytest.mark.parametrize(("count", "outlives"), [(8, True), (12, False)])
-def test_a_session_stays_where_its_end_costs_more_memory(count: int, outlives: bool) -> None:
-    """A chain in one segment needs two of its tensors at a time, and has a place for each."""
-    chain = "\n".join(f"t{n + 1} = Relu(t{n})" for n in range(count))
+def test_marks_keep_sessions_from_fusing_operators() -> None:
+    source, plan, lanes = planned(models.diamond(), (0, 0, 1, 0))
+    found = [outliving(replace(source, is_lowered=False), plan, lane) for lane in lanes]
+    assert (
+        [lane.outlives for lane in found] == [bool(lane.marks) for lane in lanes] == [True, False]
+    )
+
+
+@pytest.mark.parametrize("domain", ["", "com.microsoft", "elsewhere"])
+def test_operators_of_unknown_domains_need_their_sessions(domain: str) -> None:
+    model = models.chain()
+    model.graph.node[1].domain = domain
+    source, plan, (lane,) = planned(model)
+    assert outliving(source, plan, lane).outlives == (domain != "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("weight", "outlives"),
+    [
+        (models.weight(1, 3), True),
+        (models.weight(0, 3), False),
+        (np.zeros((1, 3), "bfloat16"), False),
+    ],
+)
+def test_weights_need_addresses_to_be_read_by_them(weight: models.Array, outlives: bool) -> None:
+    kind = "float" if weight.dtype == np.float32 else "bfloat16"
+    rows = 2 + len(weight)
     source, plan, (lane,) = planned(
-        models.model_of(f"(float[256,1024] t0) => (float[256,1024] t{count}) {{ {chain} }}")
+        models.model_of(
+            f"""({kind}[2,3] x) => ({kind}[{rows},3] y) {{
+                a = Relu(x)
+                y = Concat<axis = 0>(a, some)
+            }}""",
+            some=weight,
+        )
+    )
+    assert outliving(source, plan, lane).outlives == outlives
+
+
+def test_a_session_stays_where_a_tensor_has_no_fixed_size() -> None:
+    source, plan, (lane,) = planned(models.chain())
+    left = {name: kind for name, kind in source.tensors.items() if name != "a"}
+    assert outliving(replace(source, tensors=left), plan, lane) == lane
+
+
+@pytest.mark.parametrize(
+    ("step", "count", "outlives"),
+    [
+        ("Relu({0})", 11, True),
+        ("Relu({0})", 12, False),
+        ("Add({0}, {1})", 12, True),
+        ("Add({0}, {1})", 13, False),
+    ],
+)
+def test_a_session_stays_where_its_end_costs_more_memory(
+    step: str, count: int, outlives: bool
+) -> None:
+    """A chain in one segment needs few of its tensors at a time, and has a place for each."""
+    steps = (step.format(f"t{n}", f"t{max(n - 1, 0)}") for n in range(count))
+    chain = "\n".join(f"t{n} = {step}" for n, step in enumerate(steps, 1))
+    big = "float[256,1024]"
+    source, plan, (lane,) = planned(
+        models.model_of(f"({big} t0) => ({big} t{count}) {{ {chain} }}")
     )
     assert len(lane.segments) == 1
     assert outliving(source, plan, lane).outlives == outlives
+
+
+def test_one_segment_that_costs_more_is_enough_for_a_session_to_stay() -> None:
+    chain = "\n".join(f"t{n + 1} = Relu(t{n})" for n in range(13))
+    model = models.model_of(
+        f"""(float[256,1024] t0) => (float[256,1024] y) {{
+            {chain}
+            side = Neg(t13)
+            y = Add(side, t13)
+        }}"""
+    )
+    source, plan, (lane, _) = planned(model, (*[0] * 13, 1, 0))
+    assert len(lane.segments) == 2
+    assert outliving(source, plan, lane) == lane
 
 
 @pytest.mark.parametrize(("needs", "left"), [(False, 0), (True, 2)])
