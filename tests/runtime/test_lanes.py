@@ -108,6 +108,26 @@ def test_a_fused_segment_is_a_lane_of_its_own_and_waits_keep_the_order_of_its_st
             assert ((after(place[earlier]), 0), (place[later], 1)) in order
 
 
+@settings(deadline=None)
+@given(problem=problems(max_operations=14, streams=3))
+def test_what_a_graph_uploads_is_there_before_any_lane_starts(problem: Problem) -> None:
+    plan = problem.plan()
+    for piece in (piece for piece in plan.pieces if piece.captured):
+        found = lanes_of(plan, piece)
+        every = range(len(found.lanes))
+        edges = [((recorded, 0), (waiting, 1)) for recorded, waiting in found.waits]
+        for number in every:
+            boundaries = [Point(number, n) for n in range(1 + len(found.lanes[number].segments))]
+            edges += [((one, 0), (one, 1)) for one in boundaries]
+            edges += [((one, 1), (other, 0)) for one, other in pairwise(boundaries)]
+        waiting = {point for _, point in found.waits}
+        assert waiting.isdisjoint(Point(number, 0) for number in found.starts)
+        uploaded = (Point(len(every), 1), 0)
+        edges += [(uploaded, (Point(number, 0), 1)) for number in found.starts]
+        order = closure(edges)
+        assert all((uploaded, (Point(number, 0), 1)) in order for number in every)
+
+
 def after(point: Point) -> Point:
     """The boundary behind a segment; each has a side where events are recorded, and one behind."""
     return Point(point.chain, point.boundary + 1)
