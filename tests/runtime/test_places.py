@@ -214,7 +214,29 @@ def long_view() -> tuple[ModelSource, str]:
     return fused(net.source(joined)), head
 
 
-@pytest.mark.parametrize("build", [late_view, long_view])
+def own_view() -> tuple[ModelSource, str]:
+    """A view of what the session itself writes, which a convolution reads long before it."""
+    net = Lowered((1, 4, 4, 4))
+    rectified = net.add("Relu", ["x"])
+    view, deep = net.reshape(rectified, 1, -1, 2), rectified
+    for _ in range(3):
+        deep = net.conv(deep, 4)
+    joined = net.add("Concat", [view, net.reshape(deep, 1, -1, 2)], axis=1)
+    return fused(net.source(joined)), rectified
+
+
+def view_of_a_copy() -> tuple[ModelSource, str]:
+    """A view of a second view, which has to be copied since the first has the place."""
+    net = Lowered((1, 4, 4, 4))
+    rectified = net.add("Relu", ["x"])
+    first, second = net.reshape(rectified, 1, 2, 8, 4), net.reshape(rectified, 1, 8, 2, 4)
+    other, view = net.conv(first, 4), net.reshape(second, 1, -1, 2)
+    deep = net.conv(net.conv(net.conv(second, 4), 4), 4)
+    parts = [view, net.reshape(deep, 1, -1, 2), net.reshape(other, 1, -1, 2)]
+    return fused(net.source(net.add("Concat", parts, axis=1))), second
+
+
+@pytest.mark.parametrize("build", [late_view, long_view, own_view, view_of_a_copy])
 def test_a_place_is_in_use_while_it_is_under_another_name(
     build: Callable[[], tuple[ModelSource, str]],
 ) -> None:
