@@ -178,6 +178,14 @@ def sum_of_a_view(net: Lowered) -> str:
     return net.add("Add", [net.conv("x", 2), net.reshape(net.add("Relu", ["x"]), 1, 4, 4, 2)])
 
 
+def sum_of_a_weight(net: Lowered) -> str:
+    return net.add("Add", [net.conv("x", 2), net.store(1, 4, 4, 2)])
+
+
+def sum_of_one_channel(net: Lowered) -> str:
+    return net.add("Add", [net.conv(net.conv("x", 2), 2), net.conv("x", 1)])
+
+
 def double(net: Lowered) -> str:
     conv = net.conv("x", 2)
     return net.add("Add", [conv, conv])
@@ -236,6 +244,8 @@ def grouped(net: Lowered) -> str:
         (sum_of_equals, ["Fused", "Fused", "Add"]),
         (sum_launched_late, ["Fused", "Fused", "Fused"]),
         (sum_of_a_view, ["Relu", "Reshape", "Fused"]),
+        (sum_of_a_weight, ["Fused", "Add"]),
+        (sum_of_one_channel, ["Fused", "Fused", "Fused", "Add"]),
         (double, ["Fused", "Add"]),
         (inception, ["Fused", "MaxPool", "Fused", "Fused", "Concat"]),
         (inception_of_a_stranger, ["Fused", "Relu", "Concat"]),
@@ -261,6 +271,14 @@ def test_what_something_else_reads_stays_as_it_is(build: Callable[[Lowered], str
     after = fused(net.source(output, between))
     assert kinds_of(after)[-1] == "Relu"
     assert between in after.tensors
+
+
+def test_an_output_that_is_read_twice_stays_as_it_is() -> None:
+    net = image()
+    conv = net.conv("x", 2)
+    total = net.add("Add", [conv, "x"])
+    after = fused(net.source(total, net.add("Relu", [conv]), conv))
+    assert kinds_of(after) == ["Fused", "Add", "Relu"]
 
 
 def test_a_convolution_that_pads_by_itself_is_left_to_sessions() -> None:
