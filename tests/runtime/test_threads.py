@@ -133,6 +133,32 @@ def test_one_stream_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert callers == {threading.current_thread()}
 
 
+@pytest.mark.parametrize(
+    ("streams", "process_count", "expected"), [((0,), 1, 0), ((0,), 2, 6), ((0, 1), 2, 3)]
+)
+def test_sessions_that_run_side_by_side_leave_each_other_cores(
+    streams: tuple[int, ...],
+    process_count: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: set[int] = set()
+
+    class Session(OrtSession):
+        def __init__(self, part: ModelPart, settings: SessionSettings) -> None:
+            counts.add(settings.thread_count)
+            super().__init__(part, settings)
+
+    monkeypatch.setattr(threads, "OrtSession", Session)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    model = diamond()
+    annotation = annotation_of(model, streams)
+    plan = plan_model(model, annotation.placements, {})
+    source = ModelSource(model, annotation.tensors)
+    with threads.ThreadExecutor(source, plan, process_count=process_count):
+        assert counts == {expected}
+
+
 @pytest.mark.timeout(60, method="thread")
 def test_a_process_of_several_opens_its_own_segments_only(
     monkeypatch: pytest.MonkeyPatch,

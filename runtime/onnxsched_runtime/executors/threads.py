@@ -199,8 +199,7 @@ class ThreadExecutor:
                 case Record(event):
                     run.record(event)
                 case Wait(event):
-                    if event in run.events:
-                        run.wait(event)
+                    run.wait(event)
             if run.is_stopped:
                 return
 
