@@ -292,19 +292,44 @@ def transfer(kind: type[Send] | type[Receive], tensor: str, rank: int) -> Step:
     return kind(tensor, rank, Placement(Device("cpu"), rank))
 
 
-def test_waiting_in_a_circle_is_refused() -> None:
+def exchanging(*steps: Sequence[Step]) -> list[ExecutionPlan]:
+    """The plans of ranks that take these steps."""
     case = Problem((Operation("a", Placement(Device("cpu"), 0), ("x",), ("a",)),), ("a",))
     (piece,) = case.plan().pieces
-    plans = [
-        replace(case.plan(), pieces=(replace(piece, steps=steps),))
-        for steps in (
-            (transfer(Send, "a", 1), transfer(Receive, "c", 2)),
-            (transfer(Send, "b", 2), transfer(Receive, "a", 0)),
-            (transfer(Send, "c", 0), transfer(Receive, "b", 1)),
-        )
-    ]
+    return [replace(case.plan(), pieces=(replace(piece, steps=tuple(own)),)) for own in steps]
+
+
+def test_waiting_in_a_circle_is_refused() -> None:
+    plans = exchanging(
+        [transfer(Send, "a", 1), transfer(Receive, "c", 2)],
+        [transfer(Send, "b", 2), transfer(Receive, "a", 0)],
+        [transfer(Send, "c", 0), transfer(Receive, "b", 1)],
+    )
     with pytest.raises(PlanError, match="Rank 0 waits for ever for rank 1 to receive 'a'"):
         check_ranks(plans)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            [transfer(Send, "a", 0), transfer(Receive, "a", 0)],
+            "'a' can't go from rank 0 to rank 0",
+        ),
+        ([transfer(Send, "a", 2)], "'a' can't go from rank 0 to rank 2"),
+        ([transfer(Receive, "a", -1)], "'a' can't go from rank -1 to rank 0"),
+        ([transfer(Send, "b", 1)], r"Rank 0 sends \['b'\] to rank 1, which receives \[\]"),
+    ],
+)
+def test_transfers_without_a_peer_are_refused(steps: Sequence[Step], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        check_ranks(exchanging(steps, []))
+
+
+def test_a_tensor_goes_once_to_each_rank() -> None:
+    check_ranks(exchanging([transfer(Send, "a", 1)], [transfer(Receive, "a", 0)]))
+    with pytest.raises(PlanError, match="Rank 0 sends a tensor twice to rank 1"):
+        check_ranks(exchanging([transfer(Send, "a", 1)] * 2, [transfer(Receive, "a", 0)] * 2))
 
 
 @given(count=st.integers(1, 12), data=st.data())
