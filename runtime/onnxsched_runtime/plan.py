@@ -139,8 +139,8 @@ class ExecutionPlan:
 
     def is_copy(self, segment: int) -> bool:
         """Whether a segment only copies a tensor to its device: it is called as what it writes."""
-        name, *others = self.segments[segment].nodes
-        return not others and name in self.copies and self.segments[segment].outputs == (name,)
+        found = self.segments[segment]
+        return found.nodes[0] in self.copies and found.outputs == found.nodes
 
     def placement_of(self, step: Step) -> Placement:
         """The stream that a step is issued on."""
