@@ -28,7 +28,17 @@ from onnxsched_runtime.load import Session
 from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 from support.fused import kernels
-from support.models import MODELS, annotated, annotation_of, chain, diamond, feeds_for, reference
+from support.models import (
+    MODELS,
+    annotated,
+    annotation_of,
+    chain,
+    data_dependent,
+    diamond,
+    feeds_for,
+    fork_join,
+    reference,
+)
 
 NHWC = Variant("nhwc", fuse_conv_bias=True, conv_search="heuristic", fuses=True)
 DEVICES = [Device("cpu"), Device("cuda"), Device("cuda", 1)]
@@ -90,6 +100,17 @@ def test_what_is_written_is_read_in_the_same_order(data: DataObject) -> None:
     read = read_annotation(model)
     assert read == annotation
     assert list(read.placements) == list(annotation.placements)
+
+
+def test_shapes_that_are_not_known_and_the_first_stream_survive() -> None:
+    model = data_dependent()
+    annotation = annotation_of(model, (0, 1))
+    write_annotation(model, annotation)
+    assert None in {kind.shape for kind in annotation.tensors.values()}
+    assert read_annotation(model) == annotation
+    for node in model.graph.node:
+        _drop_node_keys(node)
+    assert read_annotation(model) == annotation
 
 
 def test_node_keys_say_where_and_when() -> None:
@@ -181,6 +202,17 @@ def test_the_fingerprint_does_not_see_the_order_of_nodes(order: list[int]) -> No
     del shuffled.graph.node[:]
     shuffled.graph.node.extend(nodes)
     assert fingerprint(shuffled) == fingerprint(model)
+
+
+def test_the_fingerprint_does_not_see_the_order_of_attributes() -> None:
+    model = fork_join()
+    pool = next(node for node in model.graph.node if node.op_type == "MaxPool")
+    before = fingerprint(model)
+    attributes = list(pool.attribute)[::-1]
+    assert len(attributes) == 2
+    del pool.attribute[:]
+    pool.attribute.extend(attributes)
+    assert fingerprint(model) == before
 
 
 def test_the_fingerprint_does_not_see_weights_nor_annotations() -> None:
@@ -391,10 +423,11 @@ def test_on_the_cpu_the_variant_is_ignored() -> None:
         np.testing.assert_array_equal(session.run(None, feeds)[0], plain.run(None, feeds)[0])
 
 
-def test_a_table_that_leaves_a_node_out_is_refused() -> None:
+@pytest.mark.parametrize("instead", [[], [["stranger", "cpu:0", 1]]])
+def test_a_table_that_leaves_a_node_out_is_refused(instead: list[Any]) -> None:
     model = annotated(diamond())
     content = json.loads(_schedule(model).value)
-    del content["nodes"][1]
+    content["nodes"][1:2] = instead
     _schedule(model).value = json.dumps(content)
     assert "does not name exactly the model's nodes" in _refusal(model)
 
