@@ -20,8 +20,9 @@ def needed_nbytes(
     streams follow the launch order, so the largest sum of such tensors is known for each stream; a
     device may see the largest of all its streams at once. Other tensors are counted on every
     device that makes or reads them, for the whole run: copies are made as early as can be. For one
-    stream this is exact, but for pieces of a tensor that are left in it: they keep all of it, at
-    most twice what they are counted for. O(operators + edges).
+    stream this is exact, but for outputs of the model that operators read too, which count twice,
+    and for pieces of a tensor that are left in it: they keep all of it, at most twice what they
+    are counted for. O(operators + edges).
 
     Args:
         graph: The operators.
