@@ -33,8 +33,8 @@ def end(code: int, sentence: str) -> NoReturn:
     """
     _last_word.acquire()
     with contextlib.suppress(OSError):  # the exit code says it, too
-        if sentence:
-            print(f"onnxsched: {sentence}", file=sys.stderr, flush=True)
+        if sentence:  # in one piece, or that of another process may come between, as under -u
+            print(f"onnxsched: {sentence}\n", end="", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
