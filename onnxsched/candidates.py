@@ -62,16 +62,31 @@ def propose(
         try:
             made = POLICIES[policy](contraction.graph, chain_cost, tried)
             contracted = settled(contraction, made)
-            shape = contracted.shape
-            if shape in found:
-                continue
-            schedule = expand(contraction, contracted)
-            check_schedule(graph, tried, schedule)
+            if contracted.shape not in found:
+                candidate = checked(graph, contraction, chain_cost, tried, policy, contracted)
+                found[contracted.shape] = candidate
         except RoomError:
             continue
-        predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
-        found[shape] = Candidate(policy, schedule, contracted, predicted_us)
     return tuple(found.values())
+
+
+def checked(
+    graph: OperatorGraph,
+    contraction: Contraction,
+    chain_cost: CostModel,
+    machine: Machine,
+    policy: str,
+    contracted: Schedule,
+) -> Candidate:
+    """A policy's schedule of chains as one of operators that `check_schedule` has passed.
+
+    Raises:
+        RoomError: It does not fit into the devices' memory.
+    """
+    schedule = expand(contraction, contracted)
+    check_schedule(graph, machine, schedule)
+    predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
+    return Candidate(policy, schedule, contracted, predicted_us)
 
 
 def _questions(machine: Machine, policies: Sequence[str]) -> Iterator[tuple[str, Machine]]:

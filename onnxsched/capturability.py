@@ -40,7 +40,7 @@ def _host_reason(
     on_cpu: Mapping[str, str],
 ) -> str | None:
     """Why a node can't be captured; None where it can."""
-    if node.op_type in _CONTROL_FLOW and is_standard(node):
+    if is_standard(node, *_CONTROL_FLOW):
         return f"{node.op_type} decides at run time what to execute"
     if _is_random(node):
         return f"{node.op_type} draws numbers that a replay would repeat"

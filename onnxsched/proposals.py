@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 
 from onnxsched.annotate import lowered_schedule, portable_schedule
 from onnxsched.calibration import TYPICAL
-from onnxsched.candidates import Candidate, propose
+from onnxsched.candidates import Candidate, checked, propose
 from onnxsched.contraction import (
     ContractedCost,
     Contraction,
     contract_chains,
     contract_cost,
-    expand,
     settled,
     uncontracted,
 )
@@ -25,7 +24,7 @@ from onnxsched.policies import POLICIES
 from onnxsched.profile import Profile
 from onnxsched.profiling.transfers import Transfers
 from onnxsched.recomputing import Recomputation, recompute
-from onnxsched.schedule import Schedule, check_schedule
+from onnxsched.schedule import Schedule
 from onnxsched.seeding import band_schedule
 from onnxsched.simulate import simulate
 from onnxsched_runtime.device import Device
@@ -206,12 +205,9 @@ def _bands(
         if made is None:
             return ()
         contracted = settled(contraction, made)
-        schedule = expand(contraction, contracted)
-        check_schedule(graph, machine, schedule)
+        return (checked(graph, contraction, chain_cost, machine, "bands", contracted),)
     except RoomError:
         return ()
-    predicted_us = simulate(contraction.graph, chain_cost, contracted).makespan_us
-    return (Candidate("bands", schedule, contracted, predicted_us),)
 
 
 def unscheduled_subject(model: Model, default: Model, machine: Machine) -> Subject:
