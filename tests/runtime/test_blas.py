@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from onnxsched_runtime import execution
-from onnxsched_runtime.annotation import write_annotation
 from onnxsched_runtime.cuda import blas
 from onnxsched_runtime.cuda.blas import keep_blas_workspace, release_blas_variable
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import ModelError
 from onnxsched_runtime.load import load
-from support.models import annotation_of, fork_join
+from support.models import annotated, fork_join
+from support.optimizing import saved
 
 NAME = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -73,10 +73,7 @@ def test_one_that_wants_less_is_not_told_anything() -> None:
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | None]:
     """Loads a model for a GPU in vain; returns the variable as ONNX Runtime sees it meanwhile."""
-    model = fork_join()
-    write_annotation(model, annotation_of(model, (0, 1), device=Device("cuda")))
-    path = tmp_path / "out.onnx"
-    path.write_bytes(model.SerializeToString())
+    path = saved(annotated(fork_join(), (0, 1), device=Device("cuda")), tmp_path)
     found: list[str | None] = []
 
     def refuse(*_: object) -> None:

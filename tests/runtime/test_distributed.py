@@ -21,8 +21,16 @@ from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.group import joined_process_group
 from onnxsched_runtime.load import load
 from onnxsched_runtime.model import name_nodes
-from support.models import MODELS, annotation_of, assert_same, feeds_for, fork_join, reference
-from support.optimizing import parsed
+from support.models import (
+    MODELS,
+    annotated,
+    annotation_of,
+    assert_same,
+    feeds_for,
+    fork_join,
+    reference,
+)
+from support.optimizing import parsed, saved
 from support.ranks import Ended, environment, run_ranks
 
 pytestmark = pytest.mark.timeout(60, method="thread")
@@ -31,11 +39,7 @@ pytestmark = pytest.mark.timeout(60, method="thread")
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A model over four devices."""
-    model = fork_join()
-    write_annotation(model, annotation_of(model, (0, 1), device_count=4))
-    file = tmp_path / "out.onnx"
-    file.write_bytes(model.SerializeToString())
-    return file
+    return saved(annotated(fork_join(), (0, 1), device_count=4), tmp_path)
 
 
 def command(count: int, path: Path, spoiler: str, *options: str) -> list[Ended]:
@@ -234,8 +238,7 @@ def test_a_tensor_that_is_not_as_declared_ends_all(size: int, tmp_path: Path) ->
     annotation = annotation_of(model, (0,))
     later = dict.fromkeys(["Neg_b", "Abs_y"], Placement(Device("cpu", 1), 0))
     write_annotation(model, replace(annotation, placements={**annotation.placements, **later}))
-    path = tmp_path / "out.onnx"
-    path.write_bytes(model.SerializeToString())
+    path = saved(model, tmp_path)
     np.save(tmp_path / "keep.npy", np.ones(4, bool))
     ended = command(2, path, "none@9", "--input", f"keep={tmp_path / 'keep.npy'}")
     assert {process.code for process in ended} == {1}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from onnxsched_runtime.annotation import write_annotation
-from support.models import annotation_of, fork_join
+from support.models import annotated, fork_join
+from support.optimizing import saved
 from support.ranks import Ended, environment, run_ranks
 
 pytestmark = pytest.mark.timeout(60, method="thread")
@@ -29,11 +29,7 @@ ASKED_EARLY = (
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A model over two devices."""
-    model = fork_join()
-    write_annotation(model, annotation_of(model, (0, 1), device_count=2))
-    file = tmp_path / "out.onnx"
-    file.write_bytes(model.SerializeToString())
-    return file
+    return saved(annotated(fork_join(), (0, 1), device_count=2), tmp_path)
 
 
 def ended_while_importing(module: str, name: str) -> Ended:

@@ -315,10 +315,12 @@ def annotated(
     streams: Sequence[int] = (1, 2, 3),
     *,
     device: Device = CPU,
+    device_count: int = 1,
     order: Sequence[int] | None = None,
 ) -> onnx.ModelProto:
     """The same model, annotated as `annotation_of` says, in place."""
-    write_annotation(model, annotation_of(model, streams, device=device, order=order))
+    made = annotation_of(model, streams, device=device, device_count=device_count, order=order)
+    write_annotation(model, made)
     return model
 
 

@@ -51,13 +51,10 @@ def run_script(
     script: str, streams: Sequence[int], folder: Path
 ) -> subprocess.CompletedProcess[str]:
     """Run a script on the path of `fork_join` over some streams, in a process of its own."""
-    from onnxsched_runtime.annotation import write_annotation
-    from support.models import annotation_of, fork_join
+    from support.models import annotated, fork_join
+    from support.optimizing import saved
 
-    model = fork_join()
-    write_annotation(model, annotation_of(model, streams))
-    path = folder / "out.onnx"
-    path.write_bytes(model.SerializeToString())
+    path = saved(annotated(fork_join(), streams), folder)
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(path)],
         env=environment(), capture_output=True, text=True, timeout=60,
@@ -114,10 +111,9 @@ def _run_models(kind: DeviceKind, count: int) -> None:
     """Run test models over as many GPUs as there are ranks, or one more group of threads."""
     import torch.distributed
 
-    from onnxsched_runtime.annotation import write_annotation
     from onnxsched_runtime.load import load
-    from support.models import MODELS, annotation_of, feeds_for, host_reasons, reference
-    from support.optimizing import assert_close
+    from support.models import MODELS, annotated, feeds_for, host_reasons, reference
+    from support.optimizing import assert_close, saved
 
     torch.distributed.init_process_group("gloo")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -129,12 +125,8 @@ def _run_models(kind: DeviceKind, count: int) -> None:
         if len(model.graph.node) < size or is_refused or len(done) == count:
             continue
         device_count = min(len(model.graph.node), size + (kind == "cpu"))
-        write_annotation(
-            model,
-            annotation_of(model, (0, 1), device=Device(kind), device_count=device_count),
-        )
-        path = folder / f"{name}.{rank}.onnx"
-        path.write_bytes(model.SerializeToString())
+        annotated(model, (0, 1), device=Device(kind), device_count=device_count)
+        path = saved(model, folder, f"{name}.{rank}.onnx")
         with load(path, process_group=torch.distributed.group.WORLD) as session:
             for seed in range(3):
                 feeds = feeds_for(model, seed)
