@@ -75,8 +75,9 @@ def test_an_interrupt_while_it_runs_is_130_and_ends_all(path: Path) -> None:
     assert (ended[0].code, ended[0].stderr) == (1, told)
 
 
-def test_who_is_asked_to_end_while_it_loads_says_so(path: Path) -> None:
-    ended = run_ranks(2, "command", "asked@1", str(path), "--timeout", "4")
+@pytest.mark.parametrize("kind", ["asked", "deaf"])
+def test_who_is_asked_to_end_while_it_loads_says_so(kind: str, path: Path) -> None:
+    ended = run_ranks(2, "command", f"{kind}@1", str(path), "--timeout", "4")
     assert (ended[1].code, ended[1].stderr) == (143, ASKED_EARLY.format(1))
     told = "onnxsched: Rank 1 has not come within 4 s.\n"
     assert (ended[0].code, ended[0].stderr) == (1, told)

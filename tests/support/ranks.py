@@ -8,6 +8,7 @@ python -m support.ranks command KIND@RANK ...     the command line, which one ra
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -172,6 +173,12 @@ def _spoil(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait()
 
+    def wait_in_c(*_: object) -> None:
+        mutex = ctypes.create_string_buffer(64)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        for _again in range(2):  # the second waits for the first, whatever signal comes
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
     def die(self: GlooLinks, *_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -182,9 +189,11 @@ def _spoil(kind: str) -> None:
     elif kind == "version":
         ranks: Any = import_module("onnxsched_runtime.executors.ranks")
         ranks.own_version = lambda: "0.0.7"
-    elif kind in ("load", "unforeseen", "asked"):
+    elif kind in ("load", "unforeseen", "asked", "deaf"):
         module: Any = import_module("onnxsched_runtime.load")
-        instead = {"load": refuse, "unforeseen": break_down, "asked": wait_to_end}
+        instead = {
+            "load": refuse, "unforeseen": break_down, "asked": wait_to_end, "deaf": wait_in_c,
+        }  # fmt: skip
         module.lowered_source = instead[kind]
     else:
         OrtSession.run = run  # type: ignore[assignment,method-assign]

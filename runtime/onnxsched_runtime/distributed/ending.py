@@ -74,8 +74,12 @@ def end_when_asked(held: Sequence[RankExecutor]) -> None:
     Args:
         held: What it runs, once that is loaded.
     """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
 
     def follow() -> None:
+        while os.read(reading, 1) != bytes([signal.SIGTERM]):
+            pass  # another signal
         time.sleep(_GRACE_S)
         if verdicts := [executor.verdict for executor in held if executor.verdict]:
             end(1, verdicts[0])
@@ -83,10 +87,10 @@ def end_when_asked(held: Sequence[RankExecutor]) -> None:
         when = "" if held else " while it loaded the model; another may have ended"
         end(128 + signal.SIGTERM, f"Rank {rank} was asked to end (SIGTERM){when}.")
 
-    def asked(*_: object) -> None:
-        threading.Thread(target=follow, daemon=True).start()
-
-    signal.signal(signal.SIGTERM, asked)
+    threading.Thread(target=follow, daemon=True).start()
+    # handlers run in the main thread, which may wait in C for a rank that is gone
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def end_with_the_others(executor: RankExecutor) -> None:
