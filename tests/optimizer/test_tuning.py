@@ -345,16 +345,10 @@ def test_over_several_devices_each_is_built_tried_and_closed(
 ) -> None:
     opened: list[FakeSession] = []
 
-    class Counted(FakeSession):
+    class Counted(OpenedSession):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             opened.append(self)
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.close()
 
         def close(self) -> None:
             opened.remove(self)
@@ -505,17 +499,11 @@ def test_what_is_one_chain_is_no_worse_for_not_being_tried(model: Model) -> None
 def test_what_memory_is_too_small_for_is_left_out_where_memory_is_limited(
     is_limited: bool, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Refusing(FakeSession):
+    class Refusing(OpenedSession):
         def __init__(self, proto: Any, annotation: Any, **options: Any) -> None:
             if len(set(annotation.placements.values())) > 1:
                 raise OnnxschedError("out of memory")
             super().__init__(proto, annotation, **options)
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
 
     monkeypatch.setattr(finalists, "Session", Refusing)
     contraction, candidates = candidates_of(model)
@@ -549,16 +537,10 @@ def test_over_several_devices_all_subjects_are_tried_in_one_order(
 
     opened: list[tuple[float, str]] = []
 
-    class Opened(FakeSession):
+    class Opened(OpenedSession):
         def __init__(self, of: Subject, outcome: Outcome, _: Any) -> None:
             opened.append((outcome.candidate.predicted_us, of.model.rewrite))
             self._seconds = 0.0
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
 
     monkeypatch.setattr(tuning, "session_of", Opened)
     machine = Machine((CPU, Device("cpu", 1)), STREAMS)
