@@ -103,6 +103,13 @@ class OperatorGraph:
             edges_of.setdefault(edge.tensor, []).append(edge)
         return {tensor: tuple(edges) for tensor, edges in edges_of.items()}
 
+    @cached_property
+    def total_nbytes(self) -> int:
+        """Weights and tensors, each once, outputs and all scratch: no schedule needs more."""
+        own = sum(operator.kept_nbytes + operator.scratch_nbytes for operator in self.operators)
+        weights = {w.tensor: w.nbytes for operator in self.operators for w in operator.weights}
+        return own + sum(weights.values()) + sum(e[0].nbytes for e in self.tensors.values())
+
     def _grouped(self, keyed: Iterable[tuple[int, Edge]]) -> tuple[tuple[Edge, ...], ...]:
         groups: list[list[Edge]] = [[] for _ in self.operators]
         for key, edge in keyed:

@@ -80,7 +80,7 @@ def too_full(
     placement_of: Mapping[int, Placement],
 ) -> str | None:
     """What a device lacks for what `needed_nbytes` says, in a sentence; None where all have it."""
-    if not machine.is_limited:
+    if graph.total_nbytes <= min(map(machine.room_nbytes, machine.devices)):
         return None
     for device, nbytes in needed_nbytes(graph, order, placement_of).items():
         room_nbytes = machine.room_nbytes(device)

@@ -114,11 +114,10 @@ class _Problem:
         order, lanes = arrangement
         crossings = sum(lanes[edge.producer] != lanes[edge.consumer] for edge in self.graph.edges)
         spread_over = crossings + len(set(lanes))
-        if self.machine.is_limited:
-            places = self.machine.placements
-            placement_of = {v: places[lane] for v, lane in enumerate(lanes)}
-            if too_full(self.graph, self.machine, order, placement_of):
-                return inf, spread_over
+        places = self.machine.placements
+        placement_of = {v: places[lane] for v, lane in enumerate(lanes)}
+        if too_full(self.graph, self.machine, order, placement_of):
+            return inf, spread_over
         return max(self.times(arrangement)[1], default=0.0), spread_over
 
     def arrangement(self, schedule: Schedule) -> Arrangement:

@@ -99,6 +99,15 @@ def test_one_stream_needs_exactly_that(graph: OperatorGraph, data: DataObject) -
 
 @settings(deadline=None)
 @given(graph=weighty_graphs(), machine=machines(max_devices=3), data=st.data())
+def test_no_device_needs_more_than_all_there_is(
+    graph: OperatorGraph, machine: Machine, data: DataObject
+) -> None:
+    for nbytes in needs(graph, placed(data, graph, machine)).values():
+        assert nbytes <= graph.total_nbytes
+
+
+@settings(deadline=None)
+@given(graph=weighty_graphs(), machine=machines(max_devices=3), data=st.data())
 def test_a_ledger_never_takes_less(
     graph: OperatorGraph, machine: Machine, data: DataObject
 ) -> None:
