@@ -73,47 +73,64 @@ def _run_together(
     tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes
 ) -> Times:
     """From one start or finish to the next. O(edges + n * (log n + tasks that run at once))."""
-    by_share, by_count = contention.sm_slowdown, contention.launch_slowdown
-    own = [by_share * share for share in tasks.sm_shares]
-    left_us = [us * contention.duration_factor for us in tasks.durations_us]
+    own = [contention.sm_slowdown * share for share in tasks.sm_shares]
     followers, missing = _followers(tasks, contention, order, lanes)
     can_start_us = list(tasks.ready_us)
     starts_us, finishes_us = [0.0] * len(order), [0.0] * len(order)
     waiting = sorted(
         (can_start_us[task] + contention.start_us, task) for task in order if not missing[task]
     )
-    running: list[int] = []
+    devices, device_count = tasks.devices, max(tasks.devices, default=0) + 1
+    running: list[list[int]] = [[] for _ in range(device_count)]
+    slowdowns, next_us = [1.0] * len(order), [inf] * device_count
     free_us: dict[int, float] = {}
-    devices, idle = tasks.devices, [1.0 - by_count] * (max(tasks.devices, default=0) + 1)
-    now_us = 0.0
-    while running or waiting:
-        crowd = idle.copy()
-        for task in running:
-            crowd[devices[task]] += own[task] + by_count
-        need_us = [left_us[task] * (crowd[devices[task]] - own[task]) for task in running]
-        step_us = min(need_us, default=inf)
-        if waiting and waiting[0][0] <= now_us + step_us:
-            step_us = waiting[0][0] - now_us
+    while waiting or any(running):
+        now_us = min(next_us)
+        if waiting and waiting[0][0] < now_us:
             now_us = waiting[0][0]
-        else:
-            now_us += step_us
-        still: list[int] = []
-        for task, need in zip(running, need_us, strict=True):
-            if need > step_us:
-                left_us[task] *= 1 - step_us / need
-                still.append(task)
-                continue
-            finishes_us[task] = now_us
-            if tasks.sends and tasks.sends[task]:
-                _queue(tasks.sends[task], now_us, can_start_us, free_us, followers[task])
-            for ready in _released(followers[task], now_us, can_start_us, missing):
-                heappush(waiting, (can_start_us[ready] + contention.start_us, ready))
-        running = still
+        changed = {device for device, us in enumerate(next_us) if us <= now_us}
+        for device in changed:
+            done = [task for task in running[device] if finishes_us[task] <= now_us]
+            running[device] = [task for task in running[device] if finishes_us[task] > now_us]
+            for task in done:
+                if tasks.sends and tasks.sends[task]:
+                    _queue(tasks.sends[task], now_us, can_start_us, free_us, followers[task])
+                for ready in _released(followers[task], now_us, can_start_us, missing):
+                    heappush(waiting, (can_start_us[ready] + contention.start_us, ready))
         while waiting and waiting[0][0] <= now_us:
             start_us, task = heappop(waiting)
             starts_us[task] = start_us
-            running.append(task)
+            finishes_us[task] = now_us + tasks.durations_us[task] * contention.duration_factor
+            running[devices[task]].append(task)
+            changed.add(devices[task])
+        for device in changed:
+            crowd = running[device]
+            next_us[device] = _paced(
+                crowd, own, contention.launch_slowdown, slowdowns, finishes_us, now_us
+            )
     return starts_us, finishes_us
+
+
+def _paced(
+    running: Sequence[int],
+    own: Sequence[float],
+    by_count: float,
+    slowdowns: list[float],
+    finishes_us: list[float],
+    now_us: float,
+) -> float:
+    """Tell the tasks of a device when they finish if no other comes or goes; the first of that."""
+    all_of_them = 1.0 - by_count
+    for task in running:
+        all_of_them += own[task] + by_count
+    first_us = inf
+    for task in running:
+        slowdown = all_of_them - own[task]
+        finish_us = now_us + (finishes_us[task] - now_us) * slowdown / slowdowns[task]
+        slowdowns[task], finishes_us[task] = slowdown, finish_us
+        if finish_us < first_us:
+            first_us = finish_us
+    return first_us
 
 
 def _queue(

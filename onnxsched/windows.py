@@ -22,6 +22,8 @@ WINDOW = 8
 """Operators of a device among which those that start together are looked for."""
 HORIZON = 16
 """Operators that are simulated to judge a stage: all that follow, in a graph of so many."""
+_DIGITS = 6
+"""Of microseconds that are compared: what differs less is as long, but for rounding."""
 
 Stage = dict[int, Placement]
 """Operators of one device that are launched together, each on a stream of its own."""
@@ -265,7 +267,7 @@ class PartialSchedule:
             left_us[device] -= self._own_us(operator)
         for device, us in last_us.items():
             makespan_us = max(makespan_us, us + left_us[device])
-        return makespan_us, sum(finishes_us)
+        return round(makespan_us, _DIGITS), round(sum(finishes_us), _DIGITS)
 
     def _own_us(self, operator: int) -> float:
         """What an operator adds to its device, alone."""
