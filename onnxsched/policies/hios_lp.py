@@ -127,11 +127,14 @@ def map_paths(queues: Queues, order: Sequence[int]) -> list[int]:
     for first in range(0, len(order), PART_SIZE):
         part = _Part.of(queues, order[first : first + PART_SIZE])
         while path := _longest_path(part, number_of):
+            start = part.members.index(path[0])  # Whatever comes before it stays as it is.
+            before, after = part.members[:start], part.members[start:]
+            before_us = queues.run(before, number_of, finish_us, free_us)
             latency_us = []
             for number in range(device_count):
                 for operator in path:
                     number_of[operator] = number
-                latency_us.append(max(queues.run(part.members, number_of, finish_us, free_us)))
+                latency_us.append(max(queues.run(after, number_of, finish_us, before_us)))
             for operator in path:
                 number_of[operator] = latency_us.index(min(latency_us))
         free_us = queues.run(part.members, number_of, finish_us, free_us)
