@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 
 import pytest
@@ -19,6 +18,7 @@ from onnxsched.simulate import Timeline, simulate, total_us
 from onnxsched_runtime.device import Device, Placement
 from support.graphs import graph_of, layered_problem
 from support.strategies import GPU, contentions, machines, problems
+from support.timing import at_most_cpu_s
 
 ROUNDING = 1e-9
 
@@ -197,6 +197,5 @@ def test_ten_thousand_operators_take_no_two_seconds() -> None:
     graph, cost = layered_problem(layer_count=100, width=100, seed=0)
     shared = tuple(replace(operator, sm_share=0.3) for operator in cost.operators)
     slots = (Slot(v, Placement(GPU, v % 16)) for v in range(len(graph)))
-    started = time.process_time()
-    simulate(graph, TableCost(shared, contention=SLOWING), Schedule(tuple(slots)))
-    assert time.process_time() - started < 2.0
+    with at_most_cpu_s(2.0):
+        simulate(graph, TableCost(shared, contention=SLOWING), Schedule(tuple(slots)))
