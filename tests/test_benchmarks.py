@@ -1,20 +1,21 @@
-"""Numbers in the README are those of a committed result file."""
+"""Numbers in the README and on the page of benchmarks are those of a committed result file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from tools.benchmark_table import BEGIN, END, RESULTS, table, with_table
+import pytest
 
-_README = Path(__file__).resolve().parent.parent / "README.md"
+from tools.benchmark_table import RESULTS, TABLES, with_tables
 
 
-def test_the_readme_holds_the_table_of_the_committed_results() -> None:
-    content = table(json.loads(RESULTS.read_text()))
-    readme = _README.read_text()
-    assert BEGIN + content + END in readme
-    assert with_table(readme, content) == readme
+@pytest.mark.parametrize("page", TABLES, ids=lambda page: page.parent.name)
+def test_a_page_holds_the_tables_of_the_committed_results(page: Path) -> None:
+    for name in TABLES[page]:
+        assert page.read_text().count(f"<!-- {name}: begin -->\n") == 1
+        assert page.read_text().count(f"<!-- {name}: end -->\n") == 1
+    assert with_tables(page, json.loads(RESULTS.read_text())) == page.read_text()
 
 
 def test_a_result_file_names_its_machine_and_its_date() -> None:

@@ -1,22 +1,21 @@
-"""Make the README's table from the suite's committed results.
+"""Make the tables of README.md and docs/benchmarks/README.md from the suite's committed results.
 
-python tools/benchmark_table.py            # prints it
-python tools/benchmark_table.py --write    # puts it into README.md
+python tools/benchmark_table.py            # prints that of README.md
+python tools/benchmark_table.py --write    # puts all where they belong
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.suite_table import COLUMNS, fastest, grouped
+from tools.suite_table import COLUMNS, costs, fastest, grouped, medians, policies
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "h200-suite.json"
-BEGIN, END = "<!-- benchmark table: begin -->\n", "<!-- benchmark table: end -->\n"
 _HEADS = (
     "model", "torch.compile", "ORT's CUDA graph", "ORT's best", "**schedule**",
     "over ORT's CUDA graph", "over ORT's best", "over torch", "policy/streams",
@@ -67,23 +66,36 @@ def _over(ours: Any, other: Any) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def with_table(readme: str, content: str) -> str:
-    """The README with the table between its markers replaced."""
-    head, _, rest = readme.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return head + BEGIN + content + END + tail
+TABLES: Mapping[Path, Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    ROOT / "README.md": {"benchmark table": table},
+    RESULTS.parent / "README.md": {
+        "suite table": medians, "cost table": costs, "policy table": policies,
+    },
+}  # fmt: skip
+"""The tables of each page by the name that their markers have."""
+
+
+def with_tables(page: Path, report: Mapping[str, Any]) -> str:
+    """A page of `TABLES` with what stands between its markers made anew."""
+    text = page.read_text()
+    for name, make in TABLES[page].items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = head + begin + make(report) + end + tail
+    return text
 
 
 def main() -> None:
-    """Print the table, or write it into the README."""
+    """Print the README's table, or write all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    content = table(json.loads(RESULTS.read_text()))
-    if parser.parse_args().write:
-        readme = ROOT / "README.md"
-        readme.write_text(with_table(readme.read_text(), content))
-    else:
-        print(content, end="")
+    parser.add_argument("--write", action="store_true", help="into both pages")
+    report = json.loads(RESULTS.read_text())
+    if not parser.parse_args().write:
+        print(table(report), end="")
+        return
+    for page in TABLES:
+        page.write_text(with_tables(page, report))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,13 +231,7 @@ def _add(
     if environment is not None:
         report.setdefault("environment", environment)
         report.setdefault("date", time.strftime("%Y-%m-%d"))
-        for key in _SAME:
-            if report["environment"].get(key) != environment.get(key):
-                raise UsageError(
-                    f"The results so far were measured with {key} "
-                    f"{report['environment'].get(key)}, this machine has {environment.get(key)}; "
-                    "choose another folder."
-                )
+        require_same_machine(report["environment"], environment)
     report["results"].append(
         {
             "model": configuration.model,
@@ -250,6 +244,20 @@ def _add(
             **found,
         }
     )
+
+
+def require_same_machine(known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Let no results of two machines, or of two versions of a library, into one file.
+
+    Raises:
+        UsageError: They are.
+    """
+    for key in _SAME:
+        if known.get(key) != found.get(key):
+            raise UsageError(
+                f"The results so far were measured with {key} {known.get(key)}, this machine has "
+                f"{found.get(key)}; choose another folder."
+            )
 
 
 def _save(report: dict[str, Any], path: Path) -> None:

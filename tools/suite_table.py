@@ -28,6 +28,12 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 
 
 def table(report: Mapping[str, Any]) -> str:
+    """All tables one after another, and what they were measured on."""
+    tables = (medians(report), costs(report), policies(report))
+    return "\n".join([*filter(None, tables), *_notes(report)]) + "\n"
+
+
+def medians(report: Mapping[str, Any]) -> str:
     """One line a model and batch: medians in microseconds, then `auto` over the others.
 
     Only what was measured for some model has a column.
@@ -54,7 +60,7 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(
             f"| {model} | {batch} | {' | '.join(cells)} | {over_reference} | {over_torch} |"
         )
-    return "\n".join([*lines, "", *_costs(report), *_policies(report), *_notes(report)]) + "\n"
+    return "\n".join([*lines, ""])
 
 
 def grouped(report: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -95,8 +101,11 @@ def _over(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return f"{value:.2f}x ({other['arm'].removeprefix('torch-')})"
 
 
-def _costs(report: Mapping[str, Any]) -> list[str]:
-    """What `auto` costs, and how near it is to what no schedule of its kernels is shorter than."""
+def costs(report: Mapping[str, Any]) -> str:
+    """What `auto` costs, and how near it is to what no schedule of its kernels is shorter than.
+
+    Empty where it was not measured.
+    """
     lines = []
     for (model, batch, *_), arms in grouped(report).items():
         ours, reference = arms.get("auto"), arms.get("ort-graph")
@@ -115,14 +124,15 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
         "over both",
     ]  # fmt: skip
     table = [f"| model | batch | {' | '.join(heads)} |", f"| --- | ---: |{' ---: |' * len(heads)}"]
-    return [*table, *lines, ""] if lines else []
+    return "\n".join([*table, *lines, ""]) if lines else ""
 
 
-def _policies(report: Mapping[str, Any]) -> list[str]:
+def policies(report: Mapping[str, Any]) -> str:
     """How much longer each policy's fastest schedule took than the fastest of all.
 
-    All were tried in the process that made `auto`, on the same kernels, which suits comparing
-    policies better than arms that each choose kernels for themselves.
+    Empty where none was tried. All were tried in the process that made `auto`, on the same
+    kernels, which suits comparing policies better than arms that each choose kernels for
+    themselves.
     """
     found: dict[tuple[Any, ...], dict[str, float]] = {}
     for (model, batch, *_), arms in grouped(report).items():
@@ -137,7 +147,7 @@ def _policies(report: Mapping[str, Any]) -> list[str]:
         cells = [f"{best[name] / least_us:.2f}" if name in best else "" for name in names]
         lines.append(f"| {model} | {batch} | {' | '.join(cells)} |")
     head = [f"| model | batch | {' | '.join(names)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
-    return [*head, *lines, ""] if lines else []
+    return "\n".join([*head, *lines, ""]) if lines else ""
 
 
 def _megabytes(entry: Any) -> str:
