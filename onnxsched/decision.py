@@ -99,7 +99,7 @@ def _alternative(outcome: Outcome) -> Mapping[str, Any]:
 
 def decision_key(model: Model, request: Request) -> str:
     """What a decision is kept for: equal where the same is asked of the same model."""
-    signatures = OperatorSignatures(model)
+    signatures = OperatorSignatures(model, request.custom_ops)
     operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
     devices, streams = request.machine.devices, request.machine.stream_count
     asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]

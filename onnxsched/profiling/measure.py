@@ -88,7 +88,7 @@ def _measure_nodes(
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, OperatorProfile], int]:
     """Profiles by node name, and how many distinct operators had to be run for them."""
-    signatures = OperatorSignatures(model)
+    signatures = OperatorSignatures(model, custom_ops)
     free = _free(model)
     left_out = {*model.host_reasons, *free}
     nodes = [node for node in model.proto.graph.node if node.name not in left_out]

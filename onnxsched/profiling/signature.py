@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import onnx
 from onnx import TensorProto
 
 from onnxsched.loading import Model
 from onnxsched_runtime.annotation import attribute_digests
-from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.model import STANDARD_DOMAINS, node_reads
 from onnxsched_runtime.tensor import TensorType
 
 _VALUE_NBYTES = 1024
@@ -26,6 +27,12 @@ class OperatorSignatures:
     """Signatures, sizes and operation counts of a model's nodes."""
 
     model: Model
+    custom_ops: tuple[str, ...] = ()
+    """Libraries of custom operators: what is in them decides how long theirs take."""
+
+    @cached_property
+    def _libraries(self) -> list[str]:
+        return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.custom_ops]
 
     @cached_property
     def _weights(self) -> dict[str, TensorProto]:
@@ -41,6 +48,8 @@ class OperatorSignatures:
             "outputs": [self._kind(name) for name in node.output],
             "variant": self.model.variant.to_json(),
         }
+        if node.domain not in STANDARD_DOMAINS and self.custom_ops:
+            parts["libraries"] = self._libraries
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _input(self, name: str) -> str:

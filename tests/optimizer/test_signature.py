@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -150,3 +152,19 @@ def test_what_is_not_known_counts_nothing() -> None:
     signatures = OperatorSignatures(as_it_is(model))
     assert signatures.nbytes(model.graph.node[0]) == 16
     assert signatures.shape("y") == ()
+
+
+def test_another_library_makes_other_custom_operators_but_leaves_the_rest(tmp_path: Path) -> None:
+    """A rebuilt one is another, a copy elsewhere is not."""
+    library, copy, rebuilt = (tmp_path / name for name in ("a.so", "b.so", "c.so"))
+    library.write_bytes(b"kernels")
+    copy.write_bytes(b"kernels")
+    rebuilt.write_bytes(b"faster kernels")
+    text = "(float[2] x) => (float[2] z) { y = local.Op(x)  z = Relu(y) }"
+    model = as_it_is(parsed(text))
+    paths = ((), (str(library),), (str(copy),), (str(rebuilt),))
+    none, first, again, other = (OperatorSignatures(model, libraries) for libraries in paths)
+    custom, relu = model.proto.graph.node
+    assert first.of(custom) == again.of(custom)
+    assert len({signatures.of(custom) for signatures in (none, first, other)}) == 3
+    assert len({signatures.of(relu) for signatures in (none, first, other)}) == 1
