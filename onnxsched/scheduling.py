@@ -114,18 +114,19 @@ def _subjects(
         return profiles[lowered.form]
 
     raced = _raced(model, default, profile_of, plain, request, progress)
-    raced += _in_bands(model, *raced[0], request)
+    raced += _in_bands(model, *raced[0], request, progress)
     subjects = []
-    for portable, lowered in raced:
+    for number, (portable, lowered) in enumerate(raced):
         own = (
             profile_of(lowered) if lowered.form == AS_LOADED else _if_possible(profile_of, lowered)
         )
         if own is not None:
+            progress("proposing schedules", number, len(raced))
             subjects.append(subject_of_profile(portable, lowered, own, transfers, request))
     if len(request.machine.devices) == 1:  # the first has most of the time for trials
         subjects.sort(key=_shortest_us)
     if request.is_split:
-        subjects += _computed_twice(model, subjects, profile_of, request)
+        subjects += _computed_twice(model, subjects, profile_of, request, progress)
     if not any(subject.model.form == AS_LOADED for subject in subjects):
         subjects.append(unscheduled_subject(model, default, request.machine))
     return subjects
@@ -205,7 +206,7 @@ def _raced(
 
 
 def _in_bands(
-    model: Model, best: Model, lowered: Model, request: Request
+    model: Model, best: Model, lowered: Model, request: Request, progress: Progress
 ) -> list[tuple[Model, Model]]:
     """The best form of a model in bands, which no race in one stream tells the worth of.
 
@@ -214,6 +215,7 @@ def _in_bands(
         best: What won the race, portable.
         lowered: What that is lowered to.
         request: What is asked for.
+        progress: Told what is being done.
 
     Returns:
         Portable models, each with what it is lowered to.
@@ -221,9 +223,13 @@ def _in_bands(
     if not request.is_split:
         return []
     names = possible_bands(best, len(request.machine.devices))
-    models = [rewritten(model, joined(best.rewrite, name)) for name in names]
-    pairs = [(portable, _lowered(portable, lowered.variant, request)) for portable in models]
-    return [(portable, lowered) for portable, lowered in pairs if lowered is not None]
+    found = []
+    for number, name in enumerate(names):
+        progress("cutting bands", number, len(names))
+        portable = rewritten(model, joined(best.rewrite, name))
+        executed = _lowered(portable, lowered.variant, request)
+        found += [] if executed is None else [(portable, executed)]
+    return found
 
 
 def _computed_twice(
@@ -231,10 +237,12 @@ def _computed_twice(
     subjects: Sequence[Subject],
     profile_of: Callable[[Model], Profile],
     request: Request,
+    progress: Progress,
 ) -> list[Subject]:
     """Forms of the model with operators computed twice, where the best schedule gains from it."""
     found = []
-    for subject in subjects:
+    for number, subject in enumerate(subjects):
+        progress("duplicating operators", number, len(subjects))
         gain = recomputed(subject, request.machine)
         if gain is None:
             continue

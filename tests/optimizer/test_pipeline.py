@@ -149,6 +149,7 @@ def test_the_result_says_what_was_written(tiny: Path, tmp_path: Path) -> None:
     assert result.sequential_us is not None
     assert result.sequential_us > 0
     assert steps[0] == "loading"
+    assert "proposing schedules" in steps
     assert steps[-1] == "checking"
     details = annotation.details
     assert (details["policy"], details["streams"], details["seed"]) == ("opara", 2, 5)

@@ -409,7 +409,12 @@ def test_bands_of_rows_are_candidates_unless_they_are_unwanted(
     monkeypatch.setattr(scheduling, "decide", in_bands)
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(build("squeezenet", image=64), source)
-    result = optimized(source, target, split=split, policy="heft", budget_s=8.0)
+    steps: list[str] = []
+    result = optimized(
+        source, target, split=split, policy="heft", budget_s=8.0,
+        progress=lambda what, done, total: steps.append(what),
+    )  # fmt: skip
+    assert ({"cutting bands", "duplicating operators"} <= set(steps)) == split
     tried = {entry["rewrite"] for entry in result.alternatives if entry["policy"] == "bands"}
     assert tried <= {"bands-2", "bands-half-2", "bands-prefix-2"}
     assert bool(tried) == split
