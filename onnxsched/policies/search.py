@@ -221,6 +221,8 @@ def _improved(problem: _Problem, start: Arrangement, least_us: float, effort: in
         if makespan_us <= least_us and spread_over <= 1:
             break
         tried = neighbour(graph, best, stream_count, rng)
+        if tried == best:
+            continue
         tried_us, tried_over = problem.judge(tried)
         gain_us = WORTH * makespan_us if tried_over > spread_over else 0.0
         if tried_us <= makespan_us - gain_us:
