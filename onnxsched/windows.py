@@ -153,9 +153,9 @@ class PartialSchedule:
         self._contention = cost.contention
         self._tasks = tasks_on(graph, cost, devices)
         self._tails_us = _tails_us(graph, self._tasks, cost.contention)
-        self._work_left_us = dict.fromkeys(devices, 0.0)
-        for operator, device in enumerate(devices):
-            self._work_left_us[device] += self._own_us(operator)
+        self._work_left_us = [0.0] * (max(self._tasks.devices, default=0) + 1)
+        for operator, number in enumerate(self._tasks.devices):
+            self._work_left_us[number] += self._own_us(operator)
         self.finish_us = [0.0] * len(graph)
         self._place: list[Placement] = [Placement(device, 0) for device in devices]
         self._free_us: dict[Placement, float] = {}
@@ -180,7 +180,7 @@ class PartialSchedule:
                 place = self._place[operator] = chosen[operator]
                 self.is_launched[operator] = 1
                 self.finish_us[operator] = self._free_us[place] = finish_us
-                self._work_left_us[place.device] -= self._own_us(operator)
+                self._work_left_us[self._tasks.devices[operator]] -= self._own_us(operator)
         return chosen
 
     def _stages(self, ready: Sequence[int]) -> Iterator[Stage]:
@@ -256,17 +256,16 @@ class PartialSchedule:
 
     def _judged(self, ahead: Sequence[int], finishes_us: Sequence[float]) -> Judgement:
         """The longest way to the end after `ahead`: along a path, or on a device."""
-        last_us: dict[Device, float] = {}
-        left_us: dict[Device, float] = {}
+        last_us: dict[int, float] = {}
+        left_us = self._work_left_us.copy()
         makespan_us = 0.0
         for operator, us in zip(ahead, finishes_us, strict=True):
-            device = self.devices[operator]
+            number = self._tasks.devices[operator]
             makespan_us = max(makespan_us, us + self._tails_us[operator])
-            last_us[device] = max(last_us.get(device, 0.0), us)
-            left_us.setdefault(device, self._work_left_us[device])
-            left_us[device] -= self._own_us(operator)
-        for device, us in last_us.items():
-            makespan_us = max(makespan_us, us + left_us[device])
+            last_us[number] = max(last_us.get(number, 0.0), us)
+            left_us[number] -= self._own_us(operator)
+        for number, us in last_us.items():
+            makespan_us = max(makespan_us, us + left_us[number])
         return round(makespan_us, _DIGITS), round(sum(finishes_us), _DIGITS)
 
     def _own_us(self, operator: int) -> float:
