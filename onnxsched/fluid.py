@@ -73,6 +73,7 @@ def _run_together(
     tasks: Tasks, contention: Contention, order: Sequence[int], lanes: Lanes
 ) -> Times:
     """From one start or finish to the next. O(edges + n * (log n + tasks that run at once))."""
+    by_count = contention.launch_slowdown
     own = [contention.sm_slowdown * share for share in tasks.sm_shares]
     followers, missing = _followers(tasks, contention, order, lanes)
     can_start_us = list(tasks.ready_us)
@@ -105,9 +106,7 @@ def _run_together(
             changed.add(devices[task])
         for device in changed:
             crowd = running[device]
-            next_us[device] = _paced(
-                crowd, own, contention.launch_slowdown, slowdowns, finishes_us, now_us
-            )
+            next_us[device] = _paced(crowd, own, by_count, slowdowns, finishes_us, now_us)
     return starts_us, finishes_us
 
 
@@ -120,12 +119,12 @@ def _paced(
     now_us: float,
 ) -> float:
     """Tell the tasks of a device when they finish if no other comes or goes; the first of that."""
-    all_of_them = 1.0 - by_count
+    crowd = 1.0 - by_count
     for task in running:
-        all_of_them += own[task] + by_count
+        crowd += own[task] + by_count
     first_us = inf
     for task in running:
-        slowdown = all_of_them - own[task]
+        slowdown = crowd - own[task]
         finish_us = now_us + (finishes_us[task] - now_us) * slowdown / slowdowns[task]
         slowdowns[task], finishes_us[task] = slowdown, finish_us
         if finish_us < first_us:

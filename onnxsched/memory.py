@@ -80,7 +80,7 @@ def too_full(
     placement_of: Mapping[int, Placement],
 ) -> str | None:
     """What a device lacks for what `needed_nbytes` says, in a sentence; None where all have it."""
-    if graph.total_nbytes <= min(map(machine.room_nbytes, machine.devices)):
+    if fits_anyhow(graph, machine):
         return None
     for device, nbytes in needed_nbytes(graph, order, placement_of).items():
         room_nbytes = machine.room_nbytes(device)
@@ -90,6 +90,11 @@ def too_full(
                 "use more devices or smaller inputs."
             )
     return None
+
+
+def fits_anyhow(graph: OperatorGraph, machine: Machine) -> bool:
+    """Whether every device has room for all there is, so that no schedule is too full."""
+    return graph.total_nbytes <= min(map(machine.room_nbytes, machine.devices))
 
 
 def fits_on_first(graph: OperatorGraph, machine: Machine) -> bool:

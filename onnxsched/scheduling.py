@@ -228,7 +228,8 @@ def _in_bands(
         progress("cutting bands", number, len(names))
         portable = rewritten(model, joined(best.rewrite, name))
         executed = _lowered(portable, lowered.variant, request)
-        found += [] if executed is None else [(portable, executed)]
+        if executed is not None:
+            found.append((portable, executed))
     return found
 
 

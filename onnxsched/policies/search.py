@@ -14,7 +14,7 @@ from onnxsched.fluid import Tasks, Times, run_tasks
 from onnxsched.graph import OperatorGraph
 from onnxsched.links import Outputs, outputs_of, sends_between
 from onnxsched.machine import Machine
-from onnxsched.memory import too_full
+from onnxsched.memory import fits_anyhow, too_full
 from onnxsched.rank import rank_order
 from onnxsched.schedule import Schedule, Slot
 from onnxsched.simulate import tasks_on
@@ -93,6 +93,8 @@ class _Problem:
     outputs: Sequence[Outputs]
     on_first: Tasks
     """The operators as tasks of the first device."""
+    fits_anyhow: bool
+    """No arrangement is too full for the memory."""
 
     @classmethod
     def of(cls, graph: OperatorGraph, cost: CostModel, machine: Machine) -> _Problem:
@@ -102,7 +104,8 @@ class _Problem:
         on_first = tasks_on(graph, cost, [devices[0]] * len(graph))
         inputs = delays_between(graph, cost, devices)
         outputs = outputs_of(graph, cost, devices)
-        return cls(graph, machine, cost.contention, inputs, costs, outputs, on_first)
+        fits = fits_anyhow(graph, machine)
+        return cls(graph, machine, cost.contention, inputs, costs, outputs, on_first, fits)
 
     def times(self, arrangement: Arrangement) -> Times:
         """When each operator starts and finishes, as `simulate` would say."""
@@ -114,10 +117,11 @@ class _Problem:
         order, lanes = arrangement
         crossings = sum(lanes[edge.producer] != lanes[edge.consumer] for edge in self.graph.edges)
         spread_over = crossings + len(set(lanes))
-        places = self.machine.placements
-        placement_of = {v: places[lane] for v, lane in enumerate(lanes)}
-        if too_full(self.graph, self.machine, order, placement_of):
-            return inf, spread_over
+        if not self.fits_anyhow:
+            places = self.machine.placements
+            placement_of = {v: places[lane] for v, lane in enumerate(lanes)}
+            if too_full(self.graph, self.machine, order, placement_of):
+                return inf, spread_over
         return max(self.times(arrangement)[1], default=0.0), spread_over
 
     def arrangement(self, schedule: Schedule) -> Arrangement:

@@ -203,26 +203,25 @@ def late_view() -> tuple[ModelSource, str]:
     return fused(net.source(last, net.conv(view, 2))), view
 
 
+def read_late(net: Lowered, view: str, deep: str) -> ModelSource:
+    """A net whose view is read once three convolutions on `deep` are done."""
+    for _ in range(3):
+        deep = net.conv(deep, 4)
+    return fused(net.source(net.add("Concat", [view, net.reshape(deep, 1, -1, 2)], axis=1)))
+
+
 def long_view() -> tuple[ModelSource, str]:
     """A view of what a convolution writes, read after other convolutions, as in detectors."""
     net = Lowered((1, 4, 4, 4))
     head = net.conv("x", 4)
-    view, deep = net.reshape(head, 1, -1, 2), "x"
-    for _ in range(3):
-        deep = net.conv(deep, 4)
-    joined = net.add("Concat", [view, net.reshape(deep, 1, -1, 2)], axis=1)
-    return fused(net.source(joined)), head
+    return read_late(net, net.reshape(head, 1, -1, 2), "x"), head
 
 
 def own_view() -> tuple[ModelSource, str]:
     """A view of what the session itself writes, which a convolution reads long before it."""
     net = Lowered((1, 4, 4, 4))
     rectified = net.add("Relu", ["x"])
-    view, deep = net.reshape(rectified, 1, -1, 2), rectified
-    for _ in range(3):
-        deep = net.conv(deep, 4)
-    joined = net.add("Concat", [view, net.reshape(deep, 1, -1, 2)], axis=1)
-    return fused(net.source(joined)), rectified
+    return read_late(net, net.reshape(rectified, 1, -1, 2), rectified), rectified
 
 
 def view_of_a_copy() -> tuple[ModelSource, str]:
