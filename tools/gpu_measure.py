@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -31,15 +30,22 @@ _LIMIT_S = 600
 
 
 def measured(
-    name: str, precision: Precision, arguments: argparse.Namespace
+    name: str, device: str, precision: Precision, budget_s: float | None, kept: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """Build, optimize and bench one model; after each step what is known by then."""
-    device, budget_s = arguments.device, arguments.budget
+    """Build, optimize and bench one model; after each step what is known by then.
+
+    Args:
+        name: Of the model, e.g. `bert`, or `googlenet@512` for larger images.
+        device: One or several, as `optimize` has them.
+        precision: As `optimize` has it.
+        budget_s: As `optimize` has it.
+        kept: Where measurements of operators are kept; None for nowhere.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch, "in.onnx"), Path(scratch, "out.onnx")
         kind, _, image = name.partition("@")
         write_model(sample_models.build(kind, image=int(image) if image else None), source)
-        cache, other = arguments.cache or Path(scratch, "cache"), Path(scratch, "other")
+        cache, other = kept or Path(scratch, "cache"), Path(scratch, "other")
         is_timed = name == "googlenet" and precision == "keep"
         command_s = time_command(source, target, device, other, budget_s) if is_timed else None
         phases = Phases()

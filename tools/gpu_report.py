@@ -62,7 +62,8 @@ def main() -> None:
             continue
         title = name if precision == "keep" else f"{name}/{precision}"
         try:
-            for found in measured(name, precision, arguments):
+            steps = measured(name, arguments.device, precision, arguments.budget, arguments.cache)
+            for found in steps:
                 results[title] = found
                 write_report(arguments.out / "zoo.json", tests, environment, results)
         except Exception as error:

@@ -149,7 +149,7 @@ def measure_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
                     return
                 for arm, found in run_arms(arms, place):
                     _add(report, configuration, arm, found)
-                    _save(report, options.out / "suite.json")
+                    save(report, options.out / "suite.json")
                     print(_line(configuration, arm, found), flush=True)
 
 
@@ -260,7 +260,8 @@ def require_same_machine(known: Mapping[str, Any], found: Mapping[str, Any]) -> 
             )
 
 
-def _save(report: dict[str, Any], path: Path) -> None:
+def save(report: Mapping[str, Any], path: Path) -> None:
+    """Write results whole or not at all."""
     with written_whole(path) as draft:
         draft.write_text(json.dumps(report, indent=1) + "\n")
 

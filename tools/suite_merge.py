@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxsched_runtime.files import written_whole
+from onnxsched_runtime.errors import UsageError
 from tools.benchmark_table import RESULTS
-from tools.suite import require_same_machine
-
-_KEY = ("model", "batch", "image", "sequence", "arm")
+from tools.suite import require_same_machine, save
+from tools.suite_table import size_of
 
 
 def merged(report: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,15 +33,11 @@ def merged(report: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
         if entry["error"] is not None:
             continue
         dated = {**entry, "date": other["date"]}
-        same = [i for i, known in enumerate(results) if _key(known) == _key(entry)]
-        near = [i for i, known in enumerate(results) if _key(known)[:-1] == _key(entry)[:-1]]
+        near = [i for i, known in enumerate(results) if size_of(known) == size_of(entry)]
+        same = [i for i in near if results[i]["arm"] == entry["arm"]]
         at = same[0] if same else (near or [len(results) - 1])[-1] + 1
         results[at : at + len(same)] = [dated]
     return {**report, "results": results}
-
-
-def _key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry[name] for name in _KEY)
 
 
 def main() -> None:
@@ -50,13 +46,17 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="what tools/suite.py wrote")
     report = json.loads(RESULTS.read_text())
     for path in parser.parse_args().files:
-        other = json.loads(path.read_text())
-        report = merged(report, other)
+        try:
+            other = json.loads(path.read_text())
+            report = merged(report, other)
+        except UsageError as error:
+            sys.exit(str(error))
+        except (OSError, KeyError, TypeError, ValueError):
+            sys.exit(f"'{path}' is no result of the suite; give one that tools/suite.py wrote.")
         for entry in other["results"]:
             if entry["error"] is not None:
                 print(f"Left out: {entry['model']} {entry['batch']}, {entry['arm']}.")
-    with written_whole(RESULTS) as draft:
-        draft.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, RESULTS)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,13 @@ def grouped(report: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in report["results"]:
         if entry["error"] is None:
-            key = (entry["model"], entry["batch"], entry["image"], entry["sequence"])
-            found.setdefault(key, {})[entry["arm"]] = entry
+            found.setdefault(size_of(entry), {})[entry["arm"]] = entry
     return found
+
+
+def size_of(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The model of a result, and its sizes."""
+    return entry["model"], entry["batch"], entry["image"], entry["sequence"]
 
 
 def _torch(arms: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,12 +22,11 @@ def report_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> d
 
 def test_each_step_adds_to_what_is_known(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    arguments = argparse.Namespace(device="cpu", budget=1.0, cache=cache)
-    steps = [set(found) for found in gpu_measure.measured("tiny", "keep", arguments)]
+    steps = [set(found) for found in gpu_measure.measured("tiny", "cpu", "keep", 1.0, cache)]
     assert steps == sorted(steps, key=len)
     assert {"policy", "optimize_s", "alternatives"} <= steps[0] < steps[1] < steps[-1]
     assert {"bench", "bounds", "in_processes"} <= steps[-1]
-    [again, *_] = gpu_measure.measured("tiny", "keep", arguments)
+    [again, *_] = gpu_measure.measured("tiny", "cpu", "keep", 1.0, cache)
     assert again["is_profile_cached"]
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 
 from onnxsched_runtime.errors import UsageError
 from support.suite import report
+from tools import suite_merge
 from tools.suite_merge import merged
 
 
@@ -51,3 +56,26 @@ def test_another_machine_is_refused_in_a_sentence() -> None:
     other["environment"] = {**other["environment"], "driver": "1.0"}
     with pytest.raises(UsageError, match=r"measured with driver .*, this machine has 1\.0; "):
         merged(report(), other)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no result of the suite; give one"),
+        ("no JSON", "is no result of the suite; give one"),
+        ("[]", "is no result of the suite; give one"),
+        ('{"environment": {}}', "this machine has None; "),
+    ],
+)
+def test_what_is_no_result_is_refused_in_a_sentence_and_changes_nothing(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, path = tmp_path / "results.json", tmp_path / "suite.json"
+    results.write_text(json.dumps(report()))
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(suite_merge, "RESULTS", results)
+    monkeypatch.setattr(sys, "argv", ["suite_merge", str(path)])
+    with pytest.raises(SystemExit, match=message):
+        suite_merge.main()
+    assert json.loads(results.read_text()) == report()
