@@ -162,6 +162,7 @@ class Worker:
         try:
             self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
+            sys.stderr.write(self._log.read_text()[-_LOG_LENGTH:])
             return {"error": f"The step '{self._job.step}' was not finished in time."}
         finally:
             self.close()
