@@ -17,8 +17,8 @@ demo: $(INSTALLED)
 	$(BIN)/onnxsched verify demo/scheduled.onnx demo/googlenet.onnx
 
 test: check
-	$(BIN)/pytest -n auto --dist worksteal -m "not gpu"
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -n auto --dist worksteal --ignore tests/gpu
+	$(BIN)/pytest tests/gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from onnxsched_runtime.device import Placement
 from support.graphs import durations, graph_of, layered_problem, linear
 from support.strategies import DEVICES, GPU, device_problems, problems
 from support.timing import at_most_cpu_s
-from tools.synthetic_graphs import FAMILIES, synthetic_problem
+from tools.synthetic_graphs import synthetic_problem
 
 Problem = tuple[OperatorGraph, TableCost, Machine]
 
@@ -163,7 +163,7 @@ def test_a_graph_larger_than_any_part_or_horizon_gains_on_every_device() -> None
         assert simulate(graph, cost, found).makespan_us < 1.1 * work_us / count
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["random", "series-parallel"])
 def test_eight_devices_and_ten_thousand_operators_take_seconds(family: str) -> None:
     graph, cost = synthetic_problem(family, 10_000)
     machine = Machine(DEVICES, 4)

@@ -18,7 +18,7 @@ from support import oracles
 from support.graphs import durations, graph_of, linear
 from support.strategies import GPU, machines, problems
 from support.timing import at_most_cpu_s
-from tools.synthetic_graphs import FAMILIES, synthetic_problem
+from tools.synthetic_graphs import synthetic_problem
 
 Problem = tuple[OperatorGraph, TableCost]
 
@@ -160,7 +160,7 @@ def test_upward_rank_counts_mean_transfers() -> None:
     assert upward_ranks_us(graph, cost, GPU, Device("cuda", 1)) == (10.0, 3.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["layered", "nasnet"])
 def test_ten_thousand_operators_take_seconds(family: str) -> None:
     graph, cost = synthetic_problem(family, 10_000)
     machine = Machine((GPU,), 16)

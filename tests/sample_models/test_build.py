@@ -66,6 +66,7 @@ def test_sizes_are_honoured(
         np.testing.assert_allclose(both[name][1:], value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("shallow_transformers")
 def test_bert_ignores_what_the_mask_hides(load: Load, draw: Draw) -> None:
     model = build("bert", sequence=5, batch=2)
     assert _shapes(model.graph.output) == {

@@ -21,8 +21,8 @@ SMALL = {
     "googlenet": {"image": 64},
     "inception_v3": {"image": 107},
     "squeezenet": {"image": 50},
-    "nasnet_large": {"image": 75},
-    "nasnet_mobile": {"image": 75},
+    "nasnet_large": {"image": 35},
+    "nasnet_mobile": {"image": 35},
     "randwire": {"image": 33},
     "bert": {"sequence": 9},
     "t5_encoder": {"sequence": 7},
@@ -48,6 +48,7 @@ def assert_same_as_ort(model: onnx.ModelProto) -> TorchModel:
     return peer
 
 
+@pytest.mark.usefixtures("shallow_transformers")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_zoo_computes_what_ort_does(name: str) -> None:
     peer = assert_same_as_ort(build(name, batch=2, **SMALL[name]))
