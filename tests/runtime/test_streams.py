@@ -327,8 +327,10 @@ def test_a_piece_begins_once_other_streams_have_done_what_was_before(
     def busy() -> list[BusyStream]:
         return [stream for stream in BusyStream.opened if stream.is_busy]
 
-    def copy_on(self: fake_cuda.FakeBuffer, target: int, source: int, stream: Any) -> None:
-        copied(self, target, source, stream)
+    def copy_on(
+        self: fake_cuda.FakeBuffer, target: int, source: int, stream: Any, *part: int
+    ) -> None:
+        copied(self, target, source, stream, *part)
         stream.is_busy = True
 
     def launch_on(self: fake_cuda.FakeGraph, stream: Any) -> None:
@@ -353,6 +355,37 @@ def test_a_piece_begins_once_other_streams_have_done_what_was_before(
         assert busy() == []
     assert hosted
     assert len(BusyStream.opened) > 1
+
+
+def test_large_tensors_are_copied_in_parts_but_for_arrays_in_another_order(
+    graphs: type[fake_cuda.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.fork_join()
+    image = models.feeds_for(model)["x"]
+    image.flags.writeable = False
+    copied = fake_cuda.FakeBuffer._copy
+    parts: dict[int, list[tuple[int, int | None]]] = {}
+
+    def copy_part(
+        self: fake_cuda.FakeBuffer, target: int, source: int, stream: Any,
+        start: int = 0, end: int | None = None,
+    ) -> None:  # fmt: skip
+        parts.setdefault(self.kind.nbytes, []).append((start, end))
+        copied(self, target, source, stream, start, end)
+
+    with opened(model) as session:
+        monkeypatch.setattr(fake_cuda.FakeBuffer, "_copy", copy_part)
+        models.assert_same(session.run(None, {"x": image}), models.reference(model, {"x": image}))
+        assert parts == {
+            n: [(start, min(start + 28, n)) for start in range(0, n, 28)] for n in (432, 1152)
+        }
+        executor = executor_of(session)
+        buffer = executor._runner.buffers["x"]
+        for array in (image[..., ::-1], np.asfortranarray(image)):
+            parts.clear()
+            buffer.fill(array, executor.main_stream)
+            np.testing.assert_array_equal(buffer.fetched(executor.main_stream)(), array)
+            assert parts[432][0] == (0, None)
 
 
 def test_a_tensor_that_does_not_fit_is_named(graphs: type[fake_cuda.FakeGraph]) -> None:

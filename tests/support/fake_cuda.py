@@ -19,6 +19,7 @@ import pytest
 
 from onnxsched_runtime import cuda, execution
 from onnxsched_runtime.arena import packed
+from onnxsched_runtime.cuda import buffers
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import runner
@@ -104,9 +105,12 @@ class FakeBuffer(cuda.Buffer):
     def staging(self) -> np.ndarray:
         return self._staging
 
-    def _copy(self, target: int, source: int, stream: Any) -> None:
+    def _copy(
+        self, target: int, source: int, stream: Any, start: int = 0, end: int | None = None
+    ) -> None:
         assert stream.is_open
-        ctypes.memmove(target, source, self.kind.nbytes)
+        nbytes = (self.kind.nbytes if end is None else end) - start
+        ctypes.memmove(target + start, source + start, nbytes)
 
 
 class FakeChain:
@@ -273,6 +277,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "Stream", FakeStream)
     monkeypatch.setattr(cuda, "graph_stream", lambda device: cuda.Stream(device))
     monkeypatch.setattr(cuda, "Buffer", FakeBuffer)
+    monkeypatch.setattr(buffers, "LARGE_NBYTES", 60)  # some of the tests' tensors are large
+    monkeypatch.setattr(buffers, "PART_NBYTES", 28)
     monkeypatch.setattr(cuda, "DeviceMemory", FakeMemory)
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
     monkeypatch.setattr(cuda, "Chain", FakeChain)

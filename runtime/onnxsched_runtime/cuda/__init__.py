@@ -1,7 +1,8 @@
 """CUDA: devices, streams, events, graphs, buffers, kernel traces. Nothing else touches it.
 
 All of it goes through the CUDA bindings that torch brings; torch itself is imported only for the
-caller's tensors, for the profiler, and for kernels that reorder numbers.
+caller's tensors, for large inputs and outputs, for the profiler, and for kernels that reorder
+numbers.
 """
 
 from onnxsched_runtime.cuda.binding import load_torch, make_current

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,6 +17,11 @@ from onnxsched_runtime.cuda.streams import Stream
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.tensor import TensorType
+
+LARGE_NBYTES = 4 << 20
+"""From this size on, a tensor goes between host arrays and the device in parts: below, starting
+each takes what it saves (`docs/adr/0023-large-tensors-in-parts.md`)."""
+PART_NBYTES = 2 << 20
 
 
 class DeviceMemory:
@@ -90,10 +95,21 @@ class Buffer:
         self.kind, self.device, self.pointer = kind, device, pointer
         self._pinned: PinnedArray | None = None
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it is copied in parts, one to pinned memory while another is on its way."""
+        return self.kind.nbytes >= LARGE_NBYTES
+
     def fill(self, array: np.ndarray, stream: Stream) -> None:
         """Copy host values in, on a stream, through pinned memory."""
-        self.stage(array)
-        self.upload(stream)
+        if not self.is_large or not array.flags.c_contiguous or array.nbytes != self.kind.nbytes:
+            self.stage(array)
+            self.upload(stream)
+            return
+        given, pinned = _bytes_of(array), _bytes_of(self.staging)
+        for start, end in self._parts():
+            pinned[start:end].copy_(given[start:end])  # by torch's threads
+            self._copy(self.pointer, self.staging.ctypes.data, stream, start, end)
 
     def stage(self, array: np.ndarray) -> None:
         """Copy host values to pinned memory."""
@@ -143,6 +159,27 @@ class Buffer:
         if self.kind.nbytes:
             self._copy(self.staging.ctypes.data, self.pointer, stream)
 
+    def fetched(self, stream: Stream) -> Callable[[], np.ndarray]:
+        """Start the copy to pinned memory; returns what waits for it and makes an array of it."""
+        parts = []
+        for start, end in self._parts():
+            self._copy(self.staging.ctypes.data, self.pointer, stream, start, end)
+            parts.append((start, end, stream.record()))
+
+        def taken() -> np.ndarray:
+            if not self.is_large:
+                for _, _, event in parts:
+                    event.synchronize()
+                return self.staging.copy()
+            array = np.empty_like(self.staging)
+            into, pinned = _bytes_of(array), _bytes_of(self.staging)
+            for start, end, event in parts:
+                event.synchronize()
+                into[start:end].copy_(pinned[start:end])
+            return array
+
+        return taken
+
     def new_tensor(self) -> Any:
         """A new torch tensor of its shape and type, on its device."""
         dtype = torch_dtype(self.kind.element_type)
@@ -170,10 +207,27 @@ class Buffer:
             self._pinned.close()
             self._pinned = None
 
-    def _copy(self, target: int, source: int, stream: Stream) -> None:
-        kind = cudart().cudaMemcpyKind.cudaMemcpyDefault
+    def _parts(self) -> list[tuple[int, int]]:
+        """Where the parts that it is copied in begin and end, in bytes."""
         nbytes = self.kind.nbytes
-        check(cudart().cudaMemcpyAsync(target, source, nbytes, kind, stream.handle))
+        size = PART_NBYTES if self.is_large else max(nbytes, 1)
+        return [(start, min(start + size, nbytes)) for start in range(0, nbytes, size)]
+
+    def _copy(
+        self, target: int, source: int, stream: Stream, start: int = 0, end: int | None = None
+    ) -> None:
+        """Start the copy of all, or of some bytes, from one address to another."""
+        kind = cudart().cudaMemcpyKind.cudaMemcpyDefault
+        nbytes = (self.kind.nbytes if end is None else end) - start
+        check(
+            cudart().cudaMemcpyAsync(target + start, source + start, nbytes, kind, stream.handle)
+        )
+
+
+def _bytes_of(array: np.ndarray) -> Any:
+    """A torch tensor of bytes over an array's memory, which torch copies with all its threads."""
+    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+    return torch_module().frombuffer(memory, dtype=torch_module().uint8)
 
 
 def _write(block: np.ndarray, address: int, nbytes: int, device: Device) -> None:

@@ -149,9 +149,13 @@ class Event:
         """Record on a stream."""
         check(cudart().cudaEventRecord(self.native, stream.handle))
 
+    def synchronize(self) -> None:
+        """Wait on the host until what it was recorded after is done."""
+        check(cudart().cudaEventSynchronize(self.native))
+
     def elapsed_us(self, earlier: Event) -> float:
         """Time between two recorded events, after waiting for this one."""
-        check(cudart().cudaEventSynchronize(self.native))
+        self.synchronize()
         return float(check(cudart().cudaEventElapsedTime(earlier.native, self.native))) * 1e3
 
     def __del__(self) -> None:

@@ -21,9 +21,14 @@ class GraphRun:
 
     graph: cuda.Graph
     stream: cuda.Stream
-    inputs: tuple[tuple[str, cuda.Buffer], ...]
+    filled: tuple[tuple[str, cuda.Buffer], ...]
+    """Inputs that are copied in parts before the graph is launched: the large ones."""
+    staged: tuple[tuple[str, cuda.Buffer], ...]
+    """Inputs that the graph copies from pinned memory."""
     outputs: Mapping[str, np.ndarray | None]
     """Pinned memory that the graph copies to; none for an input that is an output and not read."""
+    fetched: tuple[tuple[str, cuda.Buffer], ...]
+    """Outputs that are copied in parts after the graph."""
 
 
 class PieceGraphs:
@@ -58,16 +63,21 @@ class PieceGraphs:
         return graph
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Run the only piece on host arrays with the copies in the graph: in one launch."""
+        """Run the only piece on host arrays with the copies of all but large ones in the graph."""
         wanted = frozenset(outputs)
         ready = self.with_copies.pop(wanted, None) or self._made_ready(feeds, sorted(wanted))
         self.with_copies[wanted] = ready  # last, as the latest that was asked for
-        for name, buffer in ready.inputs:
+        for name, buffer in ready.filled:
+            buffer.fill(feeds[name], ready.stream)
+        for name, buffer in ready.staged:
             buffer.stage(feeds[name])
         ready.graph.launch(ready.stream)
+        fetches = [(name, buffer.fetched(ready.stream)) for name, buffer in ready.fetched]
+        values = {name: fetch() for name, fetch in fetches}
         ready.stream.synchronize()
-        arrays = ready.outputs
-        return [np.array(feeds[n] if arrays[n] is None else arrays[n]) for n in outputs]
+        for name, array in ready.outputs.items():
+            values[name] = np.array(feeds[name] if array is None else array)
+        return [values[name] for name in outputs]
 
     def _made_ready(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> GraphRun:
         """A graph with the copies, instead of the one without."""
@@ -78,12 +88,17 @@ class PieceGraphs:
             graph.close()
         if len(self.with_copies) == _MOST_WITH_COPIES:  # runs end before they return
             self.with_copies.pop(next(iter(self.with_copies))).graph.close()
-        names = [name for name in feeds if name in buffers]
+        given = [(name, buffers[name]) for name in feeds if name in buffers]
+        taken = [(name, buffers[name]) for name in outputs if name in buffers]
+        staged = tuple((name, buffer) for name, buffer in given if not buffer.is_large)
+        copied = {name: buffer.staging for name, buffer in taken if not buffer.is_large}
         return GraphRun(
-            self._runner.capture(piece, names, [n for n in outputs if n in buffers]),
+            self._runner.capture(piece, [name for name, _ in staged], list(copied)),
             main,
-            tuple((name, buffers[name]) for name in names),
-            {n: buffers[n].staging if n in buffers else None for n in outputs},
+            tuple((name, buffer) for name, buffer in given if buffer.is_large),
+            staged,
+            copied | {name: None for name in outputs if name not in buffers},
+            tuple((name, buffer) for name, buffer in taken if buffer.is_large),
         )
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -86,6 +86,10 @@ class StreamExecutor:
             self.close()
             raise
         self._runner.forget_weights()
+        buffers = self._runner.buffers
+        ends = (buffers.get(name) for name in (*self._plan.inputs, *self._plan.outputs))
+        if any(buffer is not None and buffer.is_large for buffer in ends):
+            cuda.load_torch()  # which copies them, and takes seconds: not in the first run
 
     def _open_linked(
         self,
@@ -163,7 +167,7 @@ class StreamExecutor:
 
     @property
     def is_one_graph(self) -> bool:
-        """Whether a run is one launch of a graph that copies inputs and outputs too."""
+        """Whether a run is one launch of a graph that copies all but large tensors too."""
         return self._pieces is not None and self.is_one_piece
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
@@ -176,14 +180,8 @@ class StreamExecutor:
         if self._pieces is not None and self.is_one_piece:
             return self._pieces.run(feeds, outputs)
         values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
-        stream = self._end_stream()
-        fetched = [name for name in outputs if name not in values]
-        for name in fetched:
-            self._runner.buffers[name].fetch(stream)
-        stream.synchronize()
-        return [
-            self._runner.buffers[n].staging.copy() if n in fetched else values[n] for n in outputs
-        ]
+        values |= self._fetched([n for n in outputs if n not in values], self._end_stream())
+        return [values[name] for name in outputs]
 
     def run_on_device(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run on device tensors, ordered by torch's current streams, without a host copy.
@@ -216,6 +214,13 @@ class StreamExecutor:
             stream.release_to_caller(used)
         return [_device_value(values[n], device) if n in values else results[n] for n in outputs]
 
+    def _fetched(self, names: Iterable[str], stream: cuda.Stream) -> dict[str, np.ndarray]:
+        """What buffers hold after all that was issued on a stream, as host arrays."""
+        fetches = {name: self._runner.buffers[name].fetched(stream) for name in names}
+        arrays = {name: fetch() for name, fetch in fetches.items()}
+        stream.synchronize()
+        return arrays
+
     def _end_stream(self) -> cuda.Stream:
         return self._runner.streams[self._plan.pieces[-1].main]
 
@@ -246,11 +251,7 @@ class StreamExecutor:
         stream = self._runner.streams[piece.main]
         (index,) = piece.runs
         segment = self._plan.segments[index]
-        fetched = [name for name in segment.inputs if name in buffers]
-        for name in fetched:
-            buffers[name].fetch(stream)
-        stream.synchronize()
-        feeds = {name: buffers[name].staging.copy() for name in fetched}
+        feeds = self._fetched([name for name in segment.inputs if name in buffers], stream)
         feeds |= {n: _host_value(values[n]) for n in segment.inputs if n not in feeds}
         results = self._runner.sessions[index].run(feeds, segment.outputs)
         for name, value in zip(segment.outputs, results, strict=True):
