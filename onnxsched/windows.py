@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from math import inf
 
 from onnxsched.cost import Contention, CostModel
@@ -108,8 +107,11 @@ def slide(
 ) -> Schedule:
     """Launch everything, stage by stage; for arguments and time see `with_windows`."""
     devices = partial.devices
-    everything = _Queue(order, partial)
-    of_device = {d: _Queue([v for v in order if devices[v] == d], partial) for d in set(devices)}
+    everything = Unlaunched(order, partial.is_launched)
+    of_device = {
+        device: Unlaunched([v for v in order if devices[v] == device], partial.is_launched)
+        for device in set(devices)
+    }
     place = {operator: position for position, operator in enumerate(order)}
     slots: list[Slot] = []
     while ahead := everything.first(HORIZON):
@@ -120,22 +122,34 @@ def slide(
     return Schedule(tuple(slots))
 
 
-class _Queue:
-    """Operators in launch order, of which some are launched already."""
+class Unlaunched:
+    """Operators in launch order, without those that are launched already."""
 
-    def __init__(self, operators: Sequence[int], partial: PartialSchedule) -> None:
-        """Nothing is taken yet."""
+    def __init__(self, operators: Sequence[int], is_launched: bytearray) -> None:
+        """All of them, whose flags others set by and by."""
         self._operators = operators
-        self._is_launched = partial.is_launched
-        self._start = 0
+        self._is_launched = is_launched
+        self._next = list(range(1, len(operators) + 1))
+        """For each position one behind it, with none between that is not launched."""
 
     def first(self, count: int) -> list[int]:
-        """The first of those that are not launched. O(those launched since the last call)."""
+        """The first few. O(count), amortized, but for a factor that hardly grows."""
+        found: list[int] = []
+        position = self._from(0)
+        while position < len(self._operators) and len(found) < count:
+            found.append(self._operators[position])
+            position = self._from(position + 1)
+        return found
+
+    def _from(self, start: int) -> int:
+        """The first position from one on that is not launched; the way there gets shorter."""
         operators, is_launched = self._operators, self._is_launched
-        while self._start < len(operators) and is_launched[operators[self._start]]:
-            self._start += 1
-        rest = islice(operators, self._start, None)
-        return list(islice((v for v in rest if not is_launched[v]), count))
+        end = start
+        while end < len(operators) and is_launched[operators[end]]:
+            end = self._next[end]
+        while start < end:
+            self._next[start], start = end, self._next[start]
+        return end
 
 
 class PartialSchedule:

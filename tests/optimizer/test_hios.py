@@ -19,7 +19,7 @@ from onnxsched.policies.hios_mr import hios_mr, record_mappings
 from onnxsched.rank import rank_order, upward_ranks_us
 from onnxsched.schedule import Schedule, Slot, check_schedule
 from onnxsched.simulate import simulate, total_us
-from onnxsched.windows import HORIZON, PartialSchedule, slide, with_windows
+from onnxsched.windows import HORIZON, PartialSchedule, Unlaunched, slide, with_windows
 from onnxsched_runtime.device import Placement
 from support.graphs import durations, graph_of, layered_problem, linear
 from support.strategies import DEVICES, GPU, device_problems, problems
@@ -129,6 +129,18 @@ def test_stages_finish_as_the_simulator_says(
     check_schedule(graph, replace(machine, memory_nbytes={}), schedule)
     timeline = simulate(graph, cost, schedule)
     assert partial.finish_us == pytest.approx(timeline.finishes_us)
+
+
+@given(st.permutations(range(9)), st.lists(st.integers(0, 8)), st.integers(0, 10))
+def test_what_is_launched_in_any_order_is_passed_over(
+    operators: list[int], launches: list[int], count: int
+) -> None:
+    is_launched = bytearray(9)
+    unlaunched = Unlaunched(operators, is_launched)
+    for launched in launches:
+        is_launched[launched] = 1
+        left = [operator for operator in operators if not is_launched[operator]]
+        assert unlaunched.first(count) == left[:count]
 
 
 def test_a_window_finds_neighbours_that_are_not_adjacent() -> None:
