@@ -77,7 +77,7 @@ def test_computing_twice_brings_little_but_for_nasnet() -> None:
             *((scheme, entry["us"]) for scheme, entry in r["schemes"].items()),
         )
     }
-    assert max(gain for (model, *_), gain in gains.items() if model != "nasnet_large") < 0.035
+    assert max(gain for (model, *_), gain in gains.items() if model != "nasnet_large") < 0.036
     assert gains["nasnet_large", "NVLink", "whole"] > 0.05
     assert all(gain == 0 for (_, link, _), gain in gains.items() if link == "host")
 
