@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from onnxsched_runtime import cuda
@@ -33,7 +33,12 @@ def called(device: Device, function: Callable[..., Any], *values: Any, **named: 
         thread = None if is_here else _thread_of(device)
     if thread is None:
         return function(*values, **named)
-    return thread.submit(function, *values, **named).result()
+    future = thread.submit(function, *values, **named)
+    try:
+        return future.result()
+    except BaseException:  # an interrupt: what it uses would be freed under it
+        wait((future,))
+        raise
 
 
 @functools.cache

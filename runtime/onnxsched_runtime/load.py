@@ -152,8 +152,8 @@ class Session:
             self._executor = RankExecutor(
                 source, self.plan, model, membership, custom_ops, capture
             )
-        self._one_at_a_time = threading.Lock()
-        self._is_closed = False
+        self._one_at_a_time = threading.RLock()
+        self._is_running = self._is_closed = False
         self._dropped = None
         if membership is None:
             self._dropped = weakref.finalize(self, _close_quietly, self._executor)
@@ -199,7 +199,7 @@ class Session:
 
         Raises:
             UsageError: An input is missing, unknown, or of another shape or type; there are
-                options; or the session is closed.
+                options; the session is closed; or a signal handler runs it within a run.
             RankError: Another process died, hangs or failed.
         """
         if run_options is not None:
@@ -219,12 +219,30 @@ class Session:
             if not on_device:  # else the executor checks, once it has made tensors of them
                 input_feed = {a.name: host_array(a, input_feed[a.name]) for a in self._inputs}
         with self._one_at_a_time:
+            self._require_idle()
             if self._is_closed:
                 raise UsageError("The session is closed; load the model again.")
-            if on_device:
-                assert isinstance(self._executor, StreamExecutor)
-                return self._executor.run_on_device(input_feed, wanted)
-            return self._executor.run(input_feed, wanted)
+            self._is_running = True
+            try:
+                if on_device:
+                    return self._run_on_device(input_feed, wanted)
+                return self._executor.run(input_feed, wanted)
+            finally:
+                self._is_running = False
+
+    def _run_on_device(self, feed: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
+        executor = self._executor
+        assert isinstance(executor, StreamExecutor)
+        on_host = [argument for argument in self._inputs if executor.reads_on_host(argument.name)]
+        arrays = {a.name: host_array(a, cuda.tensor_of(feed[a.name])) for a in on_host}
+        return executor.run_on_device({**feed, **arrays}, wanted)
+
+    def _require_idle(self) -> None:
+        if self._is_running:  # by this very thread, as others have to wait
+            raise UsageError(
+                "The session is in the middle of a run that a signal has interrupted; let the "
+                "signal handler raise, and run or close the session after that."
+            )
 
     def __call__(self, *inputs: Any) -> Any:
         """Run on positional inputs; returns the output, or a tuple of several."""
@@ -250,6 +268,7 @@ class Session:
     def close(self) -> None:
         """Free sessions, graphs, streams and buffers, after a run in another thread."""
         with self._one_at_a_time:
+            self._require_idle()
             if not self._is_closed:
                 self._is_closed = True
                 if self._dropped is not None:

@@ -19,6 +19,8 @@ from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 _INLINE_NBYTES = 1024
 """Weights above this travel beside a segment's bytes, not in them: protobuf ends at 2 GiB."""
+_INLINE_LIST_NBYTES = 1 << 16
+"""The same for lists of integers: ORT reads sizes of a Split, or a shape, in the bytes only."""
 
 _NUMPY_TYPES = {
     TensorProto.BOOL, TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE,
@@ -132,7 +134,9 @@ class ModelSource:
         if name not in self._arrays:
             weight = self._weights[name]
             nbytes = TensorType(weight.data_type, tuple(weight.dims)).nbytes
-            if nbytes <= _INLINE_NBYTES or not self.is_array(name):
+            is_list = weight.data_type == TensorProto.INT64 and len(weight.dims) == 1
+            most_nbytes = _INLINE_LIST_NBYTES if is_list else _INLINE_NBYTES
+            if nbytes <= most_nbytes or not self.is_array(name):
                 return None
             self._arrays[name] = np.ascontiguousarray(numpy_helper.to_array(weight))
         return self._arrays[name]

@@ -1,8 +1,9 @@
-"""Large inputs and outputs are copied in parts, while others of them are on their way."""
+"""Large tensors are copied in parts, some while others are on their way; empty ones not at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -59,3 +60,13 @@ def test_arrays_that_are_read_only_or_not_in_order_go_in(path: Path) -> None:
         p, q = session.run(["p", "q"], {**feeds, "image": transposed, "table": frozen})
     np.testing.assert_array_equal(p, -feeds["image"])
     np.testing.assert_array_equal(q, -feeds["table"])
+
+
+@pytest.mark.parametrize("capture", ["whole", "none"])
+def test_tensors_may_have_no_numbers(tmp_path: Path, capture: Literal["whole", "none"]) -> None:
+    model = models.model_of("(float[0,3] x) => (float[0,3] y) { a = Relu(x)  y = Neg(a) }")
+    made = models.annotated(model, (0, 1), device=Device("cuda", 0))
+    with onnxsched.load(saved(made, tmp_path), capture=capture) as session:
+        assert session.refusal is None
+        (y,) = session.run(None, {"x": np.empty((0, 3), np.float32)})
+    assert y.shape == (0, 3)

@@ -514,6 +514,20 @@ def test_data_that_ort_refuses_ends_the_run_with_its_error() -> None:
         np.testing.assert_array_equal(session(x, np.array(1)), [2, 2, 2])
 
 
+def test_a_split_may_have_as_many_pieces_as_ort_allows() -> None:
+    names = [f"piece_{number}" for number in range(300)]
+    model = models.model_of(
+        f"""(float[600] x) => (float[600] y) {{
+            {", ".join(names)} = Split<axis = 0>(x, sizes)
+            y = Concat<axis = 0>({", ".join(reversed(names))})
+        }}""",
+        sizes=np.full(300, 2),
+    )
+    feeds = models.feeds_for(model)
+    with Session(model, models.annotation_of(model)) as session:
+        models.assert_same(session.run(None, feeds), models.reference(model, feeds))
+
+
 def test_operators_that_nobody_reads_may_be_alone_on_a_stream() -> None:
     model = model_of("(float[3] x) => (float[3] y) { unread = Neg(x)  y = Relu(x) }")
     feeds = feeds_for(model)

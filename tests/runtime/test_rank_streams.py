@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -23,8 +25,16 @@ from onnxsched_runtime.plan import ExecutionPlan, Receive, Send
 from onnxsched_runtime.planning import plan_model
 from onnxsched_runtime.ranks import on_device, split_plan, spread
 from onnxsched_runtime.source import ModelSource
-from support.fake_cuda import FakeBuffer, FakeGraph, install
-from support.models import MODELS, annotation_of, assert_same, feeds_for, host_reasons, reference
+from support.fake_cuda import FakeBuffer, FakeGraph, FakeMemory, install
+from support.models import (
+    MODELS,
+    annotation_of,
+    assert_same,
+    feeds_for,
+    host_reasons,
+    model_of,
+    reference,
+)
 
 CAPTURABLE = [name for name, build in MODELS.items() if not host_reasons(build())]
 SECOND = Device("cuda", 1)
@@ -121,6 +131,32 @@ def test_what_no_capture_allows_is_issued_at_every_run(graph: type[FakeGraph]) -
     (results, _) = together([lambda: first.run(feeds, ["y"]), lambda: second.run({}, [])])
     assert_same(results, reference(model, feeds))
     assert graph.launches == 0
+
+
+def test_what_others_send_is_a_valid_index_while_kernels_warm_up(
+    graph: type[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if every place had held something else before, which arenas bring about."""
+    allocate = FakeMemory.__init__
+
+    def allocate_used(self: FakeMemory, nbytes: int, device: Device) -> None:
+        allocate(self, nbytes, device)
+        ctypes.memset(self.pointer, 0x7F, nbytes)
+
+    model = model_of(
+        """(float[3] x) => (float[3] y) {
+            places = Cast<to = 7>(x)
+            y = Gather(table, places)
+        }""",
+        table=np.arange(4, dtype=np.float32),
+    )
+    monkeypatch.setattr(FakeMemory, "__init__", allocate_used)
+    first, second = opened(*rank_plans(model), "whole")
+    feeds = {"x": np.array([3, 0, 2], np.float32)}
+    results, _ = together([lambda: first.run(feeds, ["y"]), lambda: second.run({}, [])])
+    assert_same(results, reference(model, feeds))
+    first.close()
+    second.close()
 
 
 class Alone:

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsched_runtime import cuda, execution
+from onnxsched_runtime import cuda, execution, load
 from onnxsched_runtime.arena import packed
-from onnxsched_runtime.cuda import buffers
+from onnxsched_runtime.cuda import buffers, tensors
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.errors import CaptureError
 from onnxsched_runtime.executors import runner
@@ -104,6 +104,10 @@ class FakeBuffer(cuda.Buffer):
     @property
     def staging(self) -> np.ndarray:
         return self._staging
+
+    def clear(self, stream: Any) -> None:
+        assert stream.is_open
+        ctypes.memset(self.pointer, 0, self.kind.nbytes)
 
     def _copy(
         self, target: int, source: int, stream: Any, start: int = 0, end: int | None = None
@@ -287,7 +291,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda, "other_contexts", lambda devices: nullcontext())
     monkeypatch.setattr(cuda, "enable_peer_access", lambda devices: None)
-    monkeypatch.setattr(cuda, "tensor_on_device", lambda value, device: _tensor(value))
+    monkeypatch.setattr(tensors, "torch_device", lambda device: _cpu())
     monkeypatch.setattr(runner, "OrtSession", open_session)
     monkeypatch.setattr(cuda, "fused_kernel", FakeKernel)
     monkeypatch.setattr(cuda, "cutting", _cutting)
@@ -299,6 +303,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     monkeypatch.setattr(FakeGraph, "launches", 0)
     monkeypatch.setattr(FakeGraph, "open_count", 0)
     return FakeGraph
+
+
+def take_tensors_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch's tensors on the host pass for such on a GPU."""
+    monkeypatch.setattr(load, "_is_on_gpu", lambda value: hasattr(value, "detach"))
 
 
 def _cutting(move: Cut, source: int, target: int, device: Device) -> Callable[[FakeStream], None]:
@@ -327,7 +336,7 @@ def _reordering(
     return launch
 
 
-def _tensor(value: Any) -> Any:
+def _cpu() -> Any:
     import torch
 
-    return torch.as_tensor(value)
+    return torch.device("cpu")

@@ -11,7 +11,7 @@ from onnxsched_runtime.cuda.blas import (
     keep_blas_workspace,
     release_blas_variable,
 )
-from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory, tensor_on_device
+from onnxsched_runtime.cuda.buffers import Buffer, DeviceMemory
 from onnxsched_runtime.cuda.chains import Chain
 from onnxsched_runtime.cuda.devices import (
     device_count,
@@ -36,6 +36,12 @@ from onnxsched_runtime.cuda.streams import (
     graph_stream,
     one_graph_stream,
     time_launches_us,
+)
+from onnxsched_runtime.cuda.tensors import (
+    require_fit,
+    tensor_of,
+    tensor_of_array,
+    tensor_on_device,
 )
 from onnxsched_runtime.cuda.transfers import time_copies_us
 from onnxsched_runtime.cuda.turns import forget_idle_streams, other_contexts
@@ -73,7 +79,10 @@ __all__ = [
     "release_blas_variable",
     "reordering",
     "require_device",
+    "require_fit",
     "synchronize",
+    "tensor_of",
+    "tensor_of_array",
     "tensor_on_device",
     "time_copies_us",
     "time_launches_us",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -14,8 +12,8 @@ import onnx
 from onnxsched_runtime.cuda.binding import check, cudart, current_device, torch_module
 from onnxsched_runtime.cuda.devices import synchronize
 from onnxsched_runtime.cuda.streams import Stream
+from onnxsched_runtime.cuda.tensors import bytes_of, numbers_at, torch_device, torch_dtype
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import UsageError
 from onnxsched_runtime.tensor import TensorType
 
 LARGE_NBYTES = 4 << 20
@@ -36,16 +34,15 @@ class DeviceMemory:
         self.nbytes = nbytes
         self.pointer = 0
         self._device = device
-        if nbytes:
+        with current_device(device):  # a place for tensors of no bytes, too: ORT wants one
+            self.pointer = int(check(cudart().cudaMalloc(max(nbytes, 1))))
+        try:
             with current_device(device):
-                self.pointer = int(check(cudart().cudaMalloc(nbytes)))
-            try:
-                with current_device(device):
-                    check(cudart().cudaMemset(self.pointer, 0, nbytes))
-                synchronize(device)
-            except BaseException:
-                self.close()
-                raise
+                check(cudart().cudaMemset(self.pointer, 0, nbytes))
+            synchronize(device)
+        except BaseException:
+            self.close()
+            raise
 
     def upload(self, array: np.ndarray, offset_nbytes: int) -> None:
         """Copy host values to a place in it, and wait until they are there."""
@@ -71,12 +68,13 @@ class DeviceMemory:
 class PinnedArray:
     """Host memory that the device copies from and to without a detour."""
 
-    def __init__(self, kind: TensorType) -> None:
-        """Allocate it, as an array of a tensor's type."""
+    def __init__(self, kind: TensorType, device: Device) -> None:
+        """Allocate it, as an array of a tensor's type, for a device and for all others."""
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.element_type)
-        self.pointer = int(
-            check(cudart().cudaHostAlloc(kind.nbytes, cudart().cudaHostAllocDefault))
-        )
+        with current_device(device):  # else the first GPU gets a context, though nobody uses it
+            self.pointer = int(
+                check(cudart().cudaHostAlloc(kind.nbytes, cudart().cudaHostAllocDefault))
+            )
         memory = memoryview((ctypes.c_char * kind.nbytes).from_address(self.pointer))
         self.array: np.ndarray = np.frombuffer(memory, dtype).reshape(kind.shape)
 
@@ -106,7 +104,7 @@ class Buffer:
             self.stage(array)
             self.upload(stream)
             return
-        given, pinned = _bytes_of(array), _bytes_of(self.staging)
+        given, pinned = bytes_of(array), bytes_of(self.staging)
         for start, end in self._parts():
             pinned[start:end].copy_(given[start:end])  # by torch's threads
             self._copy(self.pointer, self.staging.ctypes.data, stream, start, end)
@@ -127,18 +125,10 @@ class Buffer:
         if self.kind.nbytes:
             self._copy(self.pointer, self.staging.ctypes.data, stream)
 
-    def require_fit(self, name: str, tensor: Any) -> None:
-        """Check that a torch tensor for input `name` has the buffer's shape and type.
-
-        Raises:
-            UsageError: It has not.
-        """
-        if tensor.shape != (self.kind.shape or ()):
-            own, other = list(self.kind.shape or ()), list(tensor.shape)
-            raise UsageError(f"Input '{name}' takes shape {own}, got {other}; reshape it.")
-        dtype = torch_dtype(self.kind.element_type)
-        if tensor.dtype != dtype:
-            raise UsageError(f"Input '{name}' takes {dtype}, got {tensor.dtype}; convert it.")
+    def clear(self, stream: Stream) -> None:
+        """Start to fill it with zeros."""
+        if self.kind.nbytes:
+            check(cudart().cudaMemsetAsync(self.pointer, 0, self.kind.nbytes, stream.handle))
 
     def fill_from_tensor(self, tensor: Any, stream: Stream) -> None:
         """Copy a device tensor in, on a stream."""
@@ -172,7 +162,7 @@ class Buffer:
                     event.synchronize()
                 return self.staging.copy()
             array = np.empty_like(self.staging)
-            into, pinned = _bytes_of(array), _bytes_of(self.staging)
+            into, pinned = bytes_of(array), bytes_of(self.staging)
             for start, end, event in parts:
                 event.synchronize()
                 into[start:end].copy_(pinned[start:end])
@@ -198,7 +188,7 @@ class Buffer:
         if self.kind.nbytes == 0:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(self.kind.element_type)
             return np.empty(self.kind.shape or (), dtype)
-        self._pinned = PinnedArray(self.kind)
+        self._pinned = PinnedArray(self.kind, self.device)
         return self._pinned.array
 
     def close(self) -> None:
@@ -224,12 +214,6 @@ class Buffer:
         )
 
 
-def _bytes_of(array: np.ndarray) -> Any:
-    """A torch tensor of bytes over an array's memory, which torch copies with all its threads."""
-    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
-    return torch_module().frombuffer(memory, dtype=torch_module().uint8)
-
-
 def _write(block: np.ndarray, address: int, nbytes: int, device: Device) -> None:
     """Fill memory of a GPU with host values again and again, and wait until they are there.
 
@@ -241,55 +225,3 @@ def _write(block: np.ndarray, address: int, nbytes: int, device: Device) -> None
             count = min(block.nbytes, nbytes - start)
             check(cudart().cudaMemcpy(address + start, block.ctypes.data, count, kind))
         check(cudart().cudaStreamSynchronize(0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """Memory as other libraries take it."""
-
-    __cuda_array_interface__: dict[str, Any]
-
-
-def numbers_at(
-    address: int, width: int, shape: Sequence[int], strides: Sequence[int], device: Device
-) -> Any:
-    """A torch tensor of integers of `width` bytes over memory of a GPU.
-
-    Args:
-        address: Of its first number.
-        width: 1, 2, 4 or 8.
-        shape: Its shape.
-        strides: How many numbers neighbours lie apart, along each axis.
-        device: The GPU.
-    """
-    shown = _Shown({
-        "shape": tuple(shape), "typestr": f"<i{width}" if width > 1 else "|u1",
-        "data": (address, False), "strides": tuple(width * step for step in strides),
-        "version": 2,
-    })  # fmt: skip
-    return torch_module().as_tensor(shown, device=torch_device(device))
-
-
-@functools.cache
-def torch_dtype(element_type: int) -> Any:
-    """The torch type of an ONNX element type."""
-    torch = torch_module()
-    special = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn,
-               "float8_e5m2": torch.float8_e5m2}  # fmt: skip
-    name = onnx.helper.tensor_dtype_to_np_dtype(element_type).name
-    return special.get(name) or getattr(torch, name)
-
-
-@functools.cache
-def torch_device(device: Device) -> Any:
-    """The device as torch knows it."""
-    return torch_module().device(str(device))
-
-
-def tensor_on_device(value: Any, device: Device) -> Any:
-    """A torch tensor over the memory of any DLPack object, moved to the device if elsewhere."""
-    torch = torch_module()
-    tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
-    if tensor.device == torch_device(device) and tensor.is_contiguous():
-        return tensor
-    return tensor.to(torch_device(device)).contiguous()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from onnxsched_runtime.cuda.binding import torch_module
-from onnxsched_runtime.cuda.buffers import numbers_at
 from onnxsched_runtime.cuda.operations import Launch
 from onnxsched_runtime.cuda.streams import Stream
+from onnxsched_runtime.cuda.tensors import numbers_at
 from onnxsched_runtime.device import Device
 from onnxsched_runtime.moves import Cut, Reordered
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,7 @@ class PieceGraphs:
 
     def close(self) -> None:
         """Destroy them; none runs any more."""
-        for graph in (*self.plain.values(), *(run.graph for run in self.with_copies.values())):
-            graph.close()
-        self.plain, self.with_copies = {}, {}
+        with ExitStack() as owner:
+            for graph in (*self.plain.values(), *(run.graph for run in self.with_copies.values())):
+                owner.callback(graph.close)
+            self.plain, self.with_copies = {}, {}

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from onnxsched_runtime import cuda
+from onnxsched_runtime.annotation import damaged
 from onnxsched_runtime.arena import Arena, Touched, check_arena, plan_arena
 from onnxsched_runtime.calling import called
 from onnxsched_runtime.device import Device, Placement
@@ -130,7 +131,10 @@ class PlanRunner(ABC):
         """Make a piece ready to be captured or issued; pieces before it have been."""
 
     def _kind(self, tensor: str) -> TensorType:
-        return self._source.tensors[self.plan.original(tensor)]
+        try:
+            return self._source.tensors[self.plan.original(tensor)]
+        except KeyError as error:
+            raise damaged(error) from error
 
     def _buffers_in(
         self, arena: Arena, device: Device, owner: ExitStack

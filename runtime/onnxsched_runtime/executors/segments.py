@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
+from collections.abc import Iterable, Mapping
 
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
@@ -76,20 +74,27 @@ class SegmentRunner(PlanRunner):
                 )
 
     def prepare(self, piece: Piece) -> None:
-        """Run a captured piece segment after segment; zero what a host piece writes.
+        """Run a captured piece segment after segment; zero what the host or other ranks write.
 
         The memory is shared, and what lay there before may be no valid index.
         """
+        for step in piece.steps:
+            match step:
+                case Run(index) if piece.captured:
+                    for _ in range(WARM_UP_COUNT):
+                        self.bound[index].launch()
+                        self.streams[self.plan.segments[index].placement].synchronize()
+                case Run(index):
+                    self.clear(self.plan.segments[index].outputs, piece)
+                case Receive(tensor, _, _):
+                    self.clear((tensor,), piece)
+
+    def clear(self, tensors: Iterable[str], piece: Piece) -> None:
+        """Zero tensors that lie on GPUs, and wait until they are zero."""
         stream = self.streams[piece.main]
-        for index in piece.runs:
-            segment = self.plan.segments[index]
-            for _ in range(WARM_UP_COUNT if piece.captured else 0):
-                self.bound[index].launch()
-                self.streams[segment.placement].synchronize()
-            for name in () if piece.captured else segment.outputs:
-                if name in self.buffers:
-                    buffer = self.buffers[name]
-                    buffer.fill(np.zeros_like(buffer.staging), stream)
+        for name in tensors:
+            if name in self.buffers:
+                self.buffers[name].clear(stream)
         stream.synchronize()
 
     def issue(self, piece: Piece) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -50,6 +51,7 @@ class StreamExecutor:
         """Where each captured piece is one graph of all its streams' runs."""
         self._linked: list[cuda.Graph] = []
         """Graphs that send and receive."""
+        self._is_linked = links is not None
         self.refusal: str | None = None
         if links is not None:
             self._open_linked(source, custom_ops, links, is_captured=capture == "whole")
@@ -82,14 +84,14 @@ class StreamExecutor:
             )
         try:
             self._prepare()
+            buffers = self._runner.buffers
+            ends = (buffers.get(name) for name in (*self._plan.inputs, *self._plan.outputs))
+            if any(buffer is not None and buffer.is_large for buffer in ends):
+                cuda.load_torch()  # which copies them, and takes seconds: not in the first run
         except BaseException:
             self.close()
             raise
         self._runner.forget_weights()
-        buffers = self._runner.buffers
-        ends = (buffers.get(name) for name in (*self._plan.inputs, *self._plan.outputs))
-        if any(buffer is not None and buffer.is_large for buffer in ends):
-            cuda.load_torch()  # which copies them, and takes seconds: not in the first run
 
     def _open_linked(
         self,
@@ -108,8 +110,9 @@ class StreamExecutor:
             for piece in self._plan.pieces:
                 runner.prepare(piece)
             links.wait_until_ready()
-            for issue in issues:  # ranks connect when they first send, which no capture allows
-                issue()
+            for piece, issue in zip(self._plan.pieces, issues, strict=True):
+                runner.clear(self._plan.inputs, piece)  # where others may have warmed up
+                issue()  # ranks connect when they first send, which no capture allows
             self._end_stream().synchronize()
             self._launch = list(issues)
             if is_captured:
@@ -179,15 +182,17 @@ class StreamExecutor:
         """
         if self._pieces is not None and self.is_one_piece:
             return self._pieces.run(feeds, outputs)
-        values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
-        values |= self._fetched([n for n in outputs if n not in values], self._end_stream())
+        with self._awaited_where_broken():
+            values = self._run_pieces(feeds, lambda buffer, array, s: buffer.fill(array, s))
+            values |= self._fetched([n for n in outputs if n not in values], self._end_stream())
         return [values[name] for name in outputs]
 
     def run_on_device(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Run on device tensors, ordered by torch's current streams, without a host copy.
 
         Args:
-            feeds: DLPack objects, one for every model input.
+            feeds: DLPack objects, one for every model input; arrays for those that
+                `reads_on_host`.
             outputs: Names of model outputs; they come as new torch tensors, each ready on the
                 current stream of its device.
 
@@ -195,24 +200,42 @@ class StreamExecutor:
             UsageError: A tensor is of another shape or type than its input.
         """
         device = self.main_stream.device
-        tensors = {name: cuda.tensor_on_device(value, device) for name, value in feeds.items()}
-        for name, tensor in tensors.items():
-            if name in self._runner.buffers:
-                self._runner.buffers[name].require_fit(name, tensor)
+        tensors = dict(feeds)
+        for name in [name for name in feeds if not self.reads_on_host(name)]:
+            tensor = tensors[name] = cuda.tensor_on_device(feeds[name], device)
+            cuda.require_fit(name, self._runner.buffers[name].kind, tensor)
         buffers = {n: self._runner.buffers[n] for n in outputs if n in self._runner.buffers}
         # Made before the wait: what torch gives may still be read by what the caller has issued.
         results = {name: buffer.new_tensor() for name, buffer in buffers.items()}
         devices = dict.fromkeys([device, *(self._plan.device_of[name] for name in buffers)])
-        for used in devices:
-            self.main_stream.wait_for_caller(used)
-        values = self._run_pieces(tensors, lambda b, t, s: b.fill_from_tensor(t, s))
-        stream = self._end_stream()
-        for name, tensor in results.items():
-            if name not in values:
-                buffers[name].copy_to_tensor(tensor, stream)
-        for used in devices:
-            stream.release_to_caller(used)
+        with self._awaited_where_broken():
+            for used in devices:
+                self.main_stream.wait_for_caller(used)
+            values = self._run_pieces(tensors, lambda b, t, s: b.fill_from_tensor(t, s))
+            stream = self._end_stream()
+            for name, tensor in results.items():
+                if name not in values:
+                    buffers[name].copy_to_tensor(tensor, stream)
+            for used in devices:
+                stream.release_to_caller(used)
         return [_device_value(values[n], device) if n in values else results[n] for n in outputs]
+
+    def reads_on_host(self, name: str) -> bool:
+        """Whether only pieces on the host read an input."""
+        return name not in self._runner.buffers
+
+    @contextmanager
+    def _awaited_where_broken(self) -> Iterator[None]:
+        """After an error wait for what was issued: the next run, or who frees, takes its memory.
+
+        Not where other ranks take part, whom a broken run would wait for.
+        """
+        try:
+            yield
+        except BaseException:
+            for stream in () if self._is_linked else self._runner.streams.values():
+                stream.synchronize()
+            raise
 
     def _fetched(self, names: Iterable[str], stream: cuda.Stream) -> dict[str, np.ndarray]:
         """What buffers hold after all that was issued on a stream, as host arrays."""
@@ -252,7 +275,7 @@ class StreamExecutor:
         (index,) = piece.runs
         segment = self._plan.segments[index]
         feeds = self._fetched([name for name in segment.inputs if name in buffers], stream)
-        feeds |= {n: _host_value(values[n]) for n in segment.inputs if n not in feeds}
+        feeds |= {name: values[name] for name in segment.inputs if name not in feeds}
         results = self._runner.sessions[index].run(feeds, segment.outputs)
         for name, value in zip(segment.outputs, results, strict=True):
             if name in buffers:
@@ -262,16 +285,16 @@ class StreamExecutor:
         stream.synchronize()
 
     def close(self) -> None:
-        """Free the graphs, then what they launch."""
-        for device in self._plan.devices:
-            cuda.synchronize(device)
-        if self._pieces is not None:
-            self._pieces.close()
-        for graph in self._linked:
-            graph.close()
-        self._linked = []
-        self._launch = []
-        self._runner.close()
+        """Free the graphs, then what they launch; whatever fails, all the rest is freed."""
+        with ExitStack() as owner:
+            owner.callback(self._runner.close)
+            for graph in self._linked:
+                owner.callback(graph.close)
+            if self._pieces is not None:
+                owner.callback(self._pieces.close)
+            self._linked, self._launch = [], []
+            for device in self._plan.devices:
+                owner.callback(cuda.synchronize, device)
 
     def __enter__(self) -> Self:
         return self
@@ -281,10 +304,5 @@ class StreamExecutor:
 
 
 def _device_value(value: Any, device: Device) -> Any:
-    """A host array as a torch tensor on the device; a sequence as it is."""
-    return value if isinstance(value, list) else cuda.tensor_on_device(value, device)
-
-
-def _host_value(value: Any) -> Any:
-    """A torch tensor as numpy; anything else as it is."""
-    return value.cpu().numpy() if hasattr(value, "cpu") else value
+    """A host array as a torch tensor on the device; a sequence, or nothing, as it is."""
+    return cuda.tensor_of_array(value, device) if isinstance(value, np.ndarray) else value

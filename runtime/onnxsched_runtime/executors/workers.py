@@ -26,7 +26,11 @@ class Worker:
         self._thread = threading.Thread(
             target=_serve, args=(self._queue,), daemon=True, name="onnxsched-lane"
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # interrupted, while it may run already
+            self._queue.put(None)
+            raise
 
     def hand(self, work: Work) -> None:
         """Let it do this next."""
