@@ -19,6 +19,11 @@ from onnxsched_runtime.tensor import fits_no_memory
 
 _MIN_IR, _MAX_IR = 10, 13
 """Node metadata needs IR 10; ONNX Runtime 1.31 reads up to IR 13."""
+_NORMS = {
+    "SimplifiedLayerNormalization": ((), ("inv_std_var",)),
+    "LayerNormalization": (("B",), ("mean", "inv_std_var")),
+}
+"""Norms of ONNX Runtime's in ONNX's domain: what inputs and outputs each may have more."""
 
 
 def read_valid_model(path: str | Path) -> onnx.ModelProto:
@@ -55,7 +60,7 @@ def _sort(graph: onnx.GraphProto) -> None:
 
 def _check(model: onnx.ModelProto, path: str | Path) -> None:
     try:
-        with _norm_registered(), _ranks_passed(model):
+        with _norms_registered(), _ranks_passed(model):
             onnx.checker.check_model(serialized(model) or str(path))
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
@@ -86,36 +91,49 @@ def _ranks_passed(model: onnx.ModelProto) -> Iterator[None]:
 
 
 @contextmanager
-def _norm_registered() -> Iterator[None]:
-    """Let onnx know the one operator that ORT's fusions, and ours, add to ONNX's own domain."""
-    name, schema = "SimplifiedLayerNormalization", onnx.defs.OpSchema
-    if onnx.defs.has(name):
-        yield
-        return
-    optional = schema.FormalParameterOption.Optional
-    kinds = [f"tensor({kind})" for kind in ("float16", "bfloat16", "float", "double")]
-    onnx.defs.register_schema(
-        schema(
-            name,
-            "",
-            1,
-            inputs=[schema.FormalParameter("X", "T"), schema.FormalParameter("scale", "V")],
-            outputs=[
-                schema.FormalParameter("Y", "V"),
-                schema.FormalParameter("inv_std_var", "U", param_option=optional),
-            ],
-            type_constraints=[(variable, kinds, "") for variable in "TUV"],
-            attributes=[
-                schema.Attribute("axis", schema.AttrType.INT, required=False),
-                schema.Attribute("epsilon", schema.AttrType.FLOAT, required=False),
-                schema.Attribute("stash_type", schema.AttrType.INT, required=False),
-            ],
-        )
-    )
+def _norms_registered() -> Iterator[None]:
+    """Let onnx know the operators that ORT's fusions, and ours, add to ONNX's domain at any opset.
+
+    One it does not have at all, the other from opset 17 on.
+    """
+    missing = [
+        schema for schema in map(_norm_schema, _NORMS) if not onnx.defs.has(schema.name, 1, "")
+    ]
+    for schema in missing:
+        onnx.defs.register_schema(schema)
     try:
         yield
     finally:
-        onnx.defs.deregister_schema(name, 1, "")
+        for schema in missing:
+            onnx.defs.deregister_schema(schema.name, 1, "")
+
+
+def _norm_schema(name: str) -> onnx.defs.OpSchema:
+    """Of a norm as ORT has it, at every opset."""
+    schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
+    optional = schema.FormalParameterOption.Optional
+    kinds = [f"tensor({kind})" for kind in ("float16", "bfloat16", "float", "double")]
+    more_inputs, more_outputs = _NORMS[name]
+    return schema(
+        name,
+        "",
+        1,
+        inputs=[
+            parameter("X", "T"),
+            parameter("scale", "V"),
+            *(parameter(more, "V", param_option=optional) for more in more_inputs),
+        ],
+        outputs=[
+            parameter("Y", "V"),
+            *(parameter(more, "U", param_option=optional) for more in more_outputs),
+        ],
+        type_constraints=[(variable, kinds, "") for variable in "TUV"],
+        attributes=[
+            schema.Attribute("axis", schema.AttrType.INT, required=False),
+            schema.Attribute("epsilon", schema.AttrType.FLOAT, required=False),
+            schema.Attribute("stash_type", schema.AttrType.INT, required=False),
+        ],
+    )
 
 
 def allow_node_keys(model: onnx.ModelProto) -> None:

@@ -59,6 +59,8 @@ def value_bias(index: GraphIndex, node: onnx.NodeProto) -> Replacement | None:
     shape = index.shape(found.product.output[0])
     if not shape or 0 in shape or not _is_weighted_by_softmax(index, found.product):
         return None
+    if len(index.shape(found.product.input[0]) or ()) < 2:  # a vector, and no row of what results
+        return None
     mixed = np.broadcast_to(found.origins[..., :1, :], shape)
     output, tensor, mixed = _through_views(index, found.product.output[0], mixed)
     if output is None or not is_standard(output, "MatMul") or output.input[0] != tensor:

@@ -72,11 +72,18 @@ def require_target(
     if os.path.isdir(path):
         raise UsageError(f"{option} '{target}' is a folder; give the path of a file to write.")
     taken = {os.path.realpath(other) for other in others if other is not None}
-    if os.path.exists(path):
-        taken.update(*(_weight_files(model) for model in models if model is not None))
-    if path in taken:
+    sources = [os.fspath(model) for model in models if model is not None]
+    weights = {file for source in sources for file in _weight_files(source)}
+    if path in taken | weights:
         raise UsageError(
             f"{option} '{target}' is a file that this command reads or writes, too; give another."
+        )
+    beside = _weights_beside(path)
+    is_large = sum(map(os.path.getsize, filter(os.path.isfile, weights))) > _FILE_NBYTES // 2
+    if beside in weights and is_large and path not in map(os.path.realpath, sources):
+        raise UsageError(
+            f"{option} '{target}' would lie beside '{beside}', which holds weights that this "
+            "command reads, and may need a file of that name for its own; give another."
         )
     with _draft_of(target):
         pass
@@ -152,8 +159,14 @@ def write_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
         else:
             copy = onnx.ModelProto()
             copy.CopyFrom(model)
-            onnx.save(copy, draft, save_as_external_data=True, location=f"{draft.name}.data")
-            os.replace(f"{draft}.data", f"{os.path.realpath(path)}.data")
+            beside = _weights_beside(str(draft))
+            onnx.save(copy, draft, save_as_external_data=True, location=os.path.basename(beside))
+            os.replace(beside, _weights_beside(os.path.realpath(path)))
+
+
+def _weights_beside(path: str) -> str:
+    """The file that holds the weights of a model too large for one."""
+    return f"{path}.data"
 
 
 @contextmanager

@@ -163,3 +163,21 @@ def test_a_bias_that_is_added_twice_stays() -> None:
         ob=weight(8),
     )  # fmt: skip
     assert_equivalent(simplified(model), model)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_weights_of_a_single_query_may_have_one_axis(batch: tuple[int, ...]) -> None:
+    rows, results = (",".join(map(str, (*batch, *size))) for size in ((TOKENS, WIDTH), (WIDTH,)))
+    model = written(
+        f"""(float[{TOKENS}] s, float[{rows}] x) => (float[{results}] y) {{
+            p = Softmax<axis = -1>(s)
+            r = Relu(x)
+            v = Add(r, bias)
+            c = MatMul(p, v)
+            o = MatMul(c, inverse)
+            y = Add(o, bias)
+        }}""",
+        bias=weight(WIDTH),
+        inverse=weight(WIDTH, WIDTH),
+    )
+    assert_equivalent(simplified(model), model)
