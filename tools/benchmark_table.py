@@ -25,24 +25,24 @@ _HEADS = (
 def table(report: Mapping[str, Any]) -> str:
     """The table in Markdown, of batch 1, with what it was measured on."""
     lines = [f"| {' | '.join(_HEADS)} |", "| --- |" + " ---: |" * (len(_HEADS) - 2) + " --- |"]
-    old, dates = [], set()
+    first = report["date"].split(",")[0]
+    dates: tuple[set[str], set[str]] = (set(), set())
     for (model, batch, *_), arms in grouped(report).items():
         if batch != 1 or "auto" not in arms:
             continue
         ours, torch = arms["auto"], fastest(arms, COLUMNS["torch.compile"])
         best = fastest(arms, COLUMNS["ORT best"])
-        if "date" in ours:
-            dates.add(ours["date"])
-        else:
-            old.append(model)
+        for found, when in zip(((ours,), (torch, best)), dates, strict=True):
+            when.update(entry.get("date", first) for entry in found if entry is not None)
         cells = [
             _us(torch), f"{ours['reference']['median_us']:.0f}", _us(best),
             f"**{_us(ours)}**", f"**{ours['ratio']['value']:.2f}x**", _over(ours, best),
             _over(ours, torch), f"{ours['policy']}/{ours['streams']}",
         ]  # fmt: skip
         lines.append(f"| {model} | {' | '.join(cells)} |")
-    environment, earlier = report["environment"], report["date"].split(",")[0]
-    measured = f"{', '.join(sorted(dates))} ({', '.join(['peers', *old])}: {earlier})"
+    environment = report["environment"]
+    ours_on, peers_on = (", ".join(sorted(when)) for when in dates)
+    measured = f"{ours_on} (peers: {peers_on})"
     return "\n".join([
         *lines,
         "",
