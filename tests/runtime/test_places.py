@@ -5,7 +5,7 @@ Inside a session a view has the place of what it views, as in ONNX Runtime's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -29,9 +29,12 @@ from onnxsched_runtime.lanes import (
     written_instead,
 )
 from onnxsched_runtime.model import node_reads
+from onnxsched_runtime.moves import Cut, Joined, Move, check_places, places_inside
+from onnxsched_runtime.moving import moved, moved_nodes
 from onnxsched_runtime.outliving import outliving
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model
+from onnxsched_runtime.pooling import pooled
 from onnxsched_runtime.source import ModelSource
 from onnxsched_runtime.views import is_view
 from onnxsched_runtime.wiring import ChainNode, wire
@@ -63,6 +66,48 @@ def viewing_models(draw: DrawFn) -> ModelSource:
     return fused(source) if draw(st.integers(0, 4)) else source
 
 
+@st.composite
+def moving_models(draw: DrawFn) -> ModelSource:
+    """Models of convolutions, pools, views and rows that are cut out and joined."""
+    shape = (1, 2 * draw(st.integers(1, 4)), 2, draw(st.sampled_from([2, 4])))
+    net = Lowered(shape, draw(st.integers(0, 2**31)))
+    kinds = ("conv", "conv", "relu", "pool", "add", "cut", "cut", "split", "join", "join", "view")
+    for _ in range(draw(st.integers(4, 14))):
+        images = [name for name, shape in net.shapes.items() if len(shape) == 4]
+        image = draw(st.sampled_from(images[-4:]))
+        grow(net, draw(st.sampled_from(kinds)), image, images, draw)
+    written = list(net.shapes)[1:] or [net.add("Relu", ["x"])]
+    outputs = [written[-1], *draw(st.lists(st.sampled_from(written), max_size=2))]
+    return moved(pooled(fused(net.source(*dict.fromkeys(outputs)))))
+
+
+def grow(net: Lowered, kind: str, image: str, images: Sequence[str], draw: DrawFn) -> None:
+    """Let an operator of a kind read an image, if there is one that can."""
+    _, height, width, channels = net.shapes[image]
+    if kind == "conv":
+        net.conv(image, draw(st.sampled_from([2, 4])))
+    elif kind == "relu":
+        net.add("Relu", [image])
+    elif kind == "pool":
+        net.pool(image)
+    elif kind == "add":
+        alike = [name for name in images if net.shapes[name] == net.shapes[image]]
+        net.add("Add", [image, draw(st.sampled_from(alike))])
+    elif kind == "cut" and height > 1:
+        start = draw(st.integers(0, height - 1))
+        net.cut(image, 1, start, draw(st.integers(start + 1, height)))
+    elif kind == "split" and height > 1:
+        count = draw(st.integers(1, height - 1))
+        net.split(image, 1, count, height - count)
+    elif kind == "join":
+        alike = [name for name in images if net.shapes[name][2:] == (width, channels)]
+        parts = [image, *draw(st.lists(st.sampled_from(alike), min_size=1, max_size=2))]
+        if sum(net.shapes[part][1] for part in parts) <= 16:
+            net.add("Concat", parts, axis=1)
+    elif kind == "view" and height % 2 == 0:
+        net.reshape(image, 1, height // 2, 2 * width, channels)
+
+
 def planned(source: ModelSource, streams: Callable[[str], int]) -> ExecutionPlan:
     placements = {n.name: Placement(GPU, streams(n.name)) for n in source.model.graph.node}
     return plan_model(source.model, placements, {})
@@ -88,9 +133,9 @@ def sizes_of(source: ModelSource, plan: ExecutionPlan, found: LanePlan) -> dict[
     return {name: source.tensors[name].nbytes for name in lane_tensors(plan, found.lanes)}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(
-    source=viewing_models(),
+    source=viewing_models() | moving_models(),
     count=st.integers(1, 3),
     are_plain=st.booleans(),
     seed=st.integers(0, 2**31),
@@ -101,16 +146,39 @@ def test_no_place_is_written_while_it_is_needed(
     rng = Random(seed)
     plan = planned(source, lambda name: rng.randrange(count))
     found = lanes_in(source, plan, are_plain)
-    nbytes = sizes_of(source, plan, found)
+    sizes = sizes_of(source, plan, found)
+    moves = moved_nodes(source)
+    inside = {n: p for n, p in places_inside(plan, moves, source.ends).items() if n in sizes}
+    check_places(inside, sizes)
+    nbytes = {name: size for name, size in sizes.items() if name not in inside}
     touched = touched_places(source, plan, sessions_of(plan, found))
-    arena = plan_arena(plan, nbytes, touched)
-    check_arena(plan, nbytes, arena, touched)
+    arena = plan_arena(plan, nbytes, touched, inside)
+    check_arena(plan, nbytes, arena, touched, inside)
+    parts = {
+        name: arena.offsets[place.root] + place.start_nbytes for name, place in inside.items()
+    }
+    arena = replace(arena, offsets={**arena.offsets, **parts})
     feeds = {name: array.astype(np.float32) for name, array in feeds_for(source, seed).items()}
     expected = evaluated(source, feeds)
+    idle = in_place(plan, moves, arena)
     for _ in range(3):
-        actual = played(source, plan, found, arena, feeds, rng)
+        actual = played(source, plan, found, arena, feeds, rng, idle)
         for name, array in actual.items():
             np.testing.assert_array_equal(array, expected[name].astype(np.float32))
+
+
+def in_place(plan: ExecutionPlan, moves: Mapping[str, Move], arena: Arena) -> frozenset[str]:
+    """The nodes that move nothing, as what they write lies there already."""
+    idle = set()
+    for segment in plan.segments:
+        move = moves.get(segment.nodes[0])
+        if isinstance(move, Cut):
+            source, target = (arena.offsets[t] for t in (segment.inputs[0], segment.outputs[0]))
+            if source + move.start_nbytes != target:
+                continue
+        if isinstance(move, Cut | Joined):
+            idle.add(segment.nodes[0])
+    return frozenset(idle)
 
 
 def played(
@@ -120,6 +188,7 @@ def played(
     arena: Arena,
     feeds: Mapping[str, Array],
     rng: Random,
+    idle: frozenset[str] = frozenset(),
 ) -> dict[str, Array]:
     """Run the wired graph in a random order that its edges allow; returns the outputs."""
     memory = np.full(arena.nbytes, 255, np.uint8)
@@ -132,7 +201,7 @@ def played(
     chains: list[list[ChainNode]] = []
     actions: list[list[Callable[[], None]]] = []
     for lane in found.lanes:
-        nodes, does = chain_of(source, plan, lane, weights, at)
+        nodes, does = chain_of(source, plan, lane, weights, at, idle)
         chains.append(nodes)
         actions.append(does)
     wired = wire(chains, found.positions, found.waits)
@@ -153,6 +222,7 @@ def chain_of(
     lane: Lane,
     weights: Mapping[str, Array],
     at: Callable[[str, str], Array],
+    idle: frozenset[str],
 ) -> tuple[list[ChainNode], list[Callable[[], None]]]:
     """What a lane launches: its nodes but for views, which alias, and its marks."""
     instead = written_instead(source, plan, lane)
@@ -173,6 +243,8 @@ def chain_of(
         return stored.reshape(source.tensors[tensor].shape or ()).copy()
 
     def run(name: str) -> None:
+        if name in idle:
+            return
         node = source.nodes[name]
         for written, result in computed(node, {t: value(t) for t in node_reads(node)}).items():
             if written in place:
