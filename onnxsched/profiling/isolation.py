@@ -2,7 +2,8 @@
 
 Some of ORT's kernels end the process when a stream that they are launched on is being captured.
 That must cost a model one operator, which then stays on the host, and not the user the run. The
-worker says which operator it is about to capture; if it dies there, a new one takes the rest.
+worker says which operator it is about to capture; if it dies there, and the next one does too, one
+more takes the rest. What is found so is kept, so a driver's hiccup must not look like it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from onnxsched_runtime.variant import Variant
 _ERRORS: Mapping[str, type[OnnxschedError]] = {
     kind.__name__: kind for kind in (DeviceError, ModelError, OnnxschedError, UsageError)
 }
+_ASKED = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+"""By which others end a process; no operator does."""
 _DONE = "done\n"
 _OUT = 99
 """The file descriptor of answers, high above those that libraries open."""
@@ -63,6 +66,7 @@ class ProfilingWorker:
         """
         op_types = {node.name: node.op_type for node in nodes}
         waiting = list(op_types)
+        suspected: str | None = None
         with scratch_folder() as scratch:
             path = scratch / "model.onnx"
             write_model(model.proto, path)
@@ -81,7 +85,9 @@ class ProfilingWorker:
                         f"ONNX Runtime ended while '{waiting[0]}' and others were run alone; the "
                         "model may not run on this GPU at all."
                     )
-                if announced is not None:
+                if announced is not None and announced != suspected:
+                    suspected = announced
+                elif announced is not None:
                     waiting.remove(announced)
                     reason = (
                         f"ONNX Runtime ends the process when {op_types[announced]} is captured"
@@ -109,8 +115,13 @@ class ProfilingWorker:
                     yield message
                     return
                 yield message
-        if process.wait() == -signal.SIGKILL:
+        ended_by = -process.wait()
+        if ended_by == signal.SIGKILL:
             yield {"error": "The profiling worker was killed; memory may have run out.",
+                   "kind": "OnnxschedError"}  # fmt: skip
+        elif ended_by in _ASKED:
+            name = signal.Signals(ended_by).name
+            yield {"error": f"The profiling worker was ended by {name}; run the command again.",
                    "kind": "OnnxschedError"}  # fmt: skip
 
     def _started(self) -> subprocess.Popen[str]:

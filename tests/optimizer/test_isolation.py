@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from onnxsched.profiling.isolation import ProfilingWorker
 from onnxsched.shapes import tensor_types
 from onnxsched_runtime import cuda
 from onnxsched_runtime.device import Device
-from onnxsched_runtime.errors import DeviceError, ModelError
+from onnxsched_runtime.errors import DeviceError, ModelError, OnnxschedError
 from support import models
 
 _PROFILE = {"samples_us": [1.0], "kernels": [], "refusal": None}
@@ -56,13 +58,34 @@ def test_the_announced_operator_is_refused_and_a_new_worker_takes_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a, b, c, d = (node.name for node in _model()[1])
-    lives = [[*_done(a), {"name": b}], [*_done(c), *_done(d)]]
+    lives = [[*_done(a), {"name": b}], [{"name": b}], [*_done(c), *_done(d)]]
     results, asked = _measure(monkeypatch, lives)
     assert [name for name, _ in results] == [a, b, c, d]
     refusals = dict(results)
     assert "ends the process" in (refusals[b] or "")
     assert [refusals[name] for name in (a, c, d)] == [None] * 3
-    assert asked == [[a, b, c, d], [c, d]]
+    assert asked == [[a, b, c, d], [b, c, d], [c, d]]
+
+
+def test_an_operator_that_a_second_worker_survives_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b, c, d = (node.name for node in _model()[1])
+    lives = [[*_done(a), {"name": b}], [*_done(b), {"name": c}], [*_done(c), *_done(d)]]
+    results, _ = _measure(monkeypatch, lives)
+    assert results == [(name, None) for name in (a, b, c, d)]
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_that_is_asked_to_end_blames_no_operator(ended_by: signal.Signals) -> None:
+    model, nodes = _model()
+    with ProfilingWorker() as worker:
+        process = worker._process
+        threading.Timer(0.5, process.send_signal, (ended_by,)).start()
+        process.send_signal(signal.SIGSTOP)  # so that it answers nothing before
+        threading.Timer(0.6, process.send_signal, (signal.SIGCONT,)).start()
+        with pytest.raises(OnnxschedError, match=f"was ended by {ended_by.name}; run"):
+            list(worker.measure(model, Device("cuda"), nodes, ()))
 
 
 def test_a_worker_that_dies_before_any_capture_is_an_error(
