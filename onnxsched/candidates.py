@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from onnxsched.contraction import Contraction, contract_cost, expand, settled
@@ -45,8 +45,9 @@ def propose(
 ) -> tuple[Candidate, ...]:
     """Let policies schedule the graph for every stream count up to the cap.
 
-    First on the first device alone, sequential before all others; then, by the policies that use
-    several, on all of them. Of equal schedules only the first is kept. Every schedule has passed
+    First on one device alone, sequential before all others; then, by the policies that use
+    several, on all of them. The one is the first, or that with the most memory where the first has
+    no room for one stream. Of equal schedules only the first is kept. Every schedule has passed
     `check_schedule`; what does not fit into the devices' memory is left out.
 
     Args:
@@ -58,15 +59,23 @@ def propose(
     """
     chain_cost = contract_cost(contraction, cost)
     found: dict[bytes, Candidate] = {}
-    for policy, tried in _questions(machine, policies):
-        try:
-            made = POLICIES[policy](contraction.graph, chain_cost, tried)
-            contracted = settled(contraction, made)
-            if contracted.shape not in found:
-                candidate = checked(graph, contraction, chain_cost, tried, policy, contracted)
-                found[contracted.shape] = candidate
-        except RoomError:
-            continue
+
+    def ask(questions: Iterable[tuple[str, Machine]]) -> None:
+        for policy, tried in questions:
+            try:
+                made = POLICIES[policy](contraction.graph, chain_cost, tried)
+                contracted = settled(contraction, made)
+                if contracted.shape not in found:
+                    candidate = checked(graph, contraction, chain_cost, tried, policy, contracted)
+                    found[contracted.shape] = candidate
+            except RoomError:
+                continue
+
+    first = replace(machine, devices=machine.devices[:1])
+    ask(_questions_alone(first, policies))
+    if first != machine.alone and "sequential" not in {c.policy for c in found.values()}:
+        ask(_questions_alone(machine.alone, policies))
+    ask(_questions_together(machine, policies))
     return tuple(found.values())
 
 
@@ -89,15 +98,20 @@ def checked(
     return Candidate(policy, schedule, contracted, predicted_us)
 
 
-def _questions(machine: Machine, policies: Sequence[str]) -> Iterator[tuple[str, Machine]]:
-    """Which policies are asked for which part of the machine."""
-    first = replace(machine, devices=machine.devices[:1])
-    yield "sequential", replace(first, stream_count=1)
+def _questions_alone(alone: Machine, policies: Sequence[str]) -> Iterator[tuple[str, Machine]]:
+    """Which policies are asked for how much of a machine of one device."""
+    yield "sequential", replace(alone, stream_count=1)
     for policy in policies:
         if policy == "hios-mr" and "hios-lp" in policies:
             continue  # Without devices to map to they are the same.
-        for count in _stream_counts(policy, machine.stream_count):
-            yield policy, replace(first, stream_count=count)
+        for count in _stream_counts(policy, alone.stream_count):
+            yield policy, replace(alone, stream_count=count)
+
+
+def _questions_together(
+    machine: Machine, policies: Sequence[str]
+) -> Iterator[tuple[str, Machine]]:
+    """Which policies are asked for how much of a machine of several devices."""
     if len(machine.devices) == 1:
         return
     for policy in policies:

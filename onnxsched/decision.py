@@ -12,8 +12,9 @@ import numpy as np
 
 from onnxsched.environment import device_name
 from onnxsched.graph import OperatorGraph
-from onnxsched.loading import AS_LOADED, Model
+from onnxsched.loading import AS_LOADED, Model, graph_from_model
 from onnxsched.machine import Machine
+from onnxsched.memory import fits_anyhow
 from onnxsched.outcomes import Outcome, Subject, subject_of
 from onnxsched.profiling.cache import MeasurementCache
 from onnxsched.profiling.signature import OperatorSignatures
@@ -98,13 +99,21 @@ def _alternative(outcome: Outcome) -> Mapping[str, Any]:
 
 
 def decision_key(model: Model, request: Request) -> str:
-    """What a decision is kept for: equal where the same is asked of the same model."""
+    """What a decision is kept for: equal where the same is asked of the same model.
+
+    And where memory left about as much choice: what was found while a device was almost full may
+    be slow once it is empty. What no device lacks memory for does not depend on it.
+    """
     signatures = OperatorSignatures(model, request.custom_ops)
     operators = {node.name: signatures.of(node) for node in model.proto.graph.node}
     devices, streams = request.machine.devices, request.machine.stream_count
     asked: list[Any] = [request.policy, streams, request.budget_s, request.variants]
     if len(devices) > 1:  # one is as good as another of its kind, but pairs have their own links
         asked += [request.split, *([str(device), device_name(device)] for device in devices)]
+    graph = graph_from_model(model)
+    if not fits_anyhow(graph, request.machine):
+        shares = [request.machine.room_nbytes(device) / graph.total_nbytes for device in devices]
+        asked.append(["quarters", *(int(4 * min(1.0, share)) for share in shares)])
     if request.schedule is not None:
         asked += [[slot.operator, str(slot.placement)] for slot in request.schedule.slots]
     asked += [

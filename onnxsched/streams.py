@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
-from onnxsched.cost import CostModel
+from onnxsched.cost import Contention, CostModel, OperatorCost, TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.reachability import blocks, reached_targets
 from onnxsched.schedule import Schedule, Slot
-from onnxsched.simulate import simulate
+from onnxsched.simulate import Timeline, simulate
 from onnxsched_runtime.device import Device, Placement
+
+_MOST_PAIRS = 20_000_000
+"""Of operators side by side that are simulated with what they cost each other: two seconds."""
 
 
 def schedule_chains(order: Sequence[int], links: Mapping[int, int], device: Device) -> Schedule:
@@ -41,14 +47,17 @@ def fold_streams(
     Chains, one per stream of `schedule`, are taken in launch order of their heads. A chain reuses
     a stream where it comes after the tails of all chains there anyway (of several, the one free
     last), otherwise it opens a new stream; so operators that can run at the same time stay apart.
-    Only once `stream_count` streams are open does it share the one that is free first.
+    Only once `stream_count` streams are open does it share the one that is free first. How long
+    chains take is what `_unfolded` says.
     O((edges + chains * stream_count) * chains / word size), and about n KiB of memory.
     """
     chains: dict[Placement, list[int]] = {}
     for slot in schedule.slots:
         chains.setdefault(slot.placement, []).append(slot.operator)
     chain_from = {chain[0]: chain for chain in chains.values()}
-    timeline = simulate(graph, cost, schedule)
+    placement_of = schedule.placement_of
+    costs = tuple(cost.operator(v, placement_of[v].device) for v in range(len(graph)))
+    timeline = _unfolded(graph, costs, cost.contention, schedule)
     stream_of: dict[int, int] = {}
     free_us: list[float] = []
     tails: list[list[int]] = []  # Of each stream those that a chain must follow to reuse it.
@@ -79,6 +88,30 @@ def fold_streams(
             for slot in schedule.slots
         )
     )
+
+
+@lru_cache(maxsize=1)  # The same for every number of streams.
+def _unfolded(
+    graph: OperatorGraph,
+    costs: tuple[OperatorCost, ...],
+    contention: Contention,
+    schedule: Schedule,
+) -> Timeline:
+    """When operators run on one device with a stream for each chain, all side by side.
+
+    Without slow-downs where more than `_MOST_PAIRS` operators start beside one that runs: it takes
+    a step for each, and no machine runs as many. O(n log n + edges + `_MOST_PAIRS`).
+    """
+    overheads = replace(contention, sm_slowdown=0.0, launch_slowdown=0.0)
+    apart = simulate(graph, TableCost(costs, overheads), schedule)
+    ends_us = sorted(apart.finishes_us)
+    pair_count = sum(
+        started - bisect_right(ends_us, start_us)
+        for started, start_us in enumerate(sorted(apart.starts_us))
+    )
+    if pair_count > _MOST_PAIRS or not contention.slows:
+        return apart
+    return simulate(graph, TableCost(costs, contention), schedule)
 
 
 def _intersection(reached: Sequence[int], operators: Sequence[int]) -> int:

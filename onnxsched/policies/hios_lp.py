@@ -111,8 +111,9 @@ def map_paths(queues: Queues, order: Sequence[int]) -> list[int]:
     to operators that have one, goes as a whole to the device where all that is mapped finishes
     first (ties: the lowest). Then the longest of what remains, until nothing does. Large graphs
     are cut, in launch order, into parts of `PART_SIZE` that are mapped one after another: HIOS
-    does so at operators that all paths go through, which most graphs have few of. O(n *
-    PART_SIZE * devices).
+    does so at operators that all paths go through, which most graphs have few of. Which path is
+    the longest does not depend on transfers from other parts, with which schedules got no shorter;
+    where it goes does. O(n * PART_SIZE * devices).
 
     Args:
         queues: What operators and transfers cost.
@@ -149,7 +150,7 @@ class _Part:
     """In launch order."""
     work_us: dict[int, float]
     readers: dict[int, list[tuple[int, float]]]
-    """Who reads from each operator, and how long a transfer there takes."""
+    """Who of them reads from each operator, and how long a transfer there takes."""
 
     @classmethod
     def of(cls, queues: Queues, members: Sequence[int]) -> _Part:
@@ -165,7 +166,7 @@ class _Part:
 
 
 def _longest_path(part: _Part, number_of: Sequence[int]) -> list[int]:
-    """The longest path of unmapped operators, with the transfers at its ends; empty if none."""
+    """The longest path of unmapped operators, with transfers in the part; empty if none."""
     way_us: dict[int, float] = {}
     follower: dict[int, int] = {}
     longest_us, head = -1.0, UNMAPPED

@@ -54,7 +54,7 @@ def test_candidates_are_valid_distinct_and_within_the_cap(problem: Problem, cap:
 
 @settings(deadline=None)
 @given(problem=device_problems())
-def test_over_several_devices_all_fit_and_those_on_the_first_come_first(
+def test_over_several_devices_all_fit_and_those_on_one_come_first(
     problem: tuple[OperatorGraph, TableCost, Machine],
 ) -> None:
     graph, cost, machine = problem
@@ -62,13 +62,18 @@ def test_over_several_devices_all_fit_and_those_on_the_first_come_first(
     candidates = propose(graph, contraction, cost, machine, tuple(POLICIES))
     for candidate in candidates:
         check_schedule(graph, machine, candidate.schedule)
-        assert candidate.policy in SPREADING or set(candidate.schedule.devices) <= {GPU}
+        assert candidate.policy in SPREADING or len(candidate.schedule.devices) <= 1
     shapes = [candidate.contracted.shape for candidate in candidates]
     assert len(set(shapes)) == len(shapes)
     unlimited = replace(machine, memory_nbytes={})
     assert propose(graph, contraction, cost, unlimited, ())[0].policy == "sequential"
     alone = propose(graph, contraction, cost, replace(machine, devices=(GPU,)), tuple(POLICIES))
     assert candidates[: len(alone)] == alone
+    if propose(graph, contraction, cost, machine.alone, ()):
+        assert "sequential" in {candidate.policy for candidate in candidates}
+    if any(candidate.policy == "sequential" for candidate in alone):
+        on_one = {c.schedule.devices for c in candidates if c.policy not in SPREADING}
+        assert on_one <= {(GPU,), ()}
 
 
 def test_what_no_device_alone_can_hold_is_spread() -> None:
@@ -87,6 +92,20 @@ def test_what_no_device_alone_can_hold_is_spread() -> None:
     assert {candidate.schedule.devices for candidate in found} == {DEVICES[:2]}
     smaller = replace(machine, memory_nbytes=dict.fromkeys(DEVICES, 500))
     assert propose(graph, identity, cost, smaller, tuple(POLICIES)) == ()
+
+
+def test_where_the_first_device_is_full_one_with_room_is_asked_for() -> None:
+    shape, cost = layered_problem(3, 3, seed=1)
+    weights = (Weight("w", 1000),)
+    graph = replace(shape, operators=tuple(replace(o, weights=weights) for o in shape.operators))
+    full, roomy = DEVICES[:2]
+    machine = Machine((full, roomy), 4, {full: 500, roomy: 1 << 20})
+    contraction = contract_chains(graph)
+    found = propose(graph, contraction, cost, machine, tuple(POLICIES))
+    alone = propose(graph, contraction, cost, machine.alone, tuple(POLICIES))
+    assert found[: len(alone)] == alone
+    assert alone[0].policy == "sequential"
+    assert {candidate.schedule.devices for candidate in alone} == {(roomy,)}
 
 
 def test_one_stream_leaves_only_orders_to_choose_from() -> None:

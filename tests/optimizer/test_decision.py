@@ -16,7 +16,7 @@ from onnxsched.contraction import Contraction
 from onnxsched.cost import TableCost
 from onnxsched.decision import Decision, decide, decision_key, recall, remember
 from onnxsched.graph import OperatorGraph, Weight
-from onnxsched.loading import Model
+from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
 from onnxsched.outcomes import Outcome, Subject
 from onnxsched.profiling.cache import MeasurementCache
@@ -199,6 +199,20 @@ def test_one_device_is_as_good_as_another_of_its_kind() -> None:
     second = replace(MACHINE, devices=GROUPS.devices[1:])
     for split in (True, False):
         assert model_key(replace(ASKED, machine=second, split=split)) == model_key()
+
+
+def test_memory_counts_where_it_limits_and_only_by_the_quarter() -> None:
+    most = graph_from_model(as_it_is(MODELS["fork_join"]())).total_nbytes
+
+    def key(*rooms_nbytes: int) -> str:
+        rooms = dict(zip(GROUPS.devices, rooms_nbytes, strict=False))
+        return model_key(replace(ASKED, machine=replace(GROUPS, memory_nbytes=rooms)))
+
+    unlimited = model_key(replace(ASKED, machine=GROUPS))
+    assert unlimited == key(most) == key(most + 1, 2 * most)
+    assert key(most - 1) == key(most - 2) == key(most - 1, most) == key(most - 1, 2 * most)
+    limited = [key(), key(most - 1), key(most // 2), key(0), key(most, 0), key(0, 0)]
+    assert len(set(limited)) == len(limited)
 
 
 def test_it_is_recalled_for_the_graph_that_its_rewrite_makes(

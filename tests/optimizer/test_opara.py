@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxsched import reachability
-from onnxsched.cost import OperatorCost, TableCost
+from onnxsched import reachability, streams
+from onnxsched.calibration import TYPICAL
+from onnxsched.cost import Contention, OperatorCost, TableCost
 from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
+from onnxsched.policies.nimble import nimble
 from onnxsched.policies.opara import launch_order, opara, path_cover
+from onnxsched.simulate import simulate
 from onnxsched.streams import fold_streams, schedule_chains
 from support import oracles
 from support.graphs import durations, graph_of
-from support.strategies import GPU, machines, problems
+from support.strategies import GPU, contentions, machines, problems
+from support.timing import at_most_cpu_s
 
 INCEPTION = graph_of(8, [(0, 1), (0, 2), (0, 3), (2, 4), (1, 5), (4, 5), (3, 5), (5, 6), (5, 7)])
 """A fork of three branches, the second of two operators, a join, and a second fork."""
@@ -123,3 +128,36 @@ def test_folding_does_not_take_a_shared_stream_for_a_finished_branch(block_size:
     graph, cost = graph_of(5, [(2, 3), (0, 4)]), durations(10.0, 12.0, 5.0, 1.0, 1.0)
     with mock.patch.object(reachability, "_BLOCK_SIZE", block_size):
         assert folded_streams(graph, cost, 2) == [0, 1, 0, 1, 1]
+
+
+def test_folding_a_fan_takes_seconds_however_many_counts_are_tried() -> None:
+    """All of it can run at once, which took seconds to simulate for each policy and count."""
+    last = 7999
+    spokes = [link for v in range(1, last) for link in ((0, v), (v, last))]
+    graph = graph_of(last + 1, sorted(spokes, key=lambda link: link[1]))
+    shares = [OperatorCost(1.0 + v / 100, sm_share=0.5) for v in range(len(graph))]
+    cost = TableCost(tuple(shares), contention=TYPICAL)
+    with at_most_cpu_s(10.0):
+        for policy in (opara, nimble):
+            for count in (2, 3, 4, 6, 8, 12, 16):
+                assert policy(graph, cost, Machine((GPU,), count)).stream_count == count
+
+
+@settings(deadline=None)
+@given(problem=problems(), machine=machines(), contention=contentions())
+def test_what_slows_chains_counts_unless_too_many_are_side_by_side(
+    problem: tuple[OperatorGraph, TableCost], machine: Machine, contention: Contention
+) -> None:
+    graph, cost = problem
+    cost = replace(cost, contention=contention)
+    overheads = replace(contention, sm_slowdown=0.0, launch_slowdown=0.0)
+    alone, count = schedule_chains(range(len(graph)), {}, GPU), machine.stream_count
+    apart = fold_streams(graph, replace(cost, contention=overheads), alone, count)
+    fewest = -len(graph) - 1  # Of nothing that takes time no pair is side by side.
+    with mock.patch.object(streams, "_MOST_PAIRS", fewest):
+        streams._unfolded.cache_clear()
+        assert fold_streams(graph, cost, alone, count) == apart
+    streams._unfolded.cache_clear()
+    assert streams._unfolded(graph, cost.operators, contention, alone) == simulate(
+        graph, cost, alone
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,19 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
+from onnxsched import recomputing
+from onnxsched.calibration import TYPICAL
 from onnxsched.cost import OperatorCost, TableCost
 from onnxsched.duplication import duplicated
-from onnxsched.graph import Operator, OperatorGraph, Weight
+from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.loading import Model, graph_from_model
 from onnxsched.machine import Machine
 from onnxsched.memory import too_full
-from onnxsched.recomputing import Recomputation, recompute
+from onnxsched.policies.heft import heft
+from onnxsched.recomputing import WORK_LIMIT, Recomputation, recompute
 from onnxsched.schedule import Schedule, Slot, check_schedule
 from onnxsched.simulate import simulate
-from support.graphs import durations, graph_of, linear
+from support.graphs import durations, graph_of, layered_problem, linear
 from support.models import feeds_for, random_models, reference
 from support.optimizing import as_it_is
 from support.strategies import DEVICES, device_problems
+from support.timing import at_most_cpu_s
 
 Scheduled = tuple[OperatorGraph, TableCost, Machine, Schedule]
 
@@ -68,10 +73,16 @@ def assert_equivalent(before: Scheduled, after: Recomputation) -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(problem=scheduled_problems())
-def test_computing_twice_is_never_longer(problem: Scheduled) -> None:
+@given(problem=scheduled_problems(), limit=st.sampled_from([0, 40, WORK_LIMIT, WORK_LIMIT]))
+def test_computing_twice_is_never_longer(problem: Scheduled, limit: int) -> None:
     graph, cost, machine, schedule = problem
-    found = recompute(graph, cost, machine, schedule)
+    size = len(graph) + len(graph.edges)
+    with (
+        mock.patch.object(recomputing, "WORK_LIMIT", limit),
+        mock.patch.object(recomputing, "simulate", wraps=simulate) as simulated,
+    ):
+        found = recompute(graph, cost, machine, schedule)
+    assert (simulated.call_count - 1) * size <= limit
     before_us = simulate(graph, cost, schedule).makespan_us
     after_us = simulate(found.graph, found.cost, found.schedule).makespan_us
     assert (after_us < before_us) if found.duplicates else (after_us == before_us)
@@ -99,6 +110,44 @@ def test_a_short_operator_is_computed_where_its_result_is_needed() -> None:
     copy = [operator.name for operator in found.graph.operators].index("short/copy")
     assert found.schedule.placement_of[copy] == machine.placements[1]
     assert simulate(found.graph, found.cost, found.schedule).makespan_us == 21
+
+
+def side_by_side(one: OperatorGraph, other: OperatorGraph) -> OperatorGraph:
+    """Two graphs that have nothing to do with each other."""
+    shift = len(one)
+    operators = [replace(o, name=f"other_{o.name}") for o in other.operators]
+    edges = [
+        Edge(e.producer + shift, e.consumer + shift, f"other_{e.tensor}", e.nbytes)
+        for e in other.edges
+    ]
+    return OperatorGraph((*one.operators, *operators), (*one.edges, *edges))
+
+
+def test_where_not_all_can_be_tried_what_all_wait_for_is() -> None:
+    graph, cost, _, schedule = shared()
+    short = replace(cost, operators=durations(1, 4, 4).operators)
+    twice = side_by_side(graph, graph)
+    both = replace(cost, operators=(*cost.operators, *short.operators))
+    machine = Machine(DEVICES[:2], 2)
+    places = [slot.placement for slot in schedule.slots]
+    places += [replace(place, stream=1) for place in places]
+    spread = Schedule(tuple(Slot(v, place) for v, place in enumerate(places)))
+    with mock.patch.object(recomputing, "WORK_LIMIT", len(twice) + len(twice.edges)):
+        [duplicate] = recompute(twice, both, machine, spread).duplicates
+    assert duplicate.operator == "short"
+
+
+def test_a_large_graph_takes_seconds() -> None:
+    """With one simulation for each copy that could pay this one took a minute."""
+    graph, cost = layered_problem(700, 6, seed=0)
+    edges = tuple(replace(edge, tensor=f"tensor_{edge.producer}") for edge in graph.edges)
+    graph = replace(graph, edges=edges)
+    short = tuple(replace(o, duration_us=o.duration_us / 4) for o in cost.operators)
+    cost = replace(cost, operators=short, contention=TYPICAL)
+    machine = Machine(DEVICES[:2], 4)
+    schedule = heft(graph, cost, machine)
+    with at_most_cpu_s(20.0):
+        recompute(graph, cost, machine, schedule)
 
 
 def test_not_what_differs_each_time_or_runs_on_the_host_or_finds_no_room() -> None:
