@@ -13,7 +13,7 @@ from onnxsched.loading import load_model
 from onnxsched.shapes import bind_shapes
 from onnxsched_runtime.annotation import Annotation
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.errors import UsageError, naming
 from onnxsched_runtime.execution import Executor, open_executor, plan_lowered
 from onnxsched_runtime.executors.streams import Capture
 from onnxsched_runtime.files import read_model
@@ -98,7 +98,8 @@ def baseline_of(
             f"The inputs of '{original}' do not take the shapes that the annotated model was made "
             "for; give the model that was optimized."
         ) from error
-    loaded = load_model(Path(original), device, shapes, custom_ops)
+    with naming(original):
+        loaded = load_model(Path(original), device, shapes, custom_ops)
     return ModelSource(loaded.baseline, loaded.tensors)
 
 

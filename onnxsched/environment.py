@@ -62,7 +62,13 @@ def choose_devices(text: str) -> tuple[Device, ...]:
     """
     if text == "auto":
         return (Device("cuda" if cuda.device_count() and session.is_cuda_built() else "cpu"),)
-    devices = tuple(Device.parse(part) for part in text.split(","))
+    try:
+        devices = tuple(Device.parse(part) for part in text.split(","))
+    except UsageError as error:
+        what = str(error).partition(":")[0]
+        raise UsageError(
+            f"{what}: write auto, cpu, cuda:INDEX, or several, such as cuda:0,cuda:1."
+        ) from error
     for number, device in enumerate(devices):
         if device in devices[:number]:
             raise UsageError(f"'{text}' names {device} twice; name each device once.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -21,8 +21,9 @@ def in_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a model with float32 made float16 inside.
 
     Raises:
-        ModelError: An output is no tensor, but holds float32.
+        ModelError: An output is no tensor, or a subgraph's is an optional, but holds float32.
     """
+    _refuse_branches(model.graph)
     for value in model.graph.output:
         if not value.type.HasField("tensor_type") and _holds_float32(value.type):
             raise ModelError(
@@ -33,7 +34,40 @@ def in_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.CopyFrom(model)
     store_constants(copy)
     give_outputs_a_node(copy)  # the converter knows no output that is a weight
-    return to_float16(copy, set(_float32_types(copy)))
+    _forget_optionals(copy.graph)
+    outputs = [*copy.graph.output]
+    _set_outputs(copy.graph, {value.name: value for value in outputs}.values())
+    converted = to_float16(copy, set(_float32_types(copy)))
+    _set_outputs(converted.graph, outputs)
+    return converted
+
+
+def _set_outputs(graph: onnx.GraphProto, outputs: Iterable[onnx.ValueInfoProto]) -> None:
+    """Replace a graph's outputs, in place: the converter knows none that is there twice."""
+    kept = [*outputs]
+    del graph.output[:]
+    graph.output.extend(kept)
+
+
+def _forget_optionals(graph: onnx.GraphProto) -> None:
+    """Drop declarations of optionals, in place: the converter would not change them."""
+    declared = [value for value in graph.value_info if not value.type.HasField("optional_type")]
+    del graph.value_info[:]
+    graph.value_info.extend(declared)
+
+
+def _refuse_branches(graph: onnx.GraphProto) -> None:
+    """Refuse optionals that subgraphs give: the converter does not change them."""
+    for node in graph.node:
+        for body in subgraphs(node):
+            for value in body.output:
+                if value.type.HasField("optional_type") and _holds_float32(value.type):
+                    raise ModelError(
+                        f"'{value.name}' in operator '{node.name or node.op_type}' is an optional "
+                        "of float32, which can't be made half precision there; leave --precision "
+                        "fp16 out."
+                    )
+            _refuse_branches(body)
 
 
 def _holds_float32(kind: onnx.TypeProto) -> bool:

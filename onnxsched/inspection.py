@@ -124,4 +124,4 @@ def _measured(annotation: Annotation) -> dict[str, tuple[float | None, str | Non
             for name, (duration_us, bound) in annotation.details.get("operators", {}).items()
         }
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise damaged(error) from error
+        raise damaged("field 'operators' is not as onnxsched writes it") from error

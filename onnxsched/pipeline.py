@@ -28,7 +28,7 @@ from onnxsched.loading import Model, Precision, graph_from_model, load_model, wi
 from onnxsched.machine import Machine
 from onnxsched.memory import fits_on_first
 from onnxsched.policies import POLICIES
-from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
+from onnxsched.profiling.cache import MeasurementCache, directory_for, environment_key
 from onnxsched.profiling.measure import Progress
 from onnxsched.profiling.sharing import ProfilingWorkers
 from onnxsched.proposals import Request
@@ -129,14 +129,15 @@ def optimize(
         split: On several devices, also cut operators on large images into bands of rows, and
             compute operators twice where that is simulated shorter than copying their results.
         precision: `fp16` computes in float16; inputs and outputs keep their types.
-        cache_dir: Where measurements are kept; "" for the user's cache, None for nowhere.
+        cache_dir: Where measurements are kept; "" for the user's cache if it can be written,
+            None for nowhere.
         seed: For the inputs that outputs are compared on.
         custom_ops: Shared libraries with custom operators.
         progress: Told what is being done.
 
     Raises:
-        UsageError: An argument, a shape, a value or `schedule` does not fit, or a file is not
-            there.
+        UsageError: An argument, a shape, a value or `schedule` does not fit, a file is not
+            there, or nothing can be kept in `cache_dir`.
         ModelError: The model can't be read or is not supported.
         DeviceError: A device is not available, or all together have no room for the model.
         NumericsError: The scheduled model computes something else than plain ORT.
@@ -145,14 +146,12 @@ def optimize(
     _check_arguments(streams, policy, precision, schedule)
     _check_numbers(budget_s, seed)
     require_target("--output", target, schedule, *custom_ops, models=[source])
+    directory = directory_for(cache_dir)
     given = None if schedule is None else read_schedule_file(schedule)
     machine = _machine(device, streams, given)
     chosen, libraries = machine.devices[0], tuple(custom_ops)
     environment = describe_environment(chosen)
-    directory = default_directory() if cache_dir == "" else cache_dir
-    cache = MeasurementCache(
-        None if directory is None else Path(directory), environment_key(environment, libraries)
-    )
+    cache = MeasurementCache(directory, environment_key(environment, libraries))
     is_gpu = chosen.kind == "cuda"
     workers = ProfilingWorkers(machine.devices) if is_gpu else nullcontext()
     with cuda.one_graph_stream(), workers as worker:

@@ -64,7 +64,7 @@ def _check(model: onnx.ModelProto, path: str | Path) -> None:
             onnx.checker.check_model(serialized(model) or str(path))
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).partition("==>")[0].split()).rstrip(".")
-        raise ModelError(f"'{path}' is no valid ONNX model: {reason}.") from error
+        raise ModelError(f"'{path}' is no valid ONNX model: {reason}; export it again.") from error
     for value in model.graph.input:
         if not value.type.HasField("tensor_type"):
             raise ModelError(

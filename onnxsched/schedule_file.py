@@ -16,7 +16,7 @@ from onnxsched.graph import OperatorGraph
 from onnxsched.machine import Machine
 from onnxsched.schedule import Schedule, Slot, check_schedule
 from onnxsched_runtime.device import Device, Placement
-from onnxsched_runtime.errors import ScheduleError, UsageError
+from onnxsched_runtime.errors import ScheduleError, UsageError, absent
 
 VERSION = 1
 LARGEST_STREAM = 1023
@@ -76,6 +76,8 @@ def _placed(number: int, entry: Any) -> tuple[str, Placement]:
         raise UsageError(f"entry {number} of its operators has no name")
     if not isinstance(device, str):
         raise UsageError(f"operator '{name}' has no device")
+    if isinstance(stream, float) and stream.is_integer():
+        stream = int(stream)  # the schema calls it one
     if type(stream) is not int or not 0 <= stream <= LARGEST_STREAM:
         raise UsageError(
             f"operator '{name}' has no stream, which is a number from 0 to {LARGEST_STREAM}"
@@ -83,7 +85,9 @@ def _placed(number: int, entry: Any) -> tuple[str, Placement]:
     try:
         return name, Placement(Device.parse(device), stream)
     except UsageError as error:
-        raise UsageError(f"of operator '{name}' {str(error).rstrip('.')}") from error
+        raise UsageError(
+            f"operator '{name}' has the device '{device}', and not cpu, cuda or cuda:INDEX"
+        ) from error
 
 
 def read_schedule_file(path: str | os.PathLike[str]) -> ScheduleFile:
@@ -93,13 +97,18 @@ def read_schedule_file(path: str | os.PathLike[str]) -> ScheduleFile:
         UsageError: It is not there, or no schedule.
     """
     if not os.path.isfile(path):
-        raise UsageError(f"There is no file '{path}' to read a schedule from.")
+        raise UsageError(
+            f"{absent(path)} to read a schedule from; `onnxsched inspect --schedule` writes one."
+        )
     try:
         content = json.loads(Path(path).read_bytes())
         return ScheduleFile(Path(path), placements_from_json(content))
     except (OSError, ValueError, RecursionError, UsageError) as error:
         reason = str(error).rstrip(".") or type(error).__name__
-        raise UsageError(f"'{path}' is no schedule: {reason}.") from error
+        raise UsageError(
+            f"'{path}' is no schedule: {reason}; `onnxsched inspect --schedule` writes one to "
+            "start from."
+        ) from error
 
 
 def schedule_of(file: ScheduleFile, graph: OperatorGraph, machine: Machine) -> Schedule:

@@ -15,12 +15,13 @@ from onnxsched.environment import choose_device
 from onnxsched.inputs import random_blamed, random_inputs
 from onnxsched.shapes import bind_shapes, tensor_types
 from onnxsched_runtime.annotation import Annotation, read_annotation
-from onnxsched_runtime.errors import AnnotationError, ModelError, UsageError
-from onnxsched_runtime.files import read_model
+from onnxsched_runtime.errors import AnnotationError, ModelError, UsageError, naming
+from onnxsched_runtime.files import read_model, serialized
 from onnxsched_runtime.load import Session
-from onnxsched_runtime.model import input_values
+from onnxsched_runtime.model import input_values, name_nodes
 from onnxsched_runtime.session import OrtSession
 from onnxsched_runtime.settings import SessionSettings
+from onnxsched_runtime.source import ModelPart
 
 
 def verify(
@@ -55,7 +56,9 @@ def verify(
         DeviceError: A device is not available.
     """
     models = [read_model(path) for path in (actual, expected)]
-    annotations = [_annotation(model) for model in models]
+    annotations = [
+        _annotation(model, path) for model, path in zip(models, (actual, expected), strict=True)
+    ]
     shapes = next((a.bound_shapes for a in annotations if a is not None), {})
     for path, model, annotation in zip((actual, expected), models, annotations, strict=True):
         if annotation is None:
@@ -75,9 +78,10 @@ def verify(
         return compare(runs[0], runs[1], outputs, feeds, tolerances)
 
 
-def _annotation(model: onnx.ModelProto) -> Annotation | None:
+def _annotation(model: onnx.ModelProto, path: str | os.PathLike[str]) -> Annotation | None:
     try:
-        return read_annotation(model)
+        with naming(path):
+            return read_annotation(model)
     except AnnotationError:
         if any(entry.key.startswith("onnxsched.") for entry in model.metadata_props):
             raise
@@ -148,9 +152,22 @@ def _open(
     custom_ops: tuple[str, ...],
     stack: ExitStack,
 ) -> Run:
-    if annotation is not None:
-        session = stack.enter_context(Session(model, annotation, custom_ops=custom_ops))
-        return lambda feed: session.run(outputs, feed)
-    settings = SessionSettings(choose_device(device), host_operators=True, custom_ops=custom_ops)
-    plain = stack.enter_context(OrtSession(path, settings))
-    return lambda feed: plain.run(feed, outputs)
+    with naming(path):
+        if annotation is not None:
+            session = stack.enter_context(Session(model, annotation, custom_ops=custom_ops))
+            return lambda feed: session.run(outputs, feed)
+        settings = SessionSettings(
+            choose_device(device), host_operators=True, custom_ops=custom_ops
+        )
+        plain = stack.enter_context(OrtSession(_with_names(model, path), settings))
+        return lambda feed: plain.run(feed, outputs)
+
+
+def _with_names(model: onnx.ModelProto, path: Path) -> Path | ModelPart:
+    """A file as it is; but nodes of one name, which ORT refuses, get names of their own."""
+    names = [node.name for node in model.graph.node if node.name]
+    if len(set(names)) == len(names):
+        return path
+    name_nodes(model)
+    content = serialized(model)
+    return path if content is None else ModelPart(content, {})

@@ -1,90 +1,51 @@
-"""The command `python -m sample_models`: lists the models, or writes one."""
+"""`python -m sample_models` is the command; the process ends in one sentence and an exit code."""
 
-import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from sample_models.errors import ModelError
-from sample_models.registry import MODELS, build
-
-_USAGE_ERROR = 2
-_WRITE_ERROR = 1
+_INTERRUPTED = 130
+_UNWRITTEN = 1
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that ends in one sentence, without the usage in front of it."""
+def _run() -> NoReturn:
+    """Runs the command and ends the process at once: all is written and closed by then."""
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
+    if is_default:
+        signal.signal(signal.SIGINT, _end_interrupted)  # extensions would wrap what is raised
+    from sample_models.command import main
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(_USAGE_ERROR, f"{self.prog}: {message}.\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="sample_models",
-        description="Writes a sample model with seeded random weights; lists them without NAME.",
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the model to write")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file to write")
-    parser.add_argument("--image", type=int, help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=1, help="samples in one run (default: 1)")
-    parser.add_argument("--sequence", type=int, help="length of the sequences")
-    return parser
-
-
-def _list() -> str:
-    width = max(map(len, MODELS))
-    return "\n".join(f"{name:{width}}  {model.description}" for name, model in MODELS.items())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise OSError(f"{target} is not a regular file")
-    partial = target.with_name(f".sample_models-{os.getpid()}")
+    if is_default:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
     try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: The arguments after the command's name.
-
-    Raises:
-        SystemExit: The command failed, with 2 for its usage and 1 for writing the file.
-    """
-    parser = _parser()
-    if not arguments:
-        print(_list())
-        return
-    options = parser.parse_args(arguments)
-    if options.name is None:
-        parser.error(f"the name of a model is missing: choose one of {', '.join(MODELS)}")
-    if options.output is None:
-        parser.error(f"no file to write {options.name} to: name one with -o FILE")
-    try:
-        model = build(
-            options.name, image=options.image, batch=options.batch, sequence=options.sequence
-        )
-    except ModelError as error:
-        parser.error(str(error))
-    try:
-        _write(options.output, model.SerializeToString())
+        try:
+            main(sys.argv[1:])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        _end_interrupted()
+    except BrokenPipeError:  # the reader has left
+        _end(_UNWRITTEN)
     except OSError as error:
-        reason = error.strerror or error
-        advice = "name a file in a folder that exists and that you may write to"
-        parser.exit(
-            _WRITE_ERROR, f"{parser.prog}: cannot write {options.output}: {reason}; {advice}.\n"
-        )
+        _end(_UNWRITTEN, f"cannot write to stdout: {error.strerror}; make room there")
+    _end(code)
+
+
+def _end_interrupted(*_: object) -> NoReturn:
+    _end(_INTERRUPTED, "interrupted; nothing was written")
+
+
+def _end(code: int, sentence: str = "") -> NoReturn:
+    with contextlib.suppress(OSError):  # the exit code says it, too
+        if sentence and sys.stderr is not None:
+            print(f"sample_models: {sentence}.", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _run()

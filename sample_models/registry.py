@@ -51,10 +51,13 @@ _LISTED = (
 )
 
 MODELS: Mapping[str, SampleModel] = MappingProxyType({model.name: model for model in _LISTED})
-"""The models that the command line offers, in its order."""
+"""The models that are worth measuring, in the command line's order."""
+
+_TINY = SampleModel("tiny", "a few convolutions in three branches", tiny, image=16)
+OFFERED: Mapping[str, SampleModel] = MappingProxyType({**MODELS, _TINY.name: _TINY})
+"""All models that there are, in the command line's order."""
 
 _LARGEST = 65536
-_TINY = SampleModel("tiny", "a few convolutions in three branches", tiny, image=16)
 
 
 def build(
@@ -63,7 +66,7 @@ def build(
     """Builds a sample model; the same arguments always give the same bytes.
 
     Args:
-        name: A name out of `MODELS`, or "tiny".
+        name: A name out of `OFFERED`.
         image: Height and width of the images; None takes the model's default.
         batch: Number of samples in one run.
         sequence: Length of the sequences; None takes the model's default.
@@ -74,9 +77,9 @@ def build(
     Raises:
         ModelError: There is no such model, it has no such option, or a size does not fit it.
     """
-    model = _TINY if name == _TINY.name else MODELS.get(name)
+    model = OFFERED.get(name)
     if model is None:
-        raise ModelError(f"there is no model {name!r}: choose one of {', '.join(MODELS)}")
+        raise ModelError(f"there is no model {name!r}: choose one of {', '.join(OFFERED)}")
     sizes = {"batch": batch}
     for option, asked, default in (
         ("image", image, model.image),

@@ -73,8 +73,8 @@ class Job:
 
 def main() -> None:
     """Do the job of the command line, and end at once: taking CUDA apart only costs time."""
+    job = _asked(sys.argv[1:])
     threading.Thread(target=_listen, daemon=True).start()
-    job = Job(**json.loads(sys.argv[1]))
     try:
         content = {"optimize": optimized, "compile": compiled, "measure": measured}[job.step](job)
     except Exception as error:  # a peer may fail in any way: the suite goes on and says so
@@ -85,6 +85,19 @@ def main() -> None:
         draft.write_text(json.dumps(content))
     sys.stderr.flush()
     os._exit(0)
+
+
+def _asked(arguments: list[str]) -> Job:
+    """The job of the command line; who asks for none is told what there is to ask for."""
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        sys.exit()
+    try:
+        (text,) = arguments
+        return Job(**json.loads(text))
+    except (TypeError, ValueError):
+        print("The argument is no job; tools/suite.py starts workers with one.", file=sys.stderr)
+        sys.exit(2)
 
 
 def one_sentence(error: BaseException) -> str:

@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 
+from onnxsched_runtime import printing
+
 
 def main() -> None:
     """Run a command; whatever goes wrong ends in one sentence and an exit code.
@@ -19,7 +21,7 @@ def main() -> None:
     CUDA apart module by module only costs time.
     """
     gc.set_threshold(100_000, 50, 50)  # collecting while torch is imported costs 0.2 s
-    _prepare_streams()
+    printing.prepare_streams()
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
@@ -39,17 +41,6 @@ def _end(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _prepare_streams() -> None:
-    """Let both streams take whatever is printed, if the caller closed them or they speak ASCII."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
     try:
@@ -67,14 +58,17 @@ def interrupted() -> int:
 
 def unwritten(error: OSError) -> int:
     """The exit code where stdout takes no more; a reader that has left is told nothing."""
-    if isinstance(error, BrokenPipeError):
-        return 1
-    return fail(f"The result can't be written to stdout ({error.strerror}).", 1)
+    return fail(printing.unwritten(error), 1)
 
 
 def fail(message: str, code: int) -> int:
-    """Say what went wrong, and return the exit code."""
+    """Say what went wrong, and return the exit code, which says it, too."""
     if message:
-        with contextlib.suppress(OSError):  # the exit code says it, too
-            print(f"onnxsched: {' '.join(message.splitlines())}", file=sys.stderr)
+        say(message)
     return code
+
+
+def say(message: str) -> None:
+    """Put a sentence on stderr, on one line."""
+    with contextlib.suppress(OSError):
+        print(f"onnxsched: {' '.join(message.splitlines())}", file=sys.stderr)

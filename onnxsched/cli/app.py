@@ -7,14 +7,26 @@ from typing import Annotated
 
 import typer
 
+from onnxsched_runtime.errors import UsageError
+
 app = typer.Typer(
     help="Schedule the operators of an ONNX model over CUDA streams, and run the schedule.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+
+def _refuse_stdout(output: Path) -> Path:
+    if str(output) == "-":
+        raise UsageError("--output - is no file, and stdout takes no models; give a path.")
+    return output
+
+
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model written by optimize.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the model.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="Where to write the model.", callback=_refuse_stdout),
+]
 Json = Annotated[str | None, typer.Option("--json", help="Write JSON to a file, or - for stdout.")]
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", help="NAME=FILE.npy; random where not given.")

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from onnxsched.cli import render
+from onnxsched.cli import render, say
 from onnxsched.cli.app import CustomOps, Inputs, Json, Model, Output, app
 from onnxsched.cli.output import emit, progress_line, require_json_target
-from onnxsched_runtime.errors import NumericsError, SlowerError, UsageError
+from onnxsched_runtime.errors import NumericsError, SlowerError, UsageError, naming
 
 
 @app.command()
@@ -78,7 +78,7 @@ def optimize(
     require_json_target(json_to, output, schedule, *libraries, models=[model])
     if no_cache and cache_dir is not None:
         raise UsageError("--cache-dir and --no-cache contradict each other; give one.")
-    with progress_line() as progress:
+    with progress_line() as progress, naming(model):
         result = run(
             model,
             output,
@@ -97,7 +97,19 @@ def optimize(
             custom_ops=[str(path) for path in libraries],
             progress=progress,
         )
+    if not no_cache and not cache_dir:
+        _warn_of_no_cache()
     emit(json_to, result.to_json(), lambda: render.optimize_result(result))
+
+
+def _warn_of_no_cache() -> None:
+    from onnxsched.profiling.cache import default_directory, why_unusable
+
+    if reason := why_unusable(default_directory()):
+        say(
+            f"Warning: '{default_directory()}' can't keep measurements ({reason}), so the next "
+            "run measures again; choose a folder with --cache-dir."
+        )
 
 
 @app.command()
@@ -137,7 +149,7 @@ def bench(
         return
     if fail_under is not None and not fail_under >= 0:
         raise UsageError(f"--fail-under {fail_under} is no ratio; give a number, at least 0.")
-    with progress_line() as progress:
+    with progress_line() as progress, naming(model):
         result = run(
             model,
             against=[name.strip() for name in against.split(",") if name.strip()],
@@ -176,7 +188,7 @@ def _bench_throughput(
 ) -> None:
     from onnxsched.throughput import ARMS, COPIES, measure_throughput
 
-    with progress_line() as progress:
+    with progress_line() as progress, naming(model):
         served = measure_throughput(
             model,
             duration_s=duration_s / (len(COPIES) * len(ARMS)),
@@ -201,13 +213,14 @@ def run_model(
     from onnxsched.running import run_files
     from onnxsched_runtime.arrays import input_files
 
-    outputs = run_files(
-        model,
-        input_files(inputs or []),
-        output_dir,
-        seed=seed,
-        custom_ops=[str(path) for path in custom_ops or []],
-    )
+    with naming(model):
+        outputs = run_files(
+            model,
+            input_files(inputs or []),
+            output_dir,
+            seed=seed,
+            custom_ops=[str(path) for path in custom_ops or []],
+        )
     render.run_outputs(outputs)
 
 

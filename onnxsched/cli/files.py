@@ -11,6 +11,7 @@ import typer
 from onnxsched.cli import render
 from onnxsched.cli.app import Json, Model, Output, app
 from onnxsched.cli.output import emit, require_json_target, write_json
+from onnxsched_runtime.errors import UsageError, naming
 
 _Found = TypeVar("_Found")
 
@@ -28,9 +29,12 @@ def inspect(
     from onnxsched.schedule_file import placements_to_json
     from onnxsched_runtime.files import require_target
 
+    if str(schedule) == "-":
+        raise UsageError("--schedule - is no file, and stdout shows the result; give a path.")
     require_target("--schedule", schedule, model, models=[model])
     require_json_target(json_to, schedule, models=[model])
-    found = inspect_model(model)
+    with naming(model):
+        found = inspect_model(model)
     if schedule is not None:
         write_json(schedule, placements_to_json(found.annotation.placements))
     emit(json_to, found.to_json(), lambda: render.inspection(found))
@@ -67,7 +71,8 @@ def _changed(source: Path, target: Path, change: Callable[[Any], _Found]) -> _Fo
 
     require_target("--output", target, models=[source])
     content = read_model(source)
-    found = change(content)
+    with naming(source):
+        found = change(content)
     write_model(content, target)
     return found
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxsched_runtime.errors import OnnxschedError, is_special
+
 if TYPE_CHECKING:
     from onnxsched.profiling.measure import Progress
 
@@ -48,10 +50,15 @@ def require_json_target(
         models: Models that it reads.
 
     Raises:
-        UsageError: As `require_target` says.
+        UsageError, OnnxschedError: As `require_target` says.
     """
     from onnxsched_runtime.files import require_target
 
+    if target not in (None, "-") and is_special(target):
+        raise OnnxschedError(
+            f"--json '{target}' can't be written (it is no regular file); choose another, or "
+            "--json - for stdout."
+        )
     if target != "-":
         require_target("--json", target, *others, *models, models=models)
 

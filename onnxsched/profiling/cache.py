@@ -14,6 +14,8 @@ from typing import Any
 
 import platformdirs
 
+from onnxsched_runtime.errors import UsageError
+
 _VERSION = 1
 """Raised when the meaning of a measurement changes."""
 
@@ -21,6 +23,41 @@ _VERSION = 1
 def default_directory() -> Path:
     """Where measurements are kept if the user names no other place."""
     return Path(platformdirs.user_cache_dir("onnxsched"))
+
+
+def directory_for(asked: str | os.PathLike[str] | None) -> Path | None:
+    """Where measurements are kept; None for nowhere, also if the user's own cache can't be.
+
+    Args:
+        asked: A folder; "" for the user's cache, None for nowhere.
+
+    Raises:
+        UsageError: Nothing can be kept in the folder that is asked for.
+    """
+    if asked is None:
+        return None
+    directory = Path(asked) if asked != "" else default_directory()
+    reason = why_unusable(directory)
+    if reason is None:
+        return directory
+    if asked == "":
+        return None
+    raise UsageError(
+        f"--cache-dir '{directory}' can't keep measurements ({reason}); choose another folder, or "
+        "--no-cache."
+    )
+
+
+def why_unusable(directory: Path) -> str | None:
+    """Why nothing can be kept in a folder, which need not be there yet; None where it can."""
+    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(directory)  # which a name too long for any folder fails at
+        with tempfile.TemporaryDirectory(prefix=".onnxsched-", dir=there):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 @dataclass(frozen=True, slots=True)

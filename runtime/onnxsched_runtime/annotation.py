@@ -15,12 +15,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
-from onnx import TensorProto
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import AnnotationError, UsageError
+from onnxsched_runtime.fields import damaged as damaged
+from onnxsched_runtime.fields import (
+    json_object,
+    read_element_type,
+    read_field,
+    read_number,
+    read_shape,
+    read_size,
+)
 from onnxsched_runtime.kernels import Kernels, kernels_from_json, kernels_to_json
-from onnxsched_runtime.tensor import TensorType, fits_no_memory
+from onnxsched_runtime.tensor import TensorType
 from onnxsched_runtime.variant import DEFAULT_VARIANT, Variant
 
 SCHEMA = "1"
@@ -29,11 +37,6 @@ OUR_KEYS = "onnxsched."
 """How all keys of ours begin."""
 _NODE_KEYS = {_DEVICE, _STREAM, _ORDER}
 _SCHEMA_KEY, _SCHEDULE_KEY = "onnxsched.schema", "onnxsched.schedule"
-_DAMAGE = (
-    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
-    UsageError,
-)  # fmt: skip
-"""What reading a damaged schedule can raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +111,23 @@ def read_annotation(model: onnx.ModelProto) -> Annotation:
         )
     if values.get(_SCHEMA_KEY) != SCHEMA:
         raise AnnotationError(
-            f"The model's schedule has schema version {values.get(_SCHEMA_KEY)} and this release "
-            f"reads version {SCHEMA}; run `onnxsched optimize` again."
+            f"The schedule of the model has schema version {values.get(_SCHEMA_KEY)} and this "
+            f"release reads version {SCHEMA}; run `onnxsched optimize` again."
         )
-    try:
-        content = json.loads(values[_SCHEDULE_KEY])
-        annotation = _parse(content)
-        expected = content["fingerprint"]
-    except _DAMAGE as error:
-        raise damaged(error) from error
-    if expected != fingerprint(model):
+    content = json_object(values[_SCHEDULE_KEY])
+    annotation = _parse(content)
+    if read_field(content, "fingerprint", str) != fingerprint(model):
         raise AnnotationError(
-            "The model's schedule was made for another graph (nodes or edges have changed since);"
-            " run `onnxsched optimize` again."
+            "The schedule of the model was made for another graph (nodes or edges have changed "
+            "since); run `onnxsched optimize` again."
         )
     if not _names_each_node(model, annotation):
-        raise AnnotationError(
-            "The model's schedule is damaged (it does not name exactly the model's nodes); run "
-            "`onnxsched optimize` again."
-        )
-    return _with_node_keys(model, annotation)
+        raise damaged("it does not name exactly the model's nodes")
+    annotation = _with_node_keys(model, annotation)
+    if len({device.kind for device in annotation.devices}) > 1:
+        used = ", ".join(map(str, annotation.devices))
+        raise damaged(f"it uses {used}, and GPUs and the CPU can't share a model")
+    return annotation
 
 
 def restore_annotation(model: onnx.ModelProto) -> int:
@@ -187,47 +187,28 @@ def _names_each_node(model: onnx.ModelProto, annotation: Annotation) -> bool:
 
 def _parse(content: Mapping[str, Any]) -> Annotation:
     own = {"fingerprint", "nodes", "tensors", "host_reasons", "variant", "kernels"}
-    for shape in content.get("bound_shapes", {}).values():
-        _shape(shape)
+    read_field(content, "bound_shapes", lambda shapes: [*map(read_shape, shapes.values())], {})
     return Annotation(
-        placements={n: Placement(Device.parse(d), _size(s)) for n, d, s in content["nodes"]},
-        tensors={
-            name: TensorType(_element_type(element), None if shape is None else _shape(shape))
-            for name, (element, shape) in content["tensors"].items()
-        },
-        host_reasons={name: str(reason) for name, reason in content["host_reasons"].items()},
-        variant=Variant.from_json(content.get("variant", {})),
-        kernels=kernels_from_json(content.get("kernels", [])),
+        placements=read_field(content, "nodes", _placements),
+        tensors=read_field(content, "tensors", _tensors),
+        host_reasons=read_field(
+            content, "host_reasons", lambda found: {n: str(reason) for n, reason in found.items()}
+        ),
+        variant=read_field(content, "variant", Variant.from_json, {}),
+        kernels=read_field(content, "kernels", kernels_from_json, []),
         details={key: value for key, value in content.items() if key not in own},
     )
 
 
-def damaged(error: Exception) -> AnnotationError:
-    """What to say of a schedule that someone has written something else into."""
-    return AnnotationError(
-        f"The model's schedule is damaged ({error!r}); run `onnxsched optimize` again."
-    )
+def _placements(rows: Any) -> dict[str, Placement]:
+    return {name: Placement(Device.parse(d), read_size(stream)) for name, d, stream in rows}
 
 
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is no number from 0")
-    return value
-
-
-def _shape(sizes: Any) -> tuple[int, ...]:
-    if not isinstance(sizes, list):
-        raise ValueError(f"{sizes!r} is no shape")
-    shape = tuple(map(_size, sizes))
-    if fits_no_memory(shape):
-        raise ValueError(f"{sizes!r} is larger than any memory")
-    return shape
-
-
-def _element_type(number: Any) -> int:
-    if not _size(number) or number not in TensorProto.DataType.values():
-        raise ValueError(f"{number!r} is no element type")
-    return _size(number)
+def _tensors(content: Any) -> dict[str, TensorType]:
+    return {
+        name: TensorType(read_element_type(element), None if shape is None else read_shape(shape))
+        for name, (element, shape) in content.items()
+    }
 
 
 def _with_node_keys(model: onnx.ModelProto, annotation: Annotation) -> Annotation:
@@ -239,15 +220,14 @@ def _with_node_keys(model: onnx.ModelProto, annotation: Annotation) -> Annotatio
         if not _NODE_KEYS.issubset(keys):
             return annotation
         try:
-            order[node.name] = int(keys[_ORDER])
+            order[node.name] = read_number(keys[_ORDER])
             placements[node.name] = Placement(
-                Device.parse(keys[_DEVICE]), _size(int(keys[_STREAM]))
+                Device.parse(keys[_DEVICE]), read_number(keys[_STREAM])
             )
         except (ValueError, UsageError) as error:
-            raise AnnotationError(
-                f"Node '{node.name}' carries a damaged schedule ({error}); run `onnxsched "
-                "optimize` again."
-            ) from error
+            raise damaged(f"node '{node.name}': {str(error).rstrip('.')}") from error
+    if sorted(order.values()) != [*range(len(order))]:
+        raise damaged(f"its nodes have not each one of the launch positions 0 to {len(order) - 1}")
     ordered = {name: placements[name] for name in sorted(order, key=order.__getitem__)}
     return replace(annotation, placements=ordered)
 

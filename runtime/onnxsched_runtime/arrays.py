@@ -10,11 +10,12 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from onnxsched_runtime.errors import OnnxschedError, UsageError
+from onnxsched_runtime.errors import OnnxschedError, UsageError, absent
 
 _DAMAGE = (
     OSError, ValueError, EOFError, ArithmeticError, TypeError, SyntaxError, RecursionError,
@@ -30,7 +31,7 @@ def read_array(name: str, file: Path) -> np.ndarray:
         UsageError: There is no such file, or it is no array.
     """
     if not os.path.isfile(file):
-        raise UsageError(f"There is no file '{file}' for input '{name}'.")
+        raise UsageError(f"{absent(file)} for input '{name}'; give one that numpy.save wrote.")
     try:
         with file.open("rb") as stream:
             array = np.load(stream, allow_pickle=False)
@@ -87,11 +88,17 @@ def write_arrays(outputs: Mapping[str, Any], folder: Path) -> None:
             tempfile.TemporaryDirectory(prefix=".onnxsched-", dir=folder) as scratch,
         ):
             for file, array in files.items():
-                np.save(Path(scratch, file), array, allow_pickle=False)
+                _save(Path(scratch, file), array)
             for file in files:
                 os.replace(Path(scratch, file), folder / file)
     except OSError as error:
         raise _unwritten(folder, error.strerror or error) from error
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    """Write an array, not as a file of C's: numpy would not say why that can't be written."""
+    with file.open("wb") as stream:
+        np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
 
 
 def _unwritten(folder: Path, reason: object) -> OnnxschedError:

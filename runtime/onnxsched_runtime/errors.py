@@ -19,6 +19,17 @@ A message is one sentence: what, where, and what to do.
 
 from __future__ import annotations
 
+import os
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NAMELESS = re.compile(r"\b[Tt]he model\b(?!')")
+"""How sentences call a model whose file they do not know."""
+
 
 def reason_of(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
@@ -29,6 +40,34 @@ def unforeseen(error: Exception) -> str:
     """What to say of an error that nobody raises on purpose."""
     text = " ".join(str(error).split())[:300] or "no message"
     return f"Unforeseen {type(error).__name__}: {text}; please report it."
+
+
+def absent(path: str | os.PathLike[str]) -> str:
+    """What to say of a path that is no file to read: how a sentence begins."""
+    return f"'{path}' is no regular file" if is_special(path) else f"There is no file '{path}'"
+
+
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is there, but neither a regular file nor a folder: a pipe, a device."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let what is wrong with a model be said of its file, which not all that look at it know.
+
+    Args:
+        path: The file; within another file's, it has the last word.
+    """
+    try:
+        yield
+    except ModelError as error:
+        if error.names_file or f"'{path}'" in str(error):
+            error.names_file = True
+            raise
+        named = type(error)(_NAMELESS.sub(lambda _: f"'{path}'", str(error), count=1))
+        named.names_file = True
+        raise named from error
 
 
 class OnnxschedError(Exception):
@@ -59,6 +98,8 @@ class ModelError(OnnxschedError):
     """A model that can't be read, or holds something that is not supported."""
 
     exit_code = 5
+    names_file = False
+    """Whether the message says which file it is about; see `naming`."""
 
 
 class AnnotationError(ModelError):

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
-from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError
+from onnxsched_runtime.errors import ModelError, OnnxschedError, UsageError, absent
 
 _FILE_NBYTES = 2**31 - 2**20
 """Models above this are written with their weights in a file of their own."""
@@ -28,13 +28,18 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """
     file = Path(path)
     if not os.path.isfile(file):
-        raise UsageError(f"There is no file '{file}'; give the path of an ONNX model.")
+        raise UsageError(f"{absent(file)}; give the path of an ONNX model.")
     try:
         model = onnx.load(file, format="protobuf")
     except DecodeError as error:
         raise ModelError(f"'{file}' can't be read as an ONNX model ({error}).") from error
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"The weights beside '{file}' can't be read ({error}).") from error
+        missing = sorted(path for path in _weight_files(file) if not os.path.exists(path))
+        reason = f"'{missing[0]}' is missing" if missing else str(error).rstrip(".")
+        raise ModelError(
+            f"The weights beside '{file}' can't be read ({reason}); put the files back that were "
+            "exported with it."
+        ) from error
     if not model.graph.node:
         raise ModelError(f"'{file}' holds no operators; export the model again.")
     if not model.graph.output:

@@ -37,6 +37,5 @@ def plan_model(
     except PlanError as error:
         reason = str(error).rstrip(".")
         raise AnnotationError(
-            f"The schedule can't be run ({reason}); run `onnxsched optimize` on the model as "
-            "it was exported."
+            f"The schedule of the model can't be run ({reason}); run `onnxsched optimize` again."
         ) from error

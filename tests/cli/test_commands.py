@@ -70,6 +70,22 @@ def test_optimize_chooses_by_itself_and_remembers(folder: Path, call: Any) -> No
     assert "(from the cache)" in optimize(call, "--cache-dir", "kept")
 
 
+def test_optimize_says_that_the_default_cache_keeps_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "tiny.onnx"))
+    command = ["optimize", "tiny.onnx", "-o", "new.onnx", "--device", "cpu", "--budget", "0"]
+    assert run(command) == 0
+    printed = capsys.readouterr()
+    assert "Wrote new.onnx." in printed.out
+    assert printed.err.startswith("onnxsched: Warning: '")
+    assert printed.err.endswith(
+        "tiny.onnx/onnxsched' can't keep measurements (Not a directory), so the next run measures "
+        "again; choose a folder with --cache-dir.\n"
+    )
+    assert printed.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_optimize_obeys_a_policy(policy: str, call: Any) -> None:
     assert f"Chose {policy} on" in optimize(call, "--no-cache", "--policy", policy)
@@ -258,6 +274,16 @@ def test_run_writes_the_elements_of_a_sequence(folder: Path, call: Any) -> None:
 )
 def test_verify_compares_scheduled_and_plain_models(models: tuple[str, str], call: Any) -> None:
     text = call("verify", *models, "--device", "cpu", "--runs", "2")
+    assert text.splitlines()[1].split()[0::3] == ["logits", "yes"]
+
+
+def test_verify_takes_a_model_whose_nodes_have_one_name(folder: Path, call: Any) -> None:
+    model = build("tiny")
+    for node in model.graph.node[:3]:
+        node.name = "same"
+    saved(model, folder, "same.onnx")
+    call("optimize", "same.onnx", "-o", "new.onnx", "--device", "cpu", "--no-cache")
+    text = call("verify", "new.onnx", "same.onnx", "--device", "cpu", "--runs", "1")
     assert text.splitlines()[1].split()[0::3] == ["logits", "yes"]
 
 

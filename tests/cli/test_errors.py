@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     renamed = onnx.load(folder / "out.onnx")
     renamed.graph.node[0].name += "_renamed"
     saved(renamed, folder, "renamed.onnx")
+    nameless = onnx.load(folder / "out.onnx")
+    (table,) = (e for e in nameless.metadata_props if e.key == "onnxsched.schedule")
+    table.value = "{}"
+    saved(nameless, folder, "nameless.onnx")
+    mixed = onnx.load(folder / "out.onnx")
+    (device,) = (e for e in mixed.graph.node[-1].metadata_props if e.key == "onnxsched.device")
+    device.value = "cuda:0"
+    saved(mixed, folder, "mixed.onnx")
+    saved(parsed("(float[3] x) => (float[3] y) { y = local.Odd(x) }"), folder, "strange.onnx")
+    odd = build("tiny")
+    odd.opset_import.append(onnx.helper.make_opsetid("local", 1))
+    odd.graph.node[0].domain = "local"
+    saved(odd, folder, "stranger.onnx")
     weight = max(scheduled.graph.initializer, key=lambda w: w.ByteSize())
     weight.CopyFrom(
         onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 1, weight.name)
@@ -54,6 +69,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '{"schema_version": 1, "operators": [{"name": "a", "device": "cuda:9", "stream": 0}]}'
     )
     (folder / "file").touch()
+    os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     (folder / "link.onnx").symlink_to("out.onnx")
     (folder / "link.weights").symlink_to("folder/weights")
@@ -67,7 +83,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the workplace, which every command runs in."""
     copy = tmp_path / "work"
-    shutil.copytree(prepared, copy, symlinks=True)
+    shutil.copytree(prepared, copy, symlinks=True, ignore=shutil.ignore_patterns("pipe"))
+    os.mkfifo(copy / "pipe")
     monkeypatch.chdir(copy)
     return copy
 
@@ -106,6 +123,7 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ((*OPTIMIZE, "--streams", "0"), "--streams 0 is no number from 1 to 1024"),
         ((*OPTIMIZE, "--policy", "magic"), "no policy 'magic'"),
         ((*OPTIMIZE, "--device", "tpu"), "'tpu' is no device"),
+        ((*OPTIMIZE, "--device", "gpu"), "write auto, cpu, cuda:INDEX, or several, such as cuda"),
         ((*OPTIMIZE, "--device", "cpu:0,cpu:0"), "names cpu:0 twice"),
         ((*OPTIMIZE, "--device", "cpu:0,cuda:1"), "mixes cpu:0 and cuda:1"),
         (("verify", "tiny.onnx", "tiny.onnx", "--device", "cpu:0,cpu:1"), "runs on one"),
@@ -131,9 +149,18 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ((*OPTIMIZE, "--shape", "input:1x3"), "2 dimensions, it has 4"),
         ((*OPTIMIZE, "--shape", "z:1x3"), "names 'z', which is no input"),
         ((*OPTIMIZE, "--cache-dir", "kept"), "--cache-dir and --no-cache contradict"),
+        ((*OPTIMIZE[:-1], "--cache-dir", "file"), "--cache-dir 'file' can't keep measurements"),
+        ((*OPTIMIZE[:-1], "--cache-dir", "file/deep"), "measurements (Not a directory); choose"),
+        ((*OPTIMIZE[:-1], "--cache-dir", "/proc/foo"), "'/proc/foo' can't keep measurements"),
+        ((*OPTIMIZE[:-1], "--cache-dir", "n" * 300), "measurements (File name too long)"),
         ((*OPTIMIZE, "--custom-ops", "none.so"), "library 'none.so' does not load"),
         ((*OPTIMIZE, "-o", "none/new.onnx"), "There is no folder"),
         ((*OPTIMIZE, "-o", "."), "is a folder"),
+        (("optimize", "tiny.onnx", "-o", "-"), "--output - is no file, and stdout takes no model"),
+        (("strip", "out.onnx", "-o", "-"), "--output - is no file, and stdout takes no models"),
+        (("inspect", "out.onnx", "--schedule", "-"), "--schedule - is no file, and stdout shows"),
+        (("run", "out.onnx", "--input", "input=pipe"), "'pipe' is no regular file for input 'in"),
+        ((*OPTIMIZE, "--schedule", "pipe"), "'pipe' is no regular file to read a schedule from"),
         (("optimize", "none.onnx", "-o", "new.onnx"), "There is no file 'none.onnx'"),
         (("optimize", "symbolic.onnx", "-o", "new.onnx"), "have no value: x[0] ('n')"),
         (("bench", "none.onnx"), "There is no file 'none.onnx'"),
@@ -231,11 +258,19 @@ def test_a_file_that_a_command_needs_is_not_overwritten(
         (("optimize", "garbage.onnx", "-o", "new.onnx"), "can't be read as an ONNX model"),
         (("optimize", "mute.onnx", "-o", "new.onnx"), "'mute.onnx' has no outputs"),
         (("inspect", "garbage.onnx"), "can't be read as an ONNX model"),
-        (("bench", "tiny.onnx"), "carries no onnxsched schedule; run `onnxsched optimize`"),
-        (("run", "tiny.onnx"), "carries no onnxsched schedule"),
-        (("inspect", "tiny.onnx"), "carries no onnxsched schedule"),
-        (("restore", "tiny.onnx", "-o", "new.onnx"), "carries no onnxsched schedule"),
-        (("run", "renamed.onnx"), "was made for another graph"),
+        (("bench", "tiny.onnx"), "'tiny.onnx' carries no onnxsched schedule; run `onnxsched opti"),
+        (("bench", "tiny.onnx", "--throughput"), "'tiny.onnx' carries no onnxsched schedule"),
+        (("run", "tiny.onnx"), "'tiny.onnx' carries no onnxsched schedule"),
+        (("inspect", "tiny.onnx"), "'tiny.onnx' carries no onnxsched schedule"),
+        (("restore", "tiny.onnx", "-o", "new.onnx"), "'tiny.onnx' carries no onnxsched schedule"),
+        (("run", "nameless.onnx"), "The schedule of 'nameless.onnx' is damaged (field 'nodes' is"),
+        (("verify", "nameless.onnx", "tiny.onnx"), "The schedule of 'nameless.onnx' is damaged"),
+        (("run", "mixed.onnx"), "The schedule of 'mixed.onnx' is damaged (it uses cpu:0, cuda:0"),
+        (("inspect", "mixed.onnx"), "and GPUs and the CPU can't share a model)"),
+        (("optimize", "strange.onnx", "-o", "new.onnx"), "ONNX Runtime refuses 'strange.onnx': "),
+        (("verify", "strange.onnx", "strange.onnx"), "ONNX Runtime refuses 'strange.onnx': "),
+        (("bench", "out.onnx", "--original", "stranger.onnx"), "Runtime refuses 'stranger.onnx'"),
+        (("run", "renamed.onnx"), "The schedule of 'renamed.onnx' was made for another graph"),
         (("bench", "renamed.onnx"), "was made for another graph"),
         (("inspect", "renamed.onnx"), "was made for another graph"),
         (("verify", "renamed.onnx", "tiny.onnx"), "was made for another graph"),
@@ -336,10 +371,16 @@ def test_a_schedule_that_is_too_slow_is_6(
     ],
 )
 def test_what_cannot_be_written_is_1(arguments: tuple[str, ...], folder: Path, fail: Any) -> None:
-    os.mkfifo(folder / "pipe")
     code, text = fail(*arguments)
     assert code == 1
     assert "can't be written" in text
+
+
+def test_a_special_file_for_json_is_told_of_stdout(fail: Any) -> None:
+    assert fail("inspect", "out.onnx", "--json", "pipe") == (
+        1, "--json 'pipe' can't be written (it is no regular file); choose another, or --json - "
+        "for stdout.",
+    )  # fmt: skip
 
 
 def test_a_full_disk_is_1_and_leaves_the_old_file(
@@ -361,8 +402,8 @@ def test_a_full_disk_is_1_and_leaves_the_old_file(
 def test_outputs_are_written_all_or_none(
     target: str, folder: Path, fail: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, array: Any, allow_pickle: bool) -> None:
-        path.write_bytes(b"half")
+    def full(file: Any, array: Any, allow_pickle: bool) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
@@ -373,6 +414,20 @@ def test_outputs_are_written_all_or_none(
         "another folder.",
     )  # fmt: skip
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_disk_that_fills_up_is_called_that(fail: Any) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+        code, text = fail("run", "out.onnx", "--output-dir", "results")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (code, text) == (
+        1, "The outputs can't be written to 'results' (File too large); choose another folder.",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

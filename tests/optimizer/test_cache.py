@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from onnxsched.profiling.cache import MeasurementCache, default_directory, environment_key
+from onnxsched.profiling.cache import (
+    MeasurementCache,
+    default_directory,
+    directory_for,
+    environment_key,
+)
+from onnxsched_runtime.errors import UsageError
 
 CONTENT = {"samples_us": [1.5, 2.0], "kernels": []}
 
@@ -130,3 +136,17 @@ def test_libraries_that_cannot_be_read_do_not_count(tmp_path: Path) -> None:
     none = environment_key({})
     assert environment_key({}, [str(library)]) != none
     assert environment_key({}, [str(tmp_path), "n" * 300, str(tmp_path / "none.so")]) == none
+
+
+def test_a_folder_that_keeps_nothing_is_refused_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UsageError, match=r"can't keep measurements \(Not a directory\); choose"):
+        directory_for(file)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert directory_for("") is None
+    assert directory_for(None) is None
+    assert directory_for(tmp_path / "made" / "later") == tmp_path / "made" / "later"
+    assert [*tmp_path.iterdir()] == [file]

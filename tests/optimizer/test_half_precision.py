@@ -104,6 +104,53 @@ def test_outputs_that_would_change_their_type_are_refused(kind: str) -> None:
         in_float16(model)
 
 
+def test_an_output_that_is_there_twice_stays_so(tmp_path: Path) -> None:
+    model = parsed("(float[3] x) => (float[3] y, float[3] z) { z = Neg(x) y = Exp(z) }")
+    model.graph.output.add().CopyFrom(model.graph.output[0])
+    found = load_model(saved(model, tmp_path), CPU, precision="fp16").proto
+    assert [value.name for value in found.graph.output] == ["y", "z", "y"]
+    feeds = feeds_for(model)
+    assert_close(reference(found, feeds), reference(model, feeds), 2e-2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{ o = Optional(x) a = OptionalGetElement(o) y = Exp(a) }",
+        "{ s = SequenceConstruct(x) o = Optional(s) t = OptionalGetElement(o)"
+        " i = Constant<value_int=0>() a = SequenceAt(t, i) y = Exp(a) }",
+    ],
+)
+def test_optionals_between_operators_are_computed_in_float16(text: str, tmp_path: Path) -> None:
+    model = parsed(f"(float[3] x) => (float[3] y) {text}")
+    found = load_model(saved(model, tmp_path), CPU, precision="fp16").proto
+    feeds = feeds_for(model)
+    assert_close(reference(found, feeds), reference(model, feeds), 2e-2)
+
+
+_BRANCHES = """(float[3] x, bool flag) => (float[3] y) {{
+    o = If(flag) <
+        then_branch = yes () => ({kind}(float[3]) u) {{ u = {op_type}(x) }},
+        else_branch = no () => ({kind}(float[3]) v) {{ v = {op_type}(x) }}
+    >
+    {rest}
+}}"""
+
+
+def test_optionals_out_of_branches_are_refused() -> None:
+    model = parsed(_BRANCHES.format(kind="optional", op_type="Optional", rest="y = Identity(x)"))
+    with pytest.raises(ModelError, match=r"^'u' in operator 'If' is .*; leave .* fp16 out\.$"):
+        in_float16(model)
+
+
+def test_sequences_out_of_branches_are_computed_in_float16(tmp_path: Path) -> None:
+    rest = "i = Constant<value_int=0>() a = SequenceAt(o, i) y = Exp(a)"
+    model = parsed(_BRANCHES.format(kind="seq", op_type="SequenceConstruct", rest=rest))
+    found = load_model(saved(model, tmp_path), CPU, precision="fp16").proto
+    feeds = feeds_for(model)
+    assert_close(reference(found, feeds), reference(model, feeds), 2e-2)
+
+
 def test_sequences_of_integers_are_kept() -> None:
     model = parsed("(float[3] x, int64[2] i) => (seq(int64[2]) s) { s = SequenceConstruct(i, i) }")
     assert in_float16(model).graph.output == model.graph.output

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import onnxsched
-from onnxsched import checking, decision, pipeline, scheduling, tuning
+from onnxsched import checking, decision, pipeline, profiling, scheduling, tuning
 from onnxsched.comparison import Difference, Tolerances
 from onnxsched.decision import decide
 from onnxsched.environment import describe_environment
@@ -416,7 +416,7 @@ def test_another_model_is_measured_only_where_it_differs(tiny: Path, tmp_path: P
 def test_the_users_cache_is_the_default(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "default_directory", lambda: tmp_path / "users")
+    monkeypatch.setattr(profiling.cache, "default_directory", lambda: tmp_path / "users")
     optimized(tiny, tmp_path / "out.onnx", cache_dir="")
     assert contents(tmp_path / "users")
 

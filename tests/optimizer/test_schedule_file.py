@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -138,12 +139,13 @@ def entry(**fields: Any) -> dict[str, Any]:
         ([entry(device=None)], "operator 'a' has no device"),
         (
             [entry(device="tpu")],
-            "of operator 'a' 'tpu' is no device: write cpu, cuda or ",
+            "operator 'a' has the device 'tpu', and not cpu, cuda or cuda:INDEX; `onnxsched insp",
         ),
         ([entry(stream=-1)], "operator 'a' has no stream, which is a number from 0 to 1023"),
         ([entry(stream=1024)], "operator 'a' has no stream"),
         ([entry(stream=True)], "operator 'a' has no stream"),
-        ([entry(stream=1.0)], "operator 'a' has no stream"),
+        ([entry(stream=1.5)], "operator 'a' has no stream"),
+        ([entry(stream=float("inf"))], "operator 'a' has no stream"),
         ([entry(stream="1")], "operator 'a' has no stream"),
     ],
 )
@@ -159,6 +161,24 @@ def test_a_file_of_another_kind_is_refused_in_a_sentence(
     assert str(caught.value).startswith(f"'{path}' is no schedule: {reason}")
     assert str(caught.value).endswith(".")
     assert caught.value.exit_code == 2
+
+
+def test_a_stream_that_is_written_as_a_float_is_what_the_schema_says(tmp_path: Path) -> None:
+    content = {"schema_version": VERSION, "operators": [entry(stream=1.0)]}
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(content))
+    ((_, placement),) = read_schedule_file(path).placed
+    assert placement == Placement(Device("cpu"), 1)
+    assert type(placement.stream) is int
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_a_pipe_is_no_file_that_is_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        UsageError, match=r"pipe' is no regular file to read a schedule from; `onn"
+    ):
+        read_schedule_file(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\xff", b"[" * 100_000, b"<xml/>"])

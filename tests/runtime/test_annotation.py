@@ -59,7 +59,8 @@ def _json() -> SearchStrategy[Any]:
 def schedules(draw: st.DrawFn, model: onnx.ModelProto) -> Annotation:
     """Any placement of the model's nodes, in any order."""
     names = draw(st.permutations([node.name for node in model.graph.node]))
-    placements = st.builds(Placement, st.sampled_from(DEVICES), st.integers(0, 40))
+    devices = draw(st.sampled_from([DEVICES[:1], DEVICES[1:]]))
+    placements = st.builds(Placement, st.sampled_from(devices), st.integers(0, 40))
     shapes = st.none() | st.lists(st.integers(0, 9), max_size=4).map(tuple)
     types = st.builds(TensorType, st.sampled_from([1, 7, 9, 10]), shapes)
     return Annotation(
@@ -179,7 +180,7 @@ def test_a_node_that_lost_one_key_has_lost_its_keys(key: str) -> None:
 
 
 def test_node_keys_edited_by_hand_win() -> None:
-    model = annotated(diamond(), (1,))
+    model = annotated(diamond(), (1,), device=Device("cuda"))
     _, left, right, _ = model.graph.node
     _set_node_key(left, "stream", "7")
     _set_node_key(left, "order", "2")
@@ -187,9 +188,9 @@ def test_node_keys_edited_by_hand_win() -> None:
     _set_node_key(right, "order", "1")
     read = read_annotation(model)
     assert list(read.placements) == ["Neg_0", right.name, left.name, "Add_3"]
-    assert read.placements[left.name] == Placement(Device("cpu"), 7)
+    assert read.placements[left.name] == Placement(Device("cuda"), 7)
     assert read.placements[right.name] == Placement(Device("cuda", 3), 1)
-    assert read.devices == (Device("cpu"), Device("cuda", 3))
+    assert read.devices == (Device("cuda"), Device("cuda", 3))
 
 
 @settings(deadline=None)
@@ -303,7 +304,7 @@ def test_damaged_json_is_refused(text: str) -> None:
     model = annotated(diamond())
     _schedule(model).value = text
     message = _refusal(model)
-    assert message.startswith("The model's schedule is damaged (")
+    assert message.startswith("The schedule of the model is damaged (")
     assert message.endswith("run `onnxsched optimize` again.")
 
 
@@ -372,7 +373,7 @@ def _assert_refused(entry: str, damaged: Any) -> None:
     content[entry] = damaged
     _schedule(model).value = json.dumps(content)
     message = _refusal(model)
-    assert message.startswith("The model's schedule is damaged (")
+    assert message.startswith("The schedule of the model is damaged (")
     assert message.endswith("run `onnxsched optimize` again.")
 
 
@@ -411,6 +412,39 @@ def test_damaged_shapes_are_refused(damaged: Any) -> None:
     _assert_refused("bound_shapes", damaged)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ("null", "it is no JSON object"),
+        ("{}", "field 'nodes' is missing"),
+        ('{"nodes":null}', "field 'nodes' is not as onnxsched writes it"),
+        ('{"nodes":[["a"]]}', "field 'nodes' is not as onnxsched writes it"),
+    ],
+)
+def test_damage_is_told_in_words(text: str, words: str) -> None:
+    model = annotated(diamond())
+    _schedule(model).value = text
+    assert _refusal(model) == (
+        f"The schedule of the model is damaged ({words}); run `onnxsched optimize` again."
+    )
+
+
+@pytest.mark.parametrize("order", ["0", "4", "9"])
+def test_launch_positions_that_are_not_each_there_once_are_damage(order: str) -> None:
+    model = annotated(diamond())
+    _set_node_key(model.graph.node[2], "order", order)
+    assert "(its nodes have not each one of the launch positions 0 to 3); run" in _refusal(model)
+
+
+def test_a_schedule_over_devices_of_two_kinds_is_damage() -> None:
+    model = annotated(diamond())
+    _set_node_key(model.graph.node[2], "device", "cuda:0")
+    reason = "it uses cpu:0, cuda:0, and GPUs and the CPU can't share a model"
+    assert reason in _refusal(model)
+
+
 def test_on_the_cpu_the_variant_is_ignored() -> None:
     model = MODELS["fork_join"]()
     annotation = annotation_of(model)
@@ -445,6 +479,8 @@ def test_a_schedule_of_another_graph_is_refused() -> None:
     [
         ("stream", "two"),
         ("order", ""),
+        ("order", "-1"),
+        ("order", "1.0"),
         ("device", "tpu:0"),
         ("stream", "1.5"),
         ("stream", "-1"),
@@ -455,5 +491,5 @@ def test_a_damaged_node_key_is_refused_by_the_name_of_the_node(key: str, value: 
     model = annotated(diamond())
     _set_node_key(model.graph.node[2], key, value)
     message = _refusal(model)
-    assert message.startswith("Node 'Sigmoid_2' carries a damaged schedule (")
+    assert message.startswith("The schedule of the model is damaged (node 'Sigmoid_2': ")
     assert message.endswith("run `onnxsched optimize` again.")

@@ -113,6 +113,54 @@ def test_what_cannot_end_well_is_refused_first(
     assert sentence in said
 
 
+def alone(redirected: str, path: Path, **variables: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the only process of a group, with redirections."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    found = subprocess.run(
+        f"'{sys.executable}' -m onnxsched_runtime.distributed {redirected}", shell=True,
+        cwd=path.parent, executable="/bin/bash", capture_output=True, text=True,
+        env=environment(
+            RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables
+        ),
+    )  # fmt: skip
+    return found.returncode, found.stdout, found.stderr
+
+
+FULL = "onnxsched: The result can't be written to stdout (No space left on device).\n"
+LEFT = " | true; exit ${PIPESTATUS[0]}"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("redirected", "unbuffered", "ended"),
+    [
+        ("in.onnx >/dev/full", "", (1, "", FULL)),
+        ("in.onnx --json - >/dev/full", "1", (1, "", FULL)),
+        ("--help >/dev/full", "", (1, "", FULL)),
+        (f"in.onnx --json - {LEFT}", "", (1, "", "")),
+        (f"in.onnx {LEFT}", "1", (1, "", "")),
+        ("in.onnx >&-", "", (0, "", "")),
+        ("nope >&- 2>&-", "", (2, "", "")),
+    ],
+)
+def test_streams_that_take_nothing_end_as_those_of_onnxsched(
+    redirected: str, unbuffered: str, ended: tuple[int, str, str], path: Path
+) -> None:
+    assert alone(redirected, path, PYTHONUNBUFFERED=unbuffered) == ended
+
+
+def test_a_wrong_option_is_one_sentence(path: Path) -> None:
+    sentence = "Unrecognized arguments: --frob; `--help` says more."
+    assert run([str(path), "--frob"], []) == (2, sentence)
+
+
+def test_others_end_well_where_the_first_cannot_print(path: Path) -> None:
+    ended = run_ranks(2, "command", "full@0", str(path))
+    assert [(process.code, process.stderr) for process in ended] == [(1, FULL), (0, "")]
+
+
 def test_only_the_first_rank_needs_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     commands._parsed(["none.onnx", "--json", "none/result.json"])
@@ -145,7 +193,7 @@ def test_variables_that_can_not_be_are_wrong_usage(
 
 def test_all_hear_what_rank_0_lacks(path: Path) -> None:
     ended = command(2, path, "none@9", "--input", "x=missing.npy")
-    reason = "There is no file 'missing.npy' for input 'x'."
+    reason = "There is no file 'missing.npy' for input 'x'; give one that numpy.save wrote."
     assert (ended[0].code, ended[0].stderr) == (2, f"onnxsched: {reason}\n")
     assert (ended[1].code, ended[1].stderr) == (1, f"onnxsched: Rank 0 failed: {reason}\n")
 
@@ -263,9 +311,10 @@ def test_all_end_when_one_fails(path: Path) -> None:
 
 
 def test_all_hear_why_one_can_not_load(path: Path) -> None:
-    own = "ONNX Runtime refuses the model (planted)."
+    told = "ONNX Runtime refuses the model (planted)."
     ended = command(2, path, "load@1", "--bench")
-    assert_all_end(ended, f"Rank 1 failed: {own}", but=1)
+    assert_all_end(ended, f"Rank 1 failed: {told}", but=1)
+    own = f"ONNX Runtime refuses '{path}' (planted)."
     assert (ended[1].code, ended[1].stderr) == (5, f"onnxsched: {own}\n")
 
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import sample_models
-from sample_models import MODELS, build
-from sample_models.__main__ import main
+from sample_models import build
+from sample_models.command import main
+from sample_models.registry import OFFERED
 
 ROOT = Path(sample_models.__file__).parent.parent
 
@@ -29,11 +31,59 @@ def test_without_arguments_it_lists_the_models() -> None:
     )
     assert (run.returncode, run.stderr) == (0, "")
     lines = run.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(MODELS)
+    assert [line.split()[0] for line in lines] == list(OFFERED)
     assert all(
         line.endswith(model.description)
-        for line, model in zip(lines, MODELS.values(), strict=True)
+        for line, model in zip(lines, OFFERED.values(), strict=True)
     )
+
+
+def _shell(redirected: str, **variables: str) -> tuple[int, str]:
+    """Exit code and stderr of the command with its redirections."""
+    run = subprocess.run(
+        f"'{sys.executable}' -m sample_models {redirected}", shell=True, cwd=ROOT,
+        executable="/bin/bash", env={**os.environ, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+    return run.returncode, run.stderr
+
+
+_FULL = "sample_models: cannot write to stdout: No space left on device; make room there.\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirected", "ended"),
+    [
+        (">/dev/full", (1, _FULL)),
+        ("--help >/dev/full", (1, _FULL)),
+        ("| true; exit ${PIPESTATUS[0]}", (1, "")),
+        (">&-", (0, "")),
+        ("nope 2>&-", (2, "")),
+    ],
+)
+def test_streams_that_take_nothing_end_in_one_sentence(
+    redirected: str, ended: tuple[int, str], unbuffered: str
+) -> None:
+    assert _shell(redirected, PYTHONUNBUFFERED=unbuffered) == ended
+
+
+@pytest.mark.parametrize("module", ["sample_models.command", "numpy", "onnx"])
+def test_an_interrupt_while_modules_are_imported_is_130(module: str) -> None:
+    script = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == '{module}':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # nohup ignores it
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "sys.argv = ['sample_models']\n"
+        "runpy.run_module('sample_models', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (130, "")
+    assert run.stderr == "sample_models: interrupted; nothing was written.\n"
 
 
 def test_it_writes_the_model_with_its_sizes(
@@ -63,6 +113,7 @@ def test_it_writes_through_a_link(tmp_path: Path) -> None:
         (["-o", "F"], "the name of a model is missing: choose one of googlenet, "),
         (["googlenet", "-o", "F", "--sequence", "8"], "leave sequence out"),
         (["bert", "-o", "F", "--image", "8"], "leave image out"),
+        (["tiny", "-o", "-"], "-o - is no file, and stdout takes no models"),
         (["deepfm", "-o", "F", "--batch", "0"], "batch is 0 for deepfm"),
         (["deepfm", "-o", "F", "--batch", "many"], "--batch: invalid int value: 'many'"),
         (["inception_v3", "-o", "F", "--image", "32"], "too small for inception_v3"),

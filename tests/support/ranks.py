@@ -184,6 +184,8 @@ def _spoil(kind: str) -> None:
 
     if kind == "absent":
         sys.exit(3)
+    elif kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stdout.fileno())
     elif kind == "connect":
         GlooLinks.__init__ = die  # type: ignore[assignment,method-assign]
     elif kind == "version":

@@ -32,6 +32,17 @@ def run(out: Path, *options: str) -> dict[str, Any]:
     return content
 
 
+def test_a_worker_that_is_asked_for_no_job_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["no job"], ["[1]"], ['{"a": 1}'], ["{}", "{}"]):
+        with pytest.raises(SystemExit, match="2"):
+            suite_worker._asked(arguments)
+    assert "The argument is no job; tools/suite.py starts" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        suite_worker._asked(["--help"])
+    assert not stop.value.code
+    assert "JSON object with the fields of `Job`" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run of three arms."""

@@ -16,6 +16,7 @@ from onnxsched_runtime.distributed.ending import (
     ignore_interrupts,
 )
 from onnxsched_runtime.errors import OnnxschedError, unforeseen
+from onnxsched_runtime.printing import prepare_streams
 
 if TYPE_CHECKING:
     from onnxsched_runtime.executors.ranks import RankExecutor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> NoReturn:
     """Run as one process of several, and end it."""
     held: list[RankExecutor] = []
+    prepare_streams()
     end_when_interrupted()
     end_when_asked(held)
     code, sentence = run(arguments, held)
@@ -49,6 +51,8 @@ def run(arguments: Sequence[str], held: list[RankExecutor]) -> tuple[int, str]:
         return error.exit_code, str(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as asked:  # by --help
+        return (asked.code if isinstance(asked.code, int) else 1), ""
     except Exception as error:
         return 1, unforeseen(error)
     return 0, ""

@@ -9,14 +9,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from onnxsched_runtime.arguments import zeros
 from onnxsched_runtime.arrays import input_files, read_array, write_arrays
 from onnxsched_runtime.distributed.ending import end_with_the_others, raise_when_interrupted
-from onnxsched_runtime.errors import UsageError
+from onnxsched_runtime.errors import OnnxschedError, UsageError, naming
 from onnxsched_runtime.executors.ranks import RankExecutor
 from onnxsched_runtime.files import require_target, written_whole
 from onnxsched_runtime.group import (
@@ -26,6 +26,7 @@ from onnxsched_runtime.group import (
     require_timeout,
 )
 from onnxsched_runtime.load import Session, load
+from onnxsched_runtime.printing import unwritten
 
 _WARM_UP_COUNT = 10
 
@@ -45,6 +46,7 @@ def obey(arguments: Sequence[str], held: list[RankExecutor]) -> None:
     group = joined_process_group(options.timeout)
     raise_when_interrupted()
     with (
+        naming(options.model),
         heard_by_others(),
         load(options.model, process_group=group, timeout_s=options.timeout) as session,
     ):
@@ -60,11 +62,20 @@ def obey(arguments: Sequence[str], held: list[RankExecutor]) -> None:
     leave_process_group()
     if result is not None:
         _report(result, options.json)
-        print(end="", flush=True)  # stdout may be full, or closed
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that ends in one sentence, and prints help where that can fail."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}; `--help` says more.")
+
+    def print_help(self, file: object = None) -> None:
+        _print(self.format_help().rstrip())
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="onnxsched_runtime.distributed", description="Run a schedule in several processes."
     )
     parser.add_argument("model", help="an annotated model, the same for all processes")
@@ -149,14 +160,26 @@ def _described(value: Any) -> Any:
 
 def _report(result: Mapping[str, Any], target: str | None) -> None:
     if target == "-":
-        print(json.dumps(result, indent=1))
+        _print(json.dumps(result, indent=1))
         return
     if target is not None:
         with written_whole(target) as draft:
             draft.write_text(json.dumps(result, indent=1) + "\n")
     count = len(set(result["ranks"].values()))
-    for name, value in result["outputs"].items():
-        print(f"{name}: {value}")
+    lines = [f"{name}: {value}" for name, value in result["outputs"].items()]
     if samples := result["latency_us"]:
         median_us = statistics.median(samples)
-        print(f"{median_us:.0f} us, the median of {len(samples)} runs in {count} processes")
+        lines.append(f"{median_us:.0f} us, the median of {len(samples)} runs in {count} processes")
+    _print("\n".join(lines))
+
+
+def _print(text: str) -> None:
+    """Print at once, as stdout may be full, or its reader gone.
+
+    Raises:
+        OnnxschedError: It is.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OnnxschedError(unwritten(error)) from error

@@ -33,6 +33,7 @@ __all__ = [
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 _NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+:\d+ [^)]*\) "
+    r"|\b\w+\.(?:cc|cpp|h):\d+ (?:[\w:]+ )?"
     r"|ONNX Runtime only \*guarantees\*.*(?=Current official)|\[with [^\]]*\] |\s*; GPU=\d+ ;.*"
 )
 

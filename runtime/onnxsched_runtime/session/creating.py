@@ -49,7 +49,8 @@ def session_options(settings: SessionSettings) -> Any:
             options.register_custom_ops_library(found)
         except Exception as error:
             raise UsageError(
-                f"The custom operator library '{library}' does not load ({complaint(error)})."
+                f"The custom operator library '{library}' does not load ({complaint(error)}); "
+                "give one that was built for this machine and this ONNX Runtime."
             ) from error
     return options
 
