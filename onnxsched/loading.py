@@ -16,7 +16,7 @@ from onnxsched.graph import Edge, Operator, OperatorGraph, Weight
 from onnxsched.half_precision import in_float16
 from onnxsched.notes import keep_notes
 from onnxsched.optimizing import optimized
-from onnxsched.pool_padding import agree_on_pool, has_doubtful_pool
+from onnxsched.pool_padding import agree_on_pool, has_doubtful_pool, without_doubtful_pools
 from onnxsched.reading import allow_node_keys, read_valid_model
 from onnxsched.shapes import (
     bind_shapes,
@@ -125,15 +125,16 @@ def load_model(
     _narrow_concats(baseline)
     name_nodes(baseline)
     _forget_what_ort_contradicts(baseline, device, custom_ops)
-    while has_doubtful_pool(baseline) and agree_on_pool(baseline, tensor_types(baseline)):
-        pass
     declare_types(baseline)
     converted = in_float16(baseline) if precision == "fp16" else baseline
     proto, on_cpu = optimized(converted, device, custom_ops)
     allow_node_keys(proto)
     give_outputs_a_node(proto)
     name_nodes(proto)
-    simplify(proto, _with_what_ort_knows(proto, device, custom_ops))
+    known = _with_what_ort_knows(proto, device, custom_ops)
+    while has_doubtful_pool(proto) and agree_on_pool(proto, known):
+        known = _with_what_ort_knows(proto, device, custom_ops)
+    simplify(proto, known)
     tensors = tensor_types(proto)
     declare_output_shapes(proto, outputs)
     keep_notes(proto, baseline)
@@ -166,24 +167,33 @@ def _with_what_ort_knows(
     """The types of all tensors, those declared in place that only ORT can infer.
 
     These are of what its own operators write; others that depend on them are then inferred, by all
-    that looks at the model later.
+    that looks at the model later. Outputs have a shape unless it was wrong, see `agree_on_pool`.
     """
     tensors = tensor_types(model)
     written = {name for node in model.graph.node for name in node.output if name}
-    if written <= tensors.keys():
+    bare = [v for v in model.graph.output if not v.type.tensor_type.HasField("shape")]
+    shapeless = [v for v in bare if v.name in tensors and tensors[v.name].shape is None]
+    if written <= tensors.keys() and not shapeless:
         return tensors
     settings = SessionSettings(device, host_operators=True, custom_ops=custom_ops)
-    found = inferred_by_ort(ModelSource(model, tensors), settings)
+    source = ModelSource(without_doubtful_pools(model, tensors), tensors)
+    found = inferred_by_ort(source, settings)
+    for value in shapeless:
+        if value.name in found and found[value.name].shape is not None:
+            value.type.CopyFrom(_declared(value.name, found[value.name]).type)
     ends = {value.name for value in model.graph.output}
     unknown = {n for n in written - ends if n not in tensors or tensors[n].shape is None}
     declared = [value for value in model.graph.value_info if value.name not in unknown]
     del model.graph.value_info[:]
     model.graph.value_info.extend(declared)
     model.graph.value_info.extend(
-        onnx.helper.make_tensor_value_info(name, found[name].element_type, found[name].shape)
-        for name in sorted(unknown & found.keys())
+        _declared(name, found[name]) for name in sorted(unknown & found.keys())
     )
     return tensor_types(model)
+
+
+def _declared(name: str, kind: TensorType) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, kind.element_type, kind.shape)
 
 
 def _narrow_concats(model: onnx.ModelProto) -> None:

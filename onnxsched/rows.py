@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import onnx
 
 from onnxsched.graph_view import CONVOLUTIONS, POOLS, GraphView, kind_of
+from onnxsched.pad_fusion import is_behind_pad
 from onnxsched.siblings import Window, window_of
 from onnxsched_runtime.model import attributes_of
 
@@ -171,21 +172,28 @@ def _sliding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:
         return None
     window = explicit_window(view, node)
     spans = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
-    is_pool = kind_of(node) in POOLS
-    is_same = attributes_of(node).get("auto_pad", b"").startswith(b"SAME")
-    if is_pool and is_same and any(map(operator.gt, window.strides, spans)):
-        return None  # ORT crops the image then
-    edges = list(zip(window.begins, window.ends, spans, strict=True))
-    if is_pool:  # ORT bounds all padding of pools
-        is_sound = all(0 <= begin < span and 0 <= end < span for begin, end, span in edges)
+    if kind_of(node) in POOLS:
+        is_sound = _is_pool_sound(view, node, window)
     else:  # one of single pixels may pad for a pool behind it
-        begin, end, span = edges[0]
-        is_sound = 0 <= begin <= span and 0 <= end <= span
+        is_sound = 0 <= window.begins[0] <= spans[0] and 0 <= window.ends[0] <= spans[0]
     if node.op_type == "AveragePool" and attributes_of(node).get("count_include_pad"):
         is_sound &= attributes_of(node).get("pads", [0] * 4)[2:] == [*window.ends]
     if not is_sound:
         return None
     return RowWindow(spans[0], window.strides[0], window.begins[0], window.ends[0])
+
+
+def _is_pool_sound(view: GraphView, node: onnx.NodeProto, window: Window) -> bool:
+    """Whether ORT pads an image as the window of its pool says, and takes that as attributes."""
+    is_same = attributes_of(node).get("auto_pad", b"").startswith(b"SAME")
+    if is_same and (
+        max(window.dilations) > 1 or any(map(operator.gt, window.strides, window.kernel))
+    ):
+        return False  # it counts no gaps, and crops the image
+    if is_behind_pad(node, view.writer):
+        return False
+    edges = zip(window.begins, window.ends, window.kernel, strict=True)
+    return all(0 <= begin < size and 0 <= end < size for begin, end, size in edges)
 
 
 def _padding(view: GraphView, node: onnx.NodeProto) -> RowWindow | None:

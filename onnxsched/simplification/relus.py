@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import onnx
 
+from onnxsched.pad_fusion import is_behind_pad
 from onnxsched.simplification.replacing import GraphIndex, Replacement
 from onnxsched_runtime.model import is_standard, node_reads, renamed
 from onnxsched_runtime.naming import new_name
@@ -122,5 +123,7 @@ def rectify_after_pool(index: GraphIndex, node: onnx.NodeProto) -> Replacement |
     result = node.output[0]
     pooled = index.unused(f"{result}/pooled")
     pool = renamed(node, {node.input[0]: relu.input[0]}, {result: pooled})
+    if is_behind_pad(pool, index.writers):
+        return None
     after = renamed(relu, {relu.input[0]: pooled}, {relu.output[0]: result})
     return Replacement((relu, node), (pool, after), tensors={pooled: index.tensors[result]})

@@ -159,6 +159,21 @@ def test_other_relus_stay_before_a_pool(
     assert after == before
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_relu_keeps_onnx_runtime_from_taking_a_pad_into_a_pool(width: int) -> None:
+    model = written(
+        """(float[1,2,9,9] x) => (float[1,2,h,w] y) {
+            padded = Pad(x, pads)
+            rectified = Relu(padded)
+            y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(rectified)
+        }""",
+        pads=np.array([0, 0, width, width, 0, 0, width, width]),
+    )
+    changed = simplified(model)
+    assert op_types(changed) == ["Pad", "Relu", "MaxPool"]
+    assert_equivalent(changed, model)
+
+
 def test_a_pool_that_sees_padding_alone_may_be_negative() -> None:
     model = written(
         """(float[1,2,2,2] x, float[1,2,1,1] z) => (float[1,6,1,1] y) {

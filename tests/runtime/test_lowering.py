@@ -331,6 +331,17 @@ def test_operators_that_compute_the_same_stay_apart_and_where_they_are() -> None
     assert {carried[name] for name in names[:2]} == {stream(0), stream(1)}
 
 
+def test_zeros_that_a_pool_counts_stay() -> None:
+    model = models.model_of(
+        """(float[1,2,5,5] x) => (float[1,2,4,5] y) {
+            a = Pad(x, sides)  y = MaxPool<kernel_shape = [3,1]>(a)
+        }""",
+        sides=np.array([0, 0, 0, 0, 0, 0, 1, 0]),
+    )
+    lowered = lowered_on_the_cpu(model).model
+    assert [node.op_type for node in lowered.graph.node] == ["Pad", "MaxPool"]
+
+
 def test_a_lowered_model_runs_by_the_schedule_of_the_portable_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

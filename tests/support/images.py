@@ -11,6 +11,7 @@ from hypothesis.strategies import DrawFn
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsched.loading import Model
+from onnxsched.pad_fusion import is_behind_pad
 from support.optimizing import as_it_is
 
 CHANNELS = 2
@@ -199,15 +200,20 @@ def rounded_up(sizes: tuple[int, ...], window: dict[str, Any]) -> list[int] | No
 
 @st.composite
 def cut_stacks(draw: DrawFn, *, is_exact: bool) -> tuple[Model, Groups, int]:
-    """A model, groups of its operators, and a count of bands that its images have rows for."""
+    """A model, groups of its operators, and a count of bands that its images have rows for.
+
+    Pools behind a Pad are in no group.
+    """
     stack = Stack(draw, is_exact=is_exact)
     stack.add("Relu", ["x"], stack.shapes["x"])
     for _ in range(draw(st.integers(1, 7))):
         stack.grow()
     count = draw(st.integers(1, 4))
     groups: Groups = [[] for _ in range(draw(st.integers(1, 3)))]
+    writers = {node.output[0]: node for node in stack.nodes}
     for node in stack.nodes:
         number = draw(st.integers(-1 if draw(st.booleans()) else 0, len(groups) - 1))
-        if number >= 0 and stack.shapes[node.output[0]][2] >= count:
+        is_left = node.op_type.endswith("Pool") and is_behind_pad(node, writers)
+        if number >= 0 and not is_left and stack.shapes[node.output[0]][2] >= count:
             groups[number].append(node.name)
     return stack.model(), groups, count

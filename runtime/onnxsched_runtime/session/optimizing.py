@@ -21,6 +21,8 @@ _BIAS_FUSION = "MatMulAddFusion"
 """Makes a Gemm of MatMul and bias. Left alone, later fusions take the bias in for nothing."""
 _COPY_REMOVAL = "CommonSubexpressionElimination"
 """Would make one of operators that are computed on several devices."""
+_PAD_FUSION = "Pad_Fusion"
+"""Makes padding of a pool of the zeros around its image, and those count no longer."""
 
 
 def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) -> None:
@@ -28,7 +30,8 @@ def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) ->
 
     But for the one that makes a Gemm of a MatMul and an Add: it has as many kernels, and the
     Reshapes that it adds are copies where a stream ends. And operators that compute the same stay
-    apart: those that nobody wanted twice are gone since `optimize_file`.
+    apart: those that nobody wanted twice are gone since `optimize_file`. So are the Pads that
+    plain ORT takes into a pool; the zeros of others count.
 
     Raises:
         DeviceError: The CUDA provider does not load.
@@ -37,7 +40,7 @@ def lower_to_file(source: ModelPart, target: Path, settings: SessionSettings) ->
     options = session_options(settings)
     _save_optimized(options, target)
     add_weights(options, source)
-    with created(source, options, settings, [_BIAS_FUSION, _COPY_REMOVAL]):
+    with created(source, options, settings, [_BIAS_FUSION, _COPY_REMOVAL, _PAD_FUSION]):
         pass
 
 
