@@ -132,7 +132,10 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     with _draft_of(path) as draft:
         yield draft
-        os.replace(draft, os.path.realpath(path))
+        target = os.path.realpath(path)
+        with suppress(FileNotFoundError):  # who may read what it replaces may read it
+            shutil.copymode(target, draft)
+        os.replace(draft, target)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
@@ -79,3 +80,24 @@ def test_weights_of_models_that_fit_into_a_file_may_lie_anywhere(tmp_path: Path)
     source, target = tmp_path / "old.onnx", tmp_path / "model.onnx"
     with_weights_beside(source, "model.onnx.data")
     files.require_target("--output", target, models=[source])
+
+
+@pytest.mark.parametrize("ir_version", [0, 3, 99])
+def test_what_onnx_runtime_does_not_ask_for_may_be_missing(
+    tmp_path: Path, ir_version: int
+) -> None:
+    model = model_of("(float[1,4] x) => (float[1,2] y) { y = MatMul(x, w) }", w=weight(4, 2))
+    feeds = feeds_for(model)
+    expected = reference(model, feeds)
+    model.graph.name, model.ir_version = "", ir_version
+    (tmp_path / "in.onnx").write_bytes(model.SerializeToString())
+    assert_same(reference(read_valid_model(tmp_path / "in.onnx"), feeds), expected)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_file_that_is_replaced_keeps_who_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    path.chmod(0o640)
+    files.write_model(layer_norm(), path)
+    assert path.stat().st_mode & 0o777 == 0o640
