@@ -76,8 +76,8 @@ def test_an_operator_that_a_second_worker_survives_is_measured(
     assert results == [(name, None) for name in (a, b, c, d)]
 
 
-@pytest.mark.parametrize("ended_by", [signal.SIGHUP, signal.SIGTERM])  # Python may lose SIGINT
-def test_a_worker_that_is_asked_to_end_blames_no_operator(ended_by: signal.Signals) -> None:
+def test_a_worker_that_is_asked_to_end_blames_no_operator() -> None:
+    ended_by = signal.SIGTERM  # others may be ignored from the start, under nohup for one
     model, nodes = _model()
     with ProfilingWorker() as worker:
         process = worker._process
