@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onnxsched_runtime.annotation import Annotation, damaged, read_annotation
+from onnxsched_runtime.annotation import Annotation, read_annotation
 from onnxsched_runtime.device import Placement
+from onnxsched_runtime.fields import damaged
 from onnxsched_runtime.files import read_model
 from onnxsched_runtime.plan import ExecutionPlan
 from onnxsched_runtime.planning import plan_model

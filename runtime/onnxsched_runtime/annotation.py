@@ -18,8 +18,8 @@ import onnx
 
 from onnxsched_runtime.device import Device, Placement
 from onnxsched_runtime.errors import AnnotationError, UsageError
-from onnxsched_runtime.fields import damaged as damaged
 from onnxsched_runtime.fields import (
+    damaged,
     json_object,
     read_element_type,
     read_field,

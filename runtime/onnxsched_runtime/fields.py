@@ -52,13 +52,8 @@ def read_field(
         raise damaged(f"field '{name}' is not as onnxsched writes it") from error
 
 
-def damaged(what: str | KeyError) -> AnnotationError:
-    """What to say of a schedule that someone has written something else into.
-
-    Args:
-        what: A clause, or the error of what is missing.
-    """
-    reason = f"{what} is missing" if isinstance(what, KeyError) else what
+def damaged(reason: str) -> AnnotationError:
+    """What to say of a schedule that someone has written something else into, for a reason."""
     return AnnotationError(
         f"The schedule of the model is damaged ({reason}); run `onnxsched optimize` again."
     )

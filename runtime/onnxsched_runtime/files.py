@@ -78,12 +78,14 @@ def require_target(
         raise UsageError(f"{option} '{target}' is a folder; give the path of a file to write.")
     taken = {os.path.realpath(other) for other in others if other is not None}
     sources = [os.fspath(model) for model in models if model is not None]
-    weights = {file for source in sources for file in _weight_files(source)}
+    beside = _weights_beside(path)
+    weights: set[str] = set()
+    if os.path.exists(path) or os.path.exists(beside):  # else models need not be read for it
+        weights = {file for source in sources for file in _weight_files(source)}
     if path in taken | weights:
         raise UsageError(
             f"{option} '{target}' is a file that this command reads or writes, too; give another."
         )
-    beside = _weights_beside(path)
     is_large = sum(map(os.path.getsize, filter(os.path.isfile, weights))) > _FILE_NBYTES // 2
     if beside in weights and is_large and path not in map(os.path.realpath, sources):
         raise UsageError(

@@ -158,6 +158,12 @@ class Session:
         if membership is None:
             self._dropped = weakref.finalize(self, _close_quietly, self._executor)
             self._dropped.atexit = False  # the process gives back all that it has
+        self._host_inputs = [
+            argument
+            for argument in self._inputs
+            if isinstance(self._executor, StreamExecutor)
+            and self._executor.reads_on_host(argument.name)
+        ]
 
     @property
     def capture(self) -> str:
@@ -231,11 +237,9 @@ class Session:
                 self._is_running = False
 
     def _run_on_device(self, feed: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
-        executor = self._executor
-        assert isinstance(executor, StreamExecutor)
-        on_host = [argument for argument in self._inputs if executor.reads_on_host(argument.name)]
-        arrays = {a.name: host_array(a, cuda.tensor_of(feed[a.name])) for a in on_host}
-        return executor.run_on_device({**feed, **arrays}, wanted)
+        assert isinstance(self._executor, StreamExecutor)
+        arrays = {a.name: host_array(a, cuda.tensor_of(feed[a.name])) for a in self._host_inputs}
+        return self._executor.run_on_device({**feed, **arrays}, wanted)
 
     def _require_idle(self) -> None:
         if self._is_running:  # by this very thread, as others have to wait

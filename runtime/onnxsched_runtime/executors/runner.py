@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 
 from onnxsched_runtime import cuda
-from onnxsched_runtime.annotation import damaged
 from onnxsched_runtime.arena import Arena, Touched, check_arena, plan_arena
 from onnxsched_runtime.calling import called
 from onnxsched_runtime.device import Device, Placement
+from onnxsched_runtime.fields import damaged
 from onnxsched_runtime.fused import fused_nodes, weight_array
 from onnxsched_runtime.moves import Cut, Joined, Place, check_places, places_inside
 from onnxsched_runtime.moving import moved_nodes
@@ -134,7 +134,7 @@ class PlanRunner(ABC):
         try:
             return self._source.tensors[self.plan.original(tensor)]
         except KeyError as error:
-            raise damaged(error) from error
+            raise damaged(f"{error} is missing") from error
 
     def _buffers_in(
         self, arena: Arena, device: Device, owner: ExitStack
